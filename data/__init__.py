@@ -1,0 +1,1 @@
+"""Text to tokens (tokenizer), tokens to training pairs (objectives), pairs on disk (loader), one module per set."""

@@ -1,0 +1,283 @@
+"""The paper's three tasks in miniature: translation, extractive question answering, code synthesis.
+
+    python -m data.mini [--out=out/data]
+
+    translation   fr nine hundred eighty-one                          -> neuf cent quatre-vingt-un
+    qa            qa tom: red hat. ann: blue cup. eva: tan pen. who has cup?  -> ann
+    code          py add 7 then double                                -> def f(x):\\n  return (x + 7) * 2
+
+Everything is generated, is the same on every machine, and has an exact scorer. A held-out item tests composition: its
+words all occur in training, the item itself does not. Writes mini (the three in equal shares), mini_translation,
+mini_qa and mini_code; all four have one target_length and one block_size, so a model of one fits the others.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from configurator import configure, run
+from data.loader import OUT, write_pairs
+from data.syntax import same_code
+from data.tokenizer import get_tokenizer
+
+PREFIX_LENGTH = 61  # bytes; the longest prefix there is
+TARGET_LENGTH = 48  # bytes, separator included; the longest target has 47 - 1, so every text ends with a pad
+HELD_OUT = 12  # percent of the items
+MAX_NUMBER = 9999
+N_QUESTIONS = 12_000
+LONG_PROGRAMS = 30  # percent of the three-step programs that are used; all would drown the shorter ones
+
+
+@dataclass
+class MiniConfig:
+    out: str = OUT  # the folder the sets go into
+
+
+# Translation: numbers, English to French
+
+ENGLISH = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+ENGLISH_TENS = ["-", "-", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+FRENCH = [
+    "zéro", "un", "deux", "trois", "quatre", "cinq", "six", "sept", "huit", "neuf", "dix", "onze", "douze",
+    "treize", "quatorze", "quinze", "seize", "dix-sept", "dix-huit", "dix-neuf",
+]  # fmt: skip
+FRENCH_TENS = [
+    "-", "-", "vingt", "trente", "quarante", "cinquante", "soixante", "soixante", "quatre-vingt", "quatre-vingt",
+]  # fmt: skip
+
+
+def english(n: int) -> str:
+    """0 to 9999 in American English, without "and": 2101 -> "two thousand one hundred one"."""
+    if n >= 1000:
+        return _join(f"{ENGLISH[n // 1000]} thousand", english(n % 1000) if n % 1000 else "")
+    if n >= 100:
+        return _join(f"{ENGLISH[n // 100]} hundred", english(n % 100) if n % 100 else "")
+    if n < 20:
+        return ENGLISH[n]
+    return ENGLISH_TENS[n // 10] + (f"-{ENGLISH[n % 10]}" if n % 10 else "")
+
+
+def french(n: int) -> str:
+    """0 to 9999 in the French of France, traditional spelling (hyphens below one hundred only, none beside "et").
+
+    "cent" and "quatre-vingt" take an s when multiplied and last: deux cents, deux cent un. "mille" never changes.
+    """
+    if n >= 1000:
+        return _join("mille" if n < 2000 else f"{FRENCH[n // 1000]} mille", french(n % 1000) if n % 1000 else "")
+    if n >= 100:
+        hundreds = "cent" if n < 200 else f"{FRENCH[n // 100]} cent"
+        if n >= 200 and n % 100 == 0:
+            return hundreds + "s"
+        return _join(hundreds, french(n % 100) if n % 100 else "")
+    if n < 20:
+        return FRENCH[n]
+    tens, ones = divmod(n, 10)
+    if tens in (7, 9):  # seventy is sixty and ten, ninety is four twenties and ten
+        ones += 10
+    if n == 80:
+        return "quatre-vingts"
+    if ones == 0:
+        return FRENCH_TENS[tens]
+    if ones in (1, 11) and tens < 8:
+        return f"{FRENCH_TENS[tens]} et {FRENCH[ones]}"
+    return f"{FRENCH_TENS[tens]}-{FRENCH[ones]}"
+
+
+def _join(head: str, tail: str) -> str:
+    return f"{head} {tail}" if tail else head
+
+
+def translation_examples(split: str) -> list[dict]:
+    """Numbers 0 to MAX_NUMBER. Below 100 all are for training: they are the words that the others are made of."""
+    numbers = [n for n in range(MAX_NUMBER + 1) if ("train" if n < 100 else _split_of(f"number {n}")) == split]
+    return _shuffled([{"prefix": f"fr {english(n)}", "target": french(n)} for n in numbers])
+
+
+def score_translation(prediction: str, example: dict) -> bool:
+    """Exact match, spaces at the ends aside."""
+    return prediction.strip() == example["target"]
+
+
+# Question answering: three people, what each has, and a question about one of them
+
+NAMES = ["tom", "ann", "bob", "eva", "sam", "kim", "leo", "joy"]
+COLOURS = ["red", "tan", "blue", "pink", "grey", "gold", "lime", "teal"]
+THINGS = ["hat", "cup", "pen", "bag", "box", "key", "map", "toy"]
+
+
+def qa_examples(split: str) -> list[dict]:
+    """Three facts without a repeated word, a question about one of them; the answer is a span of the prefix."""
+    items = {}  # by prefix: no item twice
+    for i in range(N_QUESTIONS):
+        pick = _Picker(f"qa {i}")
+        facts = list(zip(pick.some(NAMES, 3), pick.some(COLOURS, 3), pick.some(THINGS, 3)))
+        name, colour, thing = pick.one(facts)
+        question, answer = pick.one(
+            [(f"who has {thing}?", name), (f"{name} has what?", f"{colour} {thing}"), (f"what is {colour}?", thing)]
+        )
+        prefix = " ".join(["qa", *(f"{n}: {c} {t}." for n, c, t in facts), question])
+        items[prefix] = {"prefix": prefix, "target": answer}
+    return [item for prefix, item in items.items() if _split_of(prefix) == split]
+
+
+def score_qa(prediction: str, example: dict) -> bool:
+    """Exact match after lower-casing and dropping punctuation, articles and double spaces (as SQuAD does)."""
+    return _normal(prediction) == _normal(example["target"])
+
+
+def _normal(text: str) -> list[str]:
+    return [word for word in re.sub(r"[^\w\s]", " ", text.lower()).split() if word not in ("a", "an", "the")]
+
+
+# Code: a sentence that names steps, and the function that does them
+
+# Verb -> (template, how tightly it binds, how tightly its operand must): brackets stand where Python needs them.
+# The higher the number the tighter: 1 is + and -, 2 is *, 3 is the minus sign, 4 is **, 5 is a name.
+STEPS = (
+    {f"add {n}": (f"{{}} + {n}", 1, 1) for n in range(1, 10)}
+    | {f"subtract {n}": (f"{{}} - {n}", 1, 1) for n in range(1, 10)}
+    | {f"times {n}": (f"{{}} * {n}", 2, 2) for n in range(2, 10)}
+    | {"double": ("{} * 2", 2, 2), "triple": ("{} * 3", 2, 2), "square": ("{} ** 2", 4, 5), "negate": ("-{}", 3, 5)}
+)
+OUTERS = {"each": "[{} for x in a{}]", "sum": "sum({} for x in a{})", "max": "max({} for x in a{})"}
+FILTERS = {"": "", " odd": " if x % 2"} | {
+    f" {word} {n}": f" if x {sign} {n}" for word, sign in (("above", ">"), ("below", "<")) for n in range(1, 10)
+}
+
+
+def code_examples(split: str) -> list[dict]:
+    """One to three steps on a number, or one or two on every number of a list, with a filter or without.
+
+    Split by the program and not by the sentence: "double" and "times 2" ask for the same one.
+    """
+    programs = []
+    for steps in [s for n in (1, 2, 3) for s in product(STEPS, repeat=n)]:
+        sentence = " then ".join(steps)
+        if len(steps) < 3 or _percent(f"long {sentence}") < LONG_PROGRAMS:
+            programs.append((sentence, f"def f(x):\n  return {_expression(steps)}"))
+    for outer, kept, steps in product(OUTERS, FILTERS, [s for n in (1, 2) for s in product(STEPS, repeat=n)]):
+        if len(steps) == 1 or kept == "":
+            body = OUTERS[outer].format(_expression(steps), FILTERS[kept])
+            programs.append((f"{outer}{kept}: {' then '.join(steps)}", f"def f(a):\n  return {body}"))
+    return _shuffled(
+        [
+            {"prefix": f"py {sentence}", "target": code}
+            for sentence, code in programs
+            if len(code) < TARGET_LENGTH - 1 and _split_of(code) == split
+        ]
+    )
+
+
+def _expression(steps: tuple[str, ...]) -> str:
+    """("add 7", "double") -> "(x + 7) * 2"."""
+    text, binds = "x", 5
+    for step in steps:
+        template, step_binds, wants = STEPS[step]
+        text, binds = template.format(text if binds >= wants else f"({text})"), step_binds
+    return text
+
+
+def score_code(prediction: str, example: dict) -> bool:
+    """Equal syntax trees: spaces, comments and redundant brackets do not count. Nothing is run."""
+    return same_code(prediction, example["target"])
+
+
+# The three together
+
+
+class Task(NamedTuple):
+    examples: Callable[[str], list[dict]]  # "train" or "valid" -> [{"prefix": text, "target": text}, ..]
+    score: Callable[[str, dict], bool]  # (prediction, example) -> right or wrong
+
+
+TASKS = {
+    "translation": Task(translation_examples, score_translation),
+    "qa": Task(qa_examples, score_qa),
+    "code": Task(code_examples, score_code),
+}
+TAGS = {"fr": "translation", "qa": "qa", "py": "code"}  # how a prefix begins
+
+
+def task_of(set_name: str, prefix: str = "") -> str:
+    """The task of a set, "mini_qa" -> "qa"; in the mixed set "mini" the prefix says it. ValueError if neither does."""
+    task = TAGS.get(prefix[:2]) if set_name == "mini" else set_name.removeprefix("mini_")
+    if task not in TASKS:
+        raise ValueError(
+            f"no mini task for set {set_name!r}, prefix {prefix!r}; sets: mini, mini_{', mini_'.join(TASKS)}"
+        )
+    return task
+
+
+def examples(set_name: str, split: str) -> list[dict]:
+    """The items of a set, in file order: dicts with prefix and target. In "mini" the three tasks take turns."""
+    if split not in ("train", "valid"):
+        raise ValueError(f"split must be 'train' or 'valid', got {split!r}")
+    if set_name == "mini":
+        return [item for turn in zip(*(task.examples(split) for task in TASKS.values())) for item in turn]
+    return TASKS[task_of(set_name)].examples(split)
+
+
+def _percent(key: str) -> int:
+    """0 to 99, drawn by the key alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
+
+
+def _split_of(key: str) -> str:
+    return "valid" if _percent(key) < HELD_OUT else "train"
+
+
+def _shuffled(items: list[dict]) -> list[dict]:
+    """In an order that means nothing, so that the first few hundred are a fair sample."""
+    return sorted(items, key=lambda item: hashlib.sha256(item["prefix"].encode()).digest())
+
+
+class _Picker:
+    """Draws that depend on the key alone; Python and numpy promise their generators' streams for one version only."""
+
+    def __init__(self, key: str):
+        self.number = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")  # 256 bits, some 40 are used
+
+    def one(self, options: list):
+        self.number, i = divmod(self.number, len(options))
+        return options[i]
+
+    def some(self, options: list, n: int) -> list:
+        """n different ones."""
+        found = []
+        for _ in range(n):
+            found.append(self.one([option for option in options if option not in found]))
+        return found
+
+
+def main(argv: list[str]) -> None:
+    cfg = configure(MiniConfig, argv)
+    encode = get_tokenizer("bytes").encode
+    for name in ["mini", *(f"mini_{task}" for task in TASKS)]:
+        splits = {
+            split: [(encode(item["prefix"]), encode(item["target"])) for item in examples(name, split)]
+            for split in ("train", "valid")
+        }
+        write_pairs(
+            Path(cfg.out) / name,
+            splits,
+            tokenizer_name="bytes",
+            target_length=TARGET_LENGTH,
+            block_size=PREFIX_LENGTH + TARGET_LENGTH,
+            command=f"python -m data.mini --out={cfg.out}",
+        )
+        both = [pair for pairs in splits.values() for pair in pairs]
+        print(
+            f"{cfg.out}/{name}: {len(splits['train']):,} pairs, {len(splits['valid']):,} held out; "
+            f"prefix up to {max(len(p) for p, _ in both)} bytes, target up to {max(len(t) for _, t in both)}"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,246 @@
+"""The Python source on this machine, as a stream to pretrain on and as pairs: signature and docstring -> body.
+
+    python -m data.python_code [--source=stdlib|all|PATH] [--tokenizer=bytes|gpt2] [--out=out/data]
+
+"stdlib" is the standard library of the Python that runs this: the same numbers for everyone who has that version. "all"
+adds the installed packages. Writes python_code and python_pairs. Tests, demos and generated tables are left out.
+
+A pair, dedented to the def; prefix and target laid end to end are the function again:
+
+    def mean(values):                       return sum(values) / len(values)
+        \"\"\"The average of the values.\"\"\"
+
+Held out are whole files, by a hash of their path. Near-duplicates are left out: files, and bodies of functions whatever
+their name, signature and docstring, that are equal when comment lines, blank lines and spaces are taken away. The
+first stays, training files being read first, so that nothing held out is a near-duplicate of what was trained on.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import platform
+import re
+import sysconfig
+import tokenize
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from configurator import configure, run
+from data.loader import OUT, join_documents, write_pairs, write_stream
+from data.syntax import parse_python
+from data.tokenizer import get_tokenizer
+
+STREAM_TARGET = 128  # tokens, separator included
+STREAM_BLOCK = 256  # tokens
+PAIR_TARGET = 192  # tokens, separator included
+PAIR_PREFIX = 192  # tokens
+HELD_OUT = 10  # percent of the files
+MAX_FILE = 400_000  # bytes; what is longer is a table that a program wrote
+LICENCE = "each file keeps the licence of its package (the standard library: PSF-2.0); for use here, not for passing on"
+
+# Folders that hold no code worth learning: tests, demos, tables written by programs, other people's wheels.
+SKIPPED = {"__pycache__", "test", "tests", "testing", "idle_test", "lib2to3", "turtledemo", "ensurepip"}
+SKIPPED |= {"encodings", "pydoc_data"}
+PACKAGES = {"site-packages", "dist-packages"}  # below the standard library, but no part of it
+
+
+@dataclass
+class PythonCodeConfig:
+    source: str = "stdlib"  # stdlib | all (with the installed packages) | a folder or file
+    tokenizer: str = "bytes"  # bytes | gpt2
+    out: str = OUT  # the folder the sets go into
+
+
+@dataclass
+class Corpus:
+    """What was read: per split the texts of the files, and (prefix, body) of their functions."""
+
+    files: dict[str, list[str]] = field(default_factory=lambda: {"train": [], "valid": []})
+    functions: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: {"train": [], "valid": []})
+    dropped: Counter = field(default_factory=Counter)  # reason -> how many
+
+
+def read_corpus(source: str) -> Corpus:
+    """Files and functions without near-duplicates, in sorted order of paths. Raises ValueError if there are none."""
+    corpus, seen, paths = Corpus(), set(), []
+    for root in _roots(source):
+        for path in _walk(root, corpus.dropped):
+            paths.append((split_of(path.relative_to(root).as_posix() if root.is_dir() else path.name), path))
+    # Training files first: of what is in both splits, the held-out copy goes.
+    for split, path in sorted(paths, key=lambda item: item[0]):
+        text = _read(path)
+        tree = parse_python(text) if text else None
+        if tree is None:
+            corpus.dropped["files that are empty or no Python of this version"] += 1
+            continue
+        if not _is_new(_bare(text), seen):
+            corpus.dropped["files near-duplicate"] += 1
+            continue
+        corpus.files[split].append(text)
+        for prefix, body in functions(text, tree):
+            if _is_new(_bare(body), seen):
+                corpus.functions[split].append((prefix, body))
+            else:
+                corpus.dropped["functions near-duplicate"] += 1
+    for split, texts in corpus.files.items():
+        if not texts:
+            raise ValueError(
+                f"--source={source}: no Python file for {split}; want stdlib, all, or a folder with more files"
+            )
+    return corpus
+
+
+def functions(text: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(prefix, body) of every function and method with a docstring and code on the lines after it.
+
+    prefix is `def` to the end of the docstring, with its newline; body the lines after it, without the last newline.
+    Both are dedented by the column of the def, so the body keeps its four spaces. Functions inside functions
+    belong to their parent's body.
+    """
+    lines = re.split(r"\r\n|\r|\n", text)  # as Python counts lines; splitlines would also cut at a form feed
+    for node in _outer_functions(tree):
+        if len(node.body) < 2 or ast.get_docstring(node, clean=False) is None:
+            continue
+        docstring, first = node.body[0], node.body[1]
+        if first.lineno <= docstring.end_lineno:
+            continue  # both on one line
+        prefix = _dedent(lines[node.lineno - 1 : docstring.end_lineno], node.col_offset)
+        body = _dedent(lines[docstring.end_lineno : node.end_lineno], node.col_offset)
+        yield "\n".join(prefix) + "\n", "\n".join(body)
+
+
+def fitting_pairs(corpus: Corpus, encode: Callable[[str], list[int]]) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """Per split the (prefix, body) token ids that fit PAIR_PREFIX and PAIR_TARGET; the others are counted."""
+    kept = {split: [] for split in corpus.functions}
+    for split, pairs in corpus.functions.items():
+        for prefix, body in pairs:
+            # Far over the limit in characters: too long in any tokens, so spare the tokenizer.
+            hopeless = len(prefix) > 8 * PAIR_PREFIX or len(body) > 8 * PAIR_TARGET
+            ids = ([], []) if hopeless else (encode(prefix), encode(body))
+            if hopeless or len(ids[0]) > PAIR_PREFIX or len(ids[1]) > PAIR_TARGET - 1:
+                corpus.dropped["functions too long"] += 1
+            elif not parses(prefix, body):
+                corpus.dropped["functions that cannot be dedented"] += 1
+            else:
+                kept[split].append(ids)
+    return kept
+
+
+def parses(signature_and_docstring: str, body: str) -> bool:
+    """Whether prefix and body, laid end to end, are one Python function with a body. Nothing is run."""
+    tree = parse_python(signature_and_docstring + body + "\n")
+    if tree is None or len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    return len(tree.body[0].body) > 1  # a docstring alone would parse too
+
+
+def split_of(path: str) -> str:
+    """'train' or 'valid', by a hash of the path inside its source folder: the same on every machine."""
+    number = int.from_bytes(hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+    return "valid" if number % 100 < HELD_OUT else "train"
+
+
+def _roots(source: str) -> list[Path]:
+    paths = sysconfig.get_paths()
+    if source == "stdlib":
+        return [Path(paths["stdlib"])]
+    if source == "all":
+        return [Path(p) for p in dict.fromkeys([paths["stdlib"], paths["purelib"], paths["platlib"]])]
+    if not Path(source).exists():
+        raise ValueError(f"--source must be stdlib, all or a path, got {source!r}: no such path")
+    return [Path(source)]
+
+
+def _walk(root: Path, dropped: Counter) -> list[Path]:
+    """The .py files below root in sorted order; root itself if it is a file."""
+    if root.is_file():
+        return [root]
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        folders = set(path.relative_to(root).parts[:-1])
+        if folders & PACKAGES or not path.is_file():
+            continue
+        if folders & SKIPPED or re.match(r"test_|_?test\.py|conftest|.*_test\.py", path.name):
+            dropped["files of tests, demos, tables"] += 1
+        elif path.stat().st_size > MAX_FILE:
+            dropped[f"files over {MAX_FILE:,} bytes"] += 1
+        else:
+            found.append(path)
+    return found
+
+
+def _read(path: Path) -> str:
+    """The text, decoded as its first lines say; "" if it cannot be."""
+    try:
+        with tokenize.open(path) as f:
+            text = f.read()
+        text.encode("utf-8")
+        return text
+    except (OSError, SyntaxError, UnicodeError, LookupError):
+        return ""
+
+
+def _bare(text: str) -> str:
+    """The code without comment lines, blank lines and spaces."""
+    return "".join("".join(line.split()) for line in text.split("\n") if not line.lstrip().startswith("#"))
+
+
+def _is_new(text: str, seen: set[bytes]) -> bool:
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    new = digest not in seen
+    seen.add(digest)
+    return new
+
+
+def _outer_functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+        elif isinstance(child, ast.stmt | ast.excepthandler):
+            yield from _outer_functions(child)
+
+
+def _dedent(lines: list[str], column: int) -> list[str]:
+    """The lines without their first `column` spaces, without spaces at the ends, without blank lines at the end."""
+    lines = [line[min(column, len(line) - len(line.lstrip())) :].rstrip() for line in lines]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def main(argv: list[str]) -> None:
+    cfg = configure(PythonCodeConfig, argv)
+    tokenizer, corpus = get_tokenizer(cfg.tokenizer), read_corpus(cfg.source)
+    pairs = fitting_pairs(corpus, tokenizer.encode)
+    free = {
+        "command": f"python -m data.python_code --source={cfg.source} --tokenizer={cfg.tokenizer} --out={cfg.out}",
+        "source": cfg.source,
+        "python": platform.python_version(),
+        "packages": _package_versions() if cfg.source == "all" else {},
+        "licence": LICENCE,
+        "files": {split: len(texts) for split, texts in corpus.files.items()},
+        "dropped": dict(sorted(corpus.dropped.items())),
+    }
+    stream = {split: join_documents(texts, tokenizer) for split, texts in corpus.files.items()}
+    out = Path(cfg.out)
+    metas = [
+        write_stream(out / "python_code", stream, cfg.tokenizer, STREAM_TARGET, STREAM_BLOCK, **free),
+        write_pairs(out / "python_pairs", pairs, cfg.tokenizer, PAIR_TARGET, PAIR_PREFIX + PAIR_TARGET, **free),
+    ]
+    for reason, n in free["dropped"].items():
+        print(f"left out: {n:6,} {reason}")
+    for name, meta in zip(("python_code", "python_pairs"), metas):
+        counts = ", ".join(f"{split} {n:,} {what}" for split, c in meta["splits"].items() for what, n in c.items())
+        print(f"{out / name}: {counts}; Python {free['python']}, sha256 {meta['sha256'][:16]}")
+
+
+def _package_versions() -> dict[str, str]:
+    return dict(
+        sorted((d.metadata["Name"], d.version) for d in importlib.metadata.distributions() if d.metadata["Name"])
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,445 @@
+"""Training: one flat loop for both paradigms and all stages.
+
+    python train.py config/ar2diff_1_ar.py                      # pretrain an AR model
+    python ar2diff.py --init_from=out/ar/ckpt.pt --out_dir=out/start    # convert it
+    python train.py config/ar2diff_2_adapt.py --max_steps=500   # go on as a diffusion model
+    python train.py config/ar2diff_2_adapt.py --init_from=resume  # after an interruption: bit for bit the same run on a CPU
+
+Every draw is a function of (seed, step, global example index): micro-batches, resuming and evaluation change nothing.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import autoregressive
+import diffusion
+from checkpoint import load, save
+from configurator import describe, read_settings, run
+from data.loader import build_if_missing, open_set
+from data.tokenizer import get_tokenizer
+from diffusion import LossConfig
+from draws import EDGES, draws_for
+from model import ModelConfig, Transformer, flops_per_token, model_settings, num_params
+
+PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
+RATES = [0.1, 0.3, 0.5, 0.7, 0.9]  # corruption rates of the held-out loss
+
+
+@dataclass
+class TrainConfig(ModelConfig, LossConfig):
+    """A run: the model's settings, the diffusion loss's, and these."""
+
+    data: str = "out/data/mini"  # a folder as data/loader.py writes it; the generated sets are built when missing
+    init_from: str = "scratch"  # scratch | resume | a checkpoint whose weights are the start
+    resume: bool = False  # go on from out_dir/ckpt.pt if it is there; --init_from=resume says the same
+    out_dir: str = "out/run"
+    overwrite: bool = False  # let this run take the place of another in out_dir
+    max_steps: int = 1000
+    batch_size: int = 32  # sequences per optimizer step, all micro-batches together
+    bucket: int = 1  # rows of one prefix length that stand together; whole micro-batches of them need no mask
+    grad_accum_steps: int = 1  # micro-batches per step; the result is the same, the memory smaller
+    optimizer: str = "muon"  # muon (matrices of the blocks; AdamW for the rest) | adamw
+    learning_rate: float = 3e-3
+    muon_lr_ratio: float = 5.0  # muon's learning rate as a multiple of learning_rate
+    min_lr_ratio: float = 0.0  # where the decay ends, as a share of learning_rate
+    warmup_steps: int = 20
+    schedule: str = "linear"  # after the warm-up: constant | linear | cosine
+    weight_decay: float = 0.1  # on matrices; never on norms and biases
+    beta1: float = 0.9
+    beta2: float = 0.98
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    anneal_steps: int = 0  # open the causal mask edge by edge over so many steps; 0: at once, as the paper does
+    seed: int = 1337
+    device: str = "auto"  # auto | cpu | cuda | mps
+    dtype: str = "float32"  # float32 | bfloat16 (autocast; weights stay float32)
+    compile: bool = False
+    log_interval: int = 20
+    eval_interval: int = 200
+    eval_batches: int = 8
+    sample_interval: int = 0  # print a sample every so many steps; 0: never
+    save_interval: int = 200
+
+    def __post_init__(self):
+        ModelConfig.__post_init__(self)
+        LossConfig.__post_init__(self)
+        for name, allowed in (
+            ("schedule", ("constant", "linear", "cosine")),
+            ("optimizer", ("muon", "adamw")),
+            ("dtype", ("float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for name in ("max_steps", "batch_size", "grad_accum_steps", "log_interval", "eval_interval", "save_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.grad_accum_steps:
+            raise ValueError(
+                f"batch_size must be a multiple of grad_accum_steps, got {self.batch_size} and {self.grad_accum_steps}"
+            )
+        if self.self_conditioning and self.unroll_steps < 2:
+            raise ValueError("self_conditioning is trained in the unrolled pass: it needs unroll_steps of 2 or more")
+        if self.anneal_steps and self.target_attention != "bidirectional":
+            raise ValueError("anneal_steps opens the mask of a bidirectional target; target_attention is 'causal'")
+
+
+# What a resumed run may be given anew; any other change would make it a different run.
+MAY_CHANGE = {"max_steps", "resume", "init_from", "out_dir", "overwrite", "device", "dtype", "compile", "grad_accum_steps"}
+MAY_CHANGE |= {"log_interval", "eval_interval", "eval_batches", "sample_interval", "save_interval"}
+
+
+def main(argv: list[str]) -> dict:
+    """Train as argv says; returns the last log entry."""
+    cfg, model, state = start(argv)
+    train_set, valid_set = open_set(cfg.data, "train"), open_set(cfg.data, "valid")
+    device = model.tok.weight.device
+    optimizers = make_optimizers(model, cfg)
+    first, best = 0, math.inf
+    if state is not None:
+        for optimizer, kept in zip(optimizers, state["optimizer"]):
+            optimizer.load_state_dict(kept)
+        first, best = state["step"], state["best_loss"]
+    out = Path(cfg.out_dir)
+    log = Log(out / "log.jsonl", first)
+    per_token = flops_per_token(model.cfg, model.cfg.block_size) * 3 * (cfg.unroll_steps if cfg.paradigm == "diffusion" else 1)
+    print(f"{num_params(model):,} parameters | {cfg.data} {len(train_set):,} | {device} {cfg.dtype} | {describe(cfg)}")
+    if first >= cfg.max_steps:
+        print(f"nothing to do: {out / 'ckpt.pt'} is at step {first} of max_steps {cfg.max_steps}")
+        return log.last
+    if cfg.compile:
+        compile_or_say_why_not(model)
+
+    def checkpoint(name, step):
+        save(
+            out / name, model, step, train_set.tokenizer_name, train_config=asdict(cfg), optimizer=[o.state_dict() for o in optimizers],
+            best_loss=best, fingerprint=train_set.fingerprint, converted_from=state_of_origin(cfg, state),
+        )  # fmt: skip
+
+    stop = StopSignals()
+    peak = measured_flops(device, cfg.dtype)
+    loss_fn = PARADIGMS[cfg.paradigm].losses
+    bar = tqdm(total=cfg.max_steps, initial=first, unit="step", dynamic_ncols=True, disable=None, leave=False)
+    tokens, since = 0, time.perf_counter()
+    if first == 0:
+        checkpoint("ckpt.pt", 0)  # from here on a killed run resumes from its own start, whatever it began with
+    with stop:
+        for step in range(first, cfg.max_steps):
+            model.train()
+            torch.manual_seed(cfg.seed + step)  # dropout follows the step too
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = learning_rate_at(step, cfg) * group["lr_ratio"]
+            total = 0.0
+            for micro in range(cfg.grad_accum_steps):
+                size = cfg.batch_size // cfg.grad_accum_steps
+                batch = train_set.batch(cfg.seed, step, cfg.batch_size, slice(micro * size, (micro + 1) * size), cfg.bucket)
+                batch = type(batch)(*(part.to(device) for part in batch))
+                draws = draws_for(cfg.seed, batch.example, step)
+                opened = open_edges(batch, step, cfg) if step < cfg.anneal_steps else None
+                with autocast(device, cfg.dtype):
+                    for term in loss_fn(model, batch, cfg, draws, opened=opened):
+                        (term / cfg.grad_accum_steps).backward()  # each term as it comes: its graph is freed before the next
+                        total += term.detach() / cfg.grad_accum_steps
+                tokens += batch.prefix.numel() + batch.target.numel()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            total, norm = float(total), float(norm)
+            if not (math.isfinite(total) and math.isfinite(norm)):
+                bar.close()
+                rows = f"{step * cfg.batch_size}..{(step + 1) * cfg.batch_size - 1}"
+                raise ValueError(
+                    f"loss {total}, gradient norm {norm} at step {step} (examples {rows} of {cfg.data}, seed {cfg.seed}); "
+                    f"{out / 'ckpt.pt'} holds the last good step. Try a lower --learning_rate or --dtype=float32."
+                )
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            bar.update()
+            done, last = step + 1, step + 1 == cfg.max_steps
+            entry = {"step": done, "loss": total, "grad_norm": norm, "lr": learning_rate_at(step, cfg)}
+            if done % cfg.log_interval == 0 or last or stop.asked:
+                seconds = time.perf_counter() - since
+                rate = tokens / seconds
+                entry |= {"tokens_per_s": round(rate), "mfu": round(rate * per_token / peak, 3), "seconds": round(seconds, 3)}
+                bar.set_postfix_str(f"loss {total:.3f}, {rate:,.0f} tokens/s, {entry['mfu']:.0%} MFU")
+            if done % cfg.eval_interval == 0 or last:
+                entry |= evaluate(model, valid_set, cfg)
+                tqdm.write(log.line(entry))
+                if entry["val_loss"] < best:
+                    best = entry["val_loss"]
+                    checkpoint("best.pt", done)
+            log.write(entry)
+            if cfg.sample_interval and (done % cfg.sample_interval == 0 or last):
+                tqdm.write(sample_line(model, valid_set, done))
+            if done % cfg.save_interval == 0 or last or stop.asked:
+                checkpoint("ckpt.pt", done)
+            if tokens and "seconds" in entry:
+                tokens, since = 0, time.perf_counter()
+            if stop.asked and not last:
+                bar.close()
+                print(f"stopped by {stop.name} at step {done}; go on with --init_from=resume", file=sys.stderr)
+                sys.exit(128 + stop.asked)
+    bar.close()
+    print(f"done: {out / 'ckpt.pt'} at step {cfg.max_steps}, best held-out loss {best:.4f} in {out / 'best.pt'}")
+    return log.last
+
+
+def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
+    """(settings, model on its device, the checkpoint that is resumed or None). Everything that can be wrong is found here."""
+    resume = "--init_from=resume" in argv
+    given, _ = read_settings(TrainConfig, [arg for arg in argv if arg != "--init_from=resume"])
+    resume = resume or given.pop("resume", False) or given.get("init_from") == "resume"
+    if given.get("init_from") == "resume":
+        del given["init_from"]
+    out = Path(given.get("out_dir", TrainConfig.out_dir))
+    last = out / "ckpt.pt"
+    device = pick_device(given.get("device", TrainConfig.device))
+    state = None
+    if resume and last.exists():
+        state = load(last, device)
+        refuse_changes(given, state["train_config"], f"{last} was trained with", except_for=MAY_CHANGE)
+        cfg = TrainConfig(**(state["train_config"] | given))
+        print(f"resuming {last} at step {state['step']}")
+    elif resume:
+        print(f"no checkpoint in {out} yet: starting at step 0")
+    elif last.exists() and not given.get("overwrite", False):
+        raise ValueError(
+            f"{out} already holds a run; go on with --init_from=resume, start over with --overwrite, or name another --out_dir"
+        )
+    data = build_if_missing(given.get("data", TrainConfig.data))
+    train_set = open_set(data, "train")
+    if state is None:
+        cfg, weights = new_run(given, train_set)
+    else:
+        weights = state["model"]
+        if state["fingerprint"] != train_set.fingerprint:
+            raise ValueError(f"{data} has changed since {last} was written; use another --out_dir, or bring the data back")
+    model = Transformer(ModelConfig(**model_settings(asdict(cfg))))
+    if weights is None:
+        torch.manual_seed(cfg.seed)
+        model._init_weights()
+    else:
+        model.load_state_dict(weights)
+    out.mkdir(parents=True, exist_ok=True)
+    return cfg, model.to(device), state
+
+
+def new_run(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
+    """(settings, weights or None) of a run that starts at step 0, from scratch or from another checkpoint."""
+    tokenizer = get_tokenizer(train_set.tokenizer_name)
+    of_data = {name: getattr(tokenizer, name) for name in ("vocab_size", "n_ordinary", "pad_id", "sep_id", "mask_id")}
+    of_data |= {"target_length": train_set.target_length}
+    refuse_changes(given, of_data, f"{train_set.folder} is made with")
+    source = given.get("init_from", TrainConfig.init_from)
+    if source == "scratch":
+        cfg = TrainConfig(**(given | of_data | {"block_size": given.get("block_size") or train_set.meta["block_size"]}))
+        weights = None
+    else:
+        state = load(source)
+        if state["tokenizer"] != train_set.tokenizer_name:
+            raise ValueError(
+                f"{source} was trained with tokenizer {state['tokenizer']!r}, {train_set.folder} is made with "
+                f"{train_set.tokenizer_name!r}; prepare the data with --tokenizer={state['tokenizer']}"
+            )
+        hint = "convert it with python ar2diff.py, or drop the setting"
+        refuse_changes(given, state["model_config"], f"{source} is a model with", hint, except_for={"dropout"})
+        kept = state["model_config"] | {"dropout": given.get("dropout", state["model_config"]["dropout"])}
+        cfg, weights = TrainConfig(**(given | kept | of_data)), state["model"]
+    if cfg.block_size < train_set.meta["block_size"]:
+        raise ValueError(
+            f"{train_set.folder} needs {train_set.meta['block_size']} tokens for prefix + target, the model's block_size "
+            f"is {cfg.block_size}; pretrain with --block_size={train_set.meta['block_size']}"
+        )
+    return cfg, weights
+
+
+def refuse_changes(given: dict, fixed: dict, says: str, hint: str = "drop the setting", except_for=frozenset()) -> None:
+    """Raise ValueError where an explicit setting contradicts what is fixed already (0 or '' leave it open)."""
+    for name, value in given.items():
+        if name in fixed and name not in except_for and value != fixed[name] and not (name in OPEN_AT_ZERO and not value):
+            raise ValueError(f"{says} {name}={fixed[name]}, but {name}={value} is asked for; {hint}")
+
+
+OPEN_AT_ZERO = {"block_size", "target_length"}
+
+
+def state_of_origin(cfg: TrainConfig, state: dict | None) -> str:
+    return state["converted_from"] if state is not None else cfg.init_from
+
+
+def make_optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
+
+    Weight decay on matrices only. Muon (Jordan et al. 2024; torch.optim) needs about half the steps on the mini tasks.
+    lr_ratio in a group is its learning rate as a multiple of learning_rate_at.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    by_muon = [p for name, p in named if cfg.optimizer == "muon" and name.startswith("blocks.") and p.dim() == 2]
+    rest = [p for _, p in named if all(p is not q for q in by_muon)]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay, "lr_ratio": 1.0},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "lr_ratio": 1.0},
+    ]
+    found = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)]
+    if by_muon:
+        group = {"params": by_muon, "weight_decay": cfg.weight_decay, "lr_ratio": cfg.muon_lr_ratio}
+        found.append(torch.optim.Muon([group], lr=cfg.learning_rate, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
+def learning_rate_at(step: int, cfg: TrainConfig) -> float:
+    """Linear warm-up, then constant, or falling to min_lr_ratio at max_steps. Never 0 at step 0."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    if cfg.schedule == "constant":
+        return cfg.learning_rate
+    share = (step - cfg.warmup_steps) / max(cfg.max_steps - cfg.warmup_steps, 1)  # 0 .. 1
+    fall = 1 - share if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
+    return cfg.learning_rate * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * fall)
+
+
+def open_edges(batch, step: int, cfg: TrainConfig) -> torch.Tensor:
+    """Random edges (T, T) open at this step of mask annealing; the share grows linearly (DiffuLLaMA, section 3.2).
+
+    A function of (seed, step) alone, so that all micro-batches see one mask.
+    """
+    size = batch.target.shape[1] + (batch.prefix.shape[1] if cfg.prefix_attention == "joint" else 0)
+    row = torch.arange(size, device=batch.target.device)
+    return draws_for(cfg.seed, row, step).uniform(EDGES, size)[0] < (step + 1) / cfg.anneal_steps
+
+
+@torch.no_grad()
+def evaluate(model, valid_set, cfg: TrainConfig) -> dict:
+    """Held-out loss, nats per slot: the AR loss, or the mean of L(1) over fixed corruption rates, and each of them.
+
+    The same examples and the same noise every time, so that points of one curve and of two runs compare.
+    """
+    model.eval()
+    device, found = model.tok.weight.device, {}
+    for step in range(cfg.eval_batches):
+        batch = valid_set.batch(0, step, cfg.batch_size)
+        batch = type(batch)(*(part.to(device) for part in batch))
+        draws = draws_for(0, batch.example, step)
+        with autocast(device, cfg.dtype):
+            if cfg.paradigm == "ar":
+                terms = {"val_loss": float(autoregressive.loss(model, batch, cfg, draws))}
+            else:
+                terms = diffusion.loss_by_rate(model, batch, cfg, draws, RATES)
+        for name, value in terms.items():
+            found[name] = found.get(name, 0.0) + value / cfg.eval_batches
+    if cfg.paradigm == "ar":
+        return found
+    return {"val_loss": sum(found.values()) / len(found), "val_loss_by_rate": found}
+
+
+def sample_line(model, valid_set, step: int) -> str:
+    """One held-out prefix and what the model makes of it."""
+    model.eval()
+    paradigm, tokenizer = PARADIGMS[model.cfg.paradigm], get_tokenizer(valid_set.tokenizer_name)
+    prefix = valid_set.batch(0, 0, 8).prefix[:1].to(model.tok.weight.device)
+    tokens = paradigm.generate(model, prefix, paradigm.SamplerConfig()).tokens[0].tolist()
+    tokens = tokens[: tokens.index(tokenizer.pad_id)] if tokenizer.pad_id in tokens else tokens
+    return f"step {step} sample: {tokenizer.decode(prefix[0].tolist())!r} -> {tokenizer.decode(tokens)!r}"
+
+
+class Log:
+    """JSON lines beside the checkpoint. A resumed run drops the lines after its checkpoint: they will be written again."""
+
+    def __init__(self, path: Path, first: int):
+        kept = []
+        if first and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # the last line of a killed run may be torn
+                if entry["step"] <= first:
+                    kept.append(entry)
+        self.last = kept[-1] if kept else {}
+        self.file = open(path, "w", encoding="utf-8", buffering=1)
+        for entry in kept:
+            self.file.write(json.dumps(entry) + "\n")
+
+    def write(self, entry: dict) -> None:
+        self.file.write(json.dumps(entry) + "\n")
+        self.last = entry
+
+    @staticmethod
+    def line(entry: dict) -> str:
+        rates = "".join(f" {rate}:{value:.3f}" for rate, value in entry.get("val_loss_by_rate", {}).items())
+        return f"step {entry['step']:6d} | loss {entry['loss']:.4f} | held-out {entry['val_loss']:.4f}{rates}"
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM finish the step, save and stop; a second one stops at once."""
+
+    asked, name = 0, ""
+
+    def __enter__(self):
+        self.before = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._ask)
+        except ValueError:
+            pass  # not the main thread: whoever called us decides about signals
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked, self.name = number, signal.Signals(number).name
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; auto: cuda, else mps, else cpu. Raises ValueError where it is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    if not there.get(name.split(":")[0]):
+        raise ValueError(f"device {name!r} is not there; available: {', '.join(k for k in there if there[k])}")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, dtype: str):
+    """bfloat16 where it is asked for; weights, softmax and loss stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def compile_or_say_why_not(model: Transformer) -> None:
+    """torch.compile the model; where no compiler works, go on eagerly and say so."""
+    try:
+        plain = model._run_blocks
+        model.compile_()
+        prefix = torch.full((2, 2), 0, device=model.tok.weight.device)
+        with torch.no_grad():
+            model(prefix, prefix)
+    except Exception as error:  # whatever the compiler lacks, eager mode computes the same
+        model._run_blocks = plain
+        print(f"compile=True has no effect here, running eagerly: {str(error).splitlines()[0][:100]}")
+
+
+def measured_flops(device: torch.device, dtype: str, size: int = 1024) -> float:
+    """FLOP/s of a square matmul here and now: the ceiling of MFU. Best of five."""
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # reading a number waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times[1:])
+
+
+if __name__ == "__main__":
+    run(main)
