@@ -27,8 +27,9 @@ class SamplerConfig:
 
 def losses(model, batch, cfg, draws: Draws, opened: Tensor | None = None) -> Iterator[Tensor]:
     """The one term of the loss: next-token cross-entropy over the target, nats per slot, pads included."""
-    logits = model(batch.prefix, batch.target)[:, :-1]  # (B, T - 1, V): position i predicts slot i + 1
-    yield F.cross_entropy(logits.flatten(0, 1), batch.target[:, 1:].flatten())
+    logits = model(batch.prefix, batch.target)  # (B, T, V): position i predicts slot i + 1, the last one nothing
+    expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)  # -100 is not scored; slicing the logits would copy them
+    yield F.cross_entropy(logits.flatten(0, 1), expected.flatten())
 
 
 def loss(model, batch, cfg, draws: Draws) -> Tensor:

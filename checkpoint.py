@@ -5,8 +5,6 @@ fingerprint (of the data), converted_from. No random state and no loader positio
 """
 
 import os
-import pickle
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,11 +45,12 @@ def load(path: str | Path, device: str = "cpu") -> dict:
     if not path.exists():
         near = sorted(str(p) for p in path.parent.glob("*.pt")) or sorted(str(p) for p in Path("out").glob("*/*.pt"))
         raise ValueError(f"{path}: no such checkpoint" + (f"; there are: {', '.join(near[:8])}" if near else ""))
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0][:120]
-        raise ValueError(f"{path}: not a readable checkpoint (truncated, or not ours): {reason}") from None
+    with open(path, "rb") as file:  # what cannot be opened is an OSError that says why
+        try:
+            state = torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:  # damaged bytes raise nearly anything, also OSError, IndexError and struct.error
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0][:120]
+            raise ValueError(f"{path}: not a readable checkpoint (truncated, or not ours): {reason}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path}: checkpoint format {found}, this code reads {FORMAT}")

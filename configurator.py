@@ -48,12 +48,21 @@ def run(main: Callable[[list[str]], object]) -> None:
     """Call main(sys.argv[1:]) as a command: an error that the user can mend is one line and exit status 2."""
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # the reader left, as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
+
+
+def refuse_changes(given: dict, fixed: dict, says: str, hint: str = "drop the setting", except_for=frozenset()) -> None:
+    """Raise ValueError where an explicit setting contradicts what is fixed already."""
+    for name, value in given.items():
+        if name in fixed and name not in except_for and value != fixed[name]:
+            raise ValueError(f"{says} {name}={fixed[name]}, but {name}={value} is asked for; {hint}")
 
 
 def nearest(name: str, known) -> str:

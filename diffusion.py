@@ -95,9 +95,12 @@ def losses(model, batch, cfg, draws: Draws, rate: Tensor | None = None, opened: 
     m, target = model.cfg, batch.target
     rate = draws.uniform(RATE, 1)[0] if rate is None else rate  # (B, 1)
     canvas, estimate = corrupt(target, rate, m, draws), None
+    # As readout pairs them; -100 is not scored. Slicing the logits instead would copy them, forth and back.
+    expected = F.pad(target[:, 1:], (0, 1) if m.shift else (1, 0), value=-100)  # (B, T)
     for k in range(cfg.unroll_steps):
-        logits = readout(model(batch.prefix, canvas, estimate=estimate, opened=opened), m.shift)  # (B, T - 1, V)
-        yield F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten())
+        logits = model(batch.prefix, canvas, estimate=estimate, opened=opened)  # (B, T, V)
+        yield F.cross_entropy(logits.flatten(0, 1), expected.flatten())
+        logits = readout(logits, m.shift)  # (B, T - 1, V)
         if k + 1 < cfg.unroll_steps:
             with torch.no_grad():
                 answer = draw_tokens(logits.float(), cfg.unroll_temperature, draws.uniform(UNROLL, logits.shape[1], k)[0])
@@ -147,7 +150,8 @@ def resample(logits: Tensor, state: State, step: int, cfg: SamplerConfig, draws:
     canvas = torch.where(chosen & state.free, drawn, state.canvas)
     still = ((drawn == state.canvas) | ~state.free).all(1)  # a fixed point, whichever slots are chosen
     settled = still & (cfg.temperature == 0)
-    return state._replace(canvas=canvas, answer=canvas, judged=state.canvas, settled=settled)
+    answer, judged = _unmasked(canvas, drawn, m), _unmasked(state.canvas, drawn, m)
+    return state._replace(canvas=canvas, answer=answer, judged=judged, settled=settled)
 
 
 @torch.no_grad()
@@ -160,11 +164,12 @@ def argmax_unrolled(logits: Tensor, state: State, step: int, cfg: SamplerConfig,
     if step == 0:
         chosen = state.free
     else:
-        n = (state.free.sum(1, keepdim=True) * cfg.update_fraction).ceil()
+        n = (state.free.sum(1, keepdim=True) * cfg.update_fraction - 1e-3).ceil()  # 50 x 0.3 is 15.000001 in float32
         chosen = _rank(-state.memory.masked_fill(~state.free, math.inf)) < n
     canvas = torch.where(chosen & state.free, drawn, state.canvas)
     still = ((drawn == state.canvas) | ~state.free).all(1)
-    return state._replace(canvas=canvas, answer=canvas, judged=state.canvas, memory=best, settled=still)
+    judged = _unmasked(state.canvas, drawn, m)
+    return state._replace(canvas=canvas, answer=canvas, judged=judged, memory=best, settled=still)
 
 
 @torch.no_grad()
@@ -203,6 +208,11 @@ SAMPLERS: dict[str, Callable] = {
     "confidence": confidence,
     "entropy_bound": entropy_bound,
 }
+
+
+def _unmasked(tokens, drawn, m) -> Tensor:
+    # With mask noise a slot may not have been drawn yet. A mask is no text and has no likelihood: what was drawn has.
+    return torch.where(tokens == m.mask_id, drawn, tokens)
 
 
 def _commit(logits, log_p, keep, drawn, state, cfg, draws, m) -> State:

@@ -32,7 +32,7 @@ from checkpoint import load_model
 from configurator import nearest, read_settings, run
 from data.tokenizer import Tokenizer
 from model import ModelConfig
-from train import autocast, pick_device, refuse_changes
+from device import autocast, pick_device
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 

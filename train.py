@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,10 +23,11 @@ from tqdm import tqdm
 
 import autoregressive
 import diffusion
-from checkpoint import load, save
-from configurator import describe, read_settings, run
+from checkpoint import load, save, write_atomically
+from configurator import describe, read_settings, refuse_changes, run
 from data.loader import build_if_missing, open_set
 from data.tokenizer import get_tokenizer
+from device import autocast, compile_or_say_why_not, measured_flops, pick_device
 from diffusion import LossConfig
 from draws import EDGES, draws_for
 from model import ModelConfig, Transformer, flops_per_token, model_settings, num_params
@@ -80,7 +80,7 @@ class TrainConfig(ModelConfig, LossConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name in ("max_steps", "batch_size", "grad_accum_steps", "log_interval", "eval_interval", "save_interval"):
+        for name in ("max_steps", "batch_size", "grad_accum_steps", "log_interval", "eval_interval", "eval_batches", "save_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.grad_accum_steps:
@@ -92,6 +92,8 @@ class TrainConfig(ModelConfig, LossConfig):
         if self.anneal_steps and self.target_attention != "bidirectional":
             raise ValueError("anneal_steps opens the mask of a bidirectional target; target_attention is 'causal'")
 
+
+OPEN_AT_ZERO = {"block_size", "target_length"}  # 0, also where it is typed: what the data or the checkpoint says
 
 # What a resumed run may be given anew; any other change would make it a different run.
 MAY_CHANGE = {"max_steps", "resume", "init_from", "out_dir", "overwrite", "device", "dtype", "compile", "grad_accum_steps"}
@@ -179,14 +181,15 @@ def main(argv: list[str]) -> dict:
             log.write(entry)
             if cfg.sample_interval and (done % cfg.sample_interval == 0 or last):
                 tqdm.write(sample_line(model, valid_set, done))
-            if done % cfg.save_interval == 0 or last or stop.asked:
+            stopping = stop.asked  # read once: a signal that comes now waits for the next step, which will be saved
+            if done % cfg.save_interval == 0 or last or stopping:
                 checkpoint("ckpt.pt", done)
             if tokens and "seconds" in entry:
                 tokens, since = 0, time.perf_counter()
-            if stop.asked and not last:
+            if stopping and not last:
                 bar.close()
                 print(f"stopped by {stop.name} at step {done}; go on with --init_from=resume", file=sys.stderr)
-                sys.exit(128 + stop.asked)
+                sys.exit(128 + stopping)
     bar.close()
     print(f"done: {out / 'ckpt.pt'} at step {cfg.max_steps}, best held-out loss {best:.4f} in {out / 'best.pt'}")
     return log.last
@@ -199,14 +202,12 @@ def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
     resume = resume or given.pop("resume", False) or given.get("init_from") == "resume"
     if given.get("init_from") == "resume":
         del given["init_from"]
+    given = {name: value for name, value in given.items() if value or name not in OPEN_AT_ZERO}
     out = Path(given.get("out_dir", TrainConfig.out_dir))
     last = out / "ckpt.pt"
-    device = pick_device(given.get("device", TrainConfig.device))
     state = None
     if resume and last.exists():
-        state = load(last, device)
-        refuse_changes(given, state["train_config"], f"{last} was trained with", except_for=MAY_CHANGE)
-        cfg = TrainConfig(**(state["train_config"] | given))
+        state = load(last)
         print(f"resuming {last} at step {state['step']}")
     elif resume:
         print(f"no checkpoint in {out} yet: starting at step 0")
@@ -214,12 +215,14 @@ def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
         raise ValueError(
             f"{out} already holds a run; go on with --init_from=resume, start over with --overwrite, or name another --out_dir"
         )
-    data = build_if_missing(given.get("data", TrainConfig.data))
+    before = TrainConfig.data if state is None else state["train_config"]["data"]
+    data = given["data"] = str(build_if_missing(given.get("data", before)))  # the folder of a bare name
     train_set = open_set(data, "train")
     if state is None:
         cfg, weights = new_run(given, train_set)
     else:
-        weights = state["model"]
+        refuse_changes(given, state["train_config"], f"{last} was trained with", except_for=MAY_CHANGE)
+        cfg, weights = TrainConfig(**(state["train_config"] | given)), state["model"]
         if state["fingerprint"] != train_set.fingerprint:
             raise ValueError(f"{data} has changed since {last} was written; use another --out_dir, or bring the data back")
     model = Transformer(ModelConfig(**model_settings(asdict(cfg))))
@@ -229,7 +232,7 @@ def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
     else:
         model.load_state_dict(weights)
     out.mkdir(parents=True, exist_ok=True)
-    return cfg, model.to(device), state
+    return cfg, model.to(pick_device(cfg.device)), state
 
 
 def new_run(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
@@ -259,16 +262,6 @@ def new_run(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
             f"is {cfg.block_size}; pretrain with --block_size={train_set.meta['block_size']}"
         )
     return cfg, weights
-
-
-def refuse_changes(given: dict, fixed: dict, says: str, hint: str = "drop the setting", except_for=frozenset()) -> None:
-    """Raise ValueError where an explicit setting contradicts what is fixed already (0 or '' leave it open)."""
-    for name, value in given.items():
-        if name in fixed and name not in except_for and value != fixed[name] and not (name in OPEN_AT_ZERO and not value):
-            raise ValueError(f"{says} {name}={fixed[name]}, but {name}={value} is asked for; {hint}")
-
-
-OPEN_AT_ZERO = {"block_size", "target_length"}
 
 
 def state_of_origin(cfg: TrainConfig, state: dict | None) -> str:
@@ -311,9 +304,10 @@ def open_edges(batch, step: int, cfg: TrainConfig) -> torch.Tensor:
 
     A function of (seed, step) alone, so that all micro-batches see one mask.
     """
-    size = batch.target.shape[1] + (batch.prefix.shape[1] if cfg.prefix_attention == "joint" else 0)
-    row = torch.arange(size, device=batch.target.device)
-    return draws_for(cfg.seed, row, step).uniform(EDGES, size)[0] < (step + 1) / cfg.anneal_steps
+    P, T = batch.prefix.shape[1] if cfg.prefix_attention == "joint" else 0, batch.target.shape[1]
+    # Target first, so that its edges have the same names however long the prefixes of a micro-batch are.
+    row = torch.cat([torch.arange(T, T + P), torch.arange(T)]).to(batch.target.device)
+    return draws_for(cfg.seed, row, step).uniform(EDGES, P + T)[0][:, row] < (step + 1) / cfg.anneal_steps
 
 
 @torch.no_grad()
@@ -364,9 +358,8 @@ class Log:
                 if entry["step"] <= first:
                     kept.append(entry)
         self.last = kept[-1] if kept else {}
-        self.file = open(path, "w", encoding="utf-8", buffering=1)
-        for entry in kept:
-            self.file.write(json.dumps(entry) + "\n")
+        write_atomically(path, lambda file: file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode()))
+        self.file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, entry: dict) -> None:
         self.file.write(json.dumps(entry) + "\n")
@@ -400,45 +393,6 @@ class StopSignals:
         if self.asked:
             raise KeyboardInterrupt
         self.asked, self.name = number, signal.Signals(number).name
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; auto: cuda, else mps, else cpu. Raises ValueError where it is not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
-    if not there.get(name.split(":")[0]):
-        raise ValueError(f"device {name!r} is not there; available: {', '.join(k for k in there if there[k])}")
-    return torch.device(name)
-
-
-def autocast(device: torch.device, dtype: str):
-    """bfloat16 where it is asked for; weights, softmax and loss stay float32."""
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-
-
-def compile_or_say_why_not(model: Transformer) -> None:
-    """torch.compile the model; where no compiler works, go on eagerly and say so."""
-    try:
-        plain = model._run_blocks
-        model.compile_()
-        prefix = torch.full((2, 2), 0, device=model.tok.weight.device)
-        with torch.no_grad():
-            model(prefix, prefix)
-    except Exception as error:  # whatever the compiler lacks, eager mode computes the same
-        model._run_blocks = plain
-        print(f"compile=True has no effect here, running eagerly: {str(error).splitlines()[0][:100]}")
-
-
-def measured_flops(device: torch.device, dtype: str, size: int = 1024) -> float:
-    """FLOP/s of a square matmul here and now: the ceiling of MFU. Best of five."""
-    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # reading a number waits for the device
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times[1:])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m data.mini [--out=out/data]
 
     translation   fr nine hundred eighty-one                          -> neuf cent quatre-vingt-un
-    qa            qa tom: red hat. ann: blue cup. eva: tan pen. who has cup?  -> ann
-    code          py add 7 then double                                -> def f(x):\\n  return (x + 7) * 2
+    qa            qa tom red. ann blue. eva tan. who is blue?          -> ann
+    code          py add 7 then double                             -> def f(x): return (x + 7) * 2
 
 Everything is generated, is the same on every machine, and has an exact scorer. A held-out item tests composition: its
 words all occur in training, the item itself does not. Writes mini (the three in equal shares), mini_translation,
@@ -15,7 +15,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +24,13 @@ from data.loader import OUT, write_pairs
 from data.syntax import same_code
 from data.tokenizer import get_tokenizer
 
-PREFIX_LENGTH = 61  # bytes; the longest prefix there is
-TARGET_LENGTH = 48  # bytes, separator included; the longest target has 47 - 1, so every text ends with a pad
+PREFIX_LENGTH = 47  # bytes; the longest prefix there is
+TARGET_LENGTH = 36  # bytes, separator included; the longest target has 36 - 2, so every text ends with a pad
 HELD_OUT = 12  # percent of the items
-MAX_NUMBER = 9999
+MAX_NUMBER = 999  # more digits add length, not ideas, and length is what a laptop pays for
+LONG_PROGRAMS = 15  # percent of the three-step programs that are used; all would drown the shorter ones
+HELD_OUT_NUMBERS = 57  # percent of those from 100 on: more than 500
 N_QUESTIONS = 12_000
-LONG_PROGRAMS = 30  # percent of the three-step programs that are used; all would drown the shorter ones
 
 
 @dataclass
@@ -96,7 +97,8 @@ def _join(head: str, tail: str) -> str:
 
 def translation_examples(split: str) -> list[dict]:
     """Numbers 0 to MAX_NUMBER. Below 100 all are for training: they are the words that the others are made of."""
-    numbers = [n for n in range(MAX_NUMBER + 1) if ("train" if n < 100 else _split_of(f"number {n}")) == split]
+    held_out = {n for n in range(100, MAX_NUMBER + 1) if _percent(f"number {n}") < HELD_OUT_NUMBERS}
+    numbers = [n for n in range(MAX_NUMBER + 1) if (n in held_out) == (split == "valid")]
     return _shuffled([{"prefix": f"fr {english(n)}", "target": french(n)} for n in numbers])
 
 
@@ -105,11 +107,10 @@ def score_translation(prediction: str, example: dict) -> bool:
     return prediction.strip() == example["target"]
 
 
-# Question answering: three people, what each has, and a question about one of them
+# Question answering: three people, the colour of each, and a question about one of them
 
 NAMES = ["tom", "ann", "bob", "eva", "sam", "kim", "leo", "joy"]
 COLOURS = ["red", "tan", "blue", "pink", "grey", "gold", "lime", "teal"]
-THINGS = ["hat", "cup", "pen", "bag", "box", "key", "map", "toy"]
 
 
 def qa_examples(split: str) -> list[dict]:
@@ -117,12 +118,10 @@ def qa_examples(split: str) -> list[dict]:
     items = {}  # by prefix: no item twice
     for i in range(N_QUESTIONS):
         pick = _Picker(f"qa {i}")
-        facts = list(zip(pick.some(NAMES, 3), pick.some(COLOURS, 3), pick.some(THINGS, 3)))
-        name, colour, thing = pick.one(facts)
-        question, answer = pick.one(
-            [(f"who has {thing}?", name), (f"{name} has what?", f"{colour} {thing}"), (f"what is {colour}?", thing)]
-        )
-        prefix = " ".join(["qa", *(f"{n}: {c} {t}." for n, c, t in facts), question])
+        facts = list(zip(pick.some(NAMES, 3), pick.some(COLOURS, 3)))
+        name, colour = pick.one(facts)
+        question, answer = pick.one([(f"who is {colour}?", name), (f"what is {name}?", colour)])
+        prefix = " ".join(["qa", *(f"{n} {c}." for n, c in facts), question])
         items[prefix] = {"prefix": prefix, "target": answer}
     return [item for prefix, item in items.items() if _split_of(prefix) == split]
 
@@ -161,11 +160,11 @@ def code_examples(split: str) -> list[dict]:
     for steps in [s for n in (1, 2, 3) for s in product(STEPS, repeat=n)]:
         sentence = " then ".join(steps)
         if len(steps) < 3 or _percent(f"long {sentence}") < LONG_PROGRAMS:
-            programs.append((sentence, f"def f(x):\n  return {_expression(steps)}"))
+            programs.append((sentence, f"def f(x): return {_expression(steps)}"))
     for outer, kept, steps in product(OUTERS, FILTERS, [s for n in (1, 2) for s in product(STEPS, repeat=n)]):
         if len(steps) == 1 or kept == "":
             body = OUTERS[outer].format(_expression(steps), FILTERS[kept])
-            programs.append((f"{outer}{kept}: {' then '.join(steps)}", f"def f(a):\n  return {body}"))
+            programs.append((f"{outer}{kept}: {' then '.join(steps)}", f"def f(a): return {body}"))
     return _shuffled(
         [
             {"prefix": f"py {sentence}", "target": code}
@@ -216,11 +215,13 @@ def task_of(set_name: str, prefix: str = "") -> str:
 
 
 def examples(set_name: str, split: str) -> list[dict]:
-    """The items of a set, in file order: dicts with prefix and target. In "mini" the three tasks take turns."""
+    """The items of a set, in file order: dicts with prefix and target. In "mini" the three take turns, the short ones anew."""
     if split not in ("train", "valid"):
         raise ValueError(f"split must be 'train' or 'valid', got {split!r}")
     if set_name == "mini":
-        return [item for turn in zip(*(task.examples(split) for task in TASKS.values())) for item in turn]
+        lists = [task.examples(split) for task in TASKS.values()]
+        longest = max(len(items) for items in lists)
+        return [item for turn in zip(*(islice(cycle(items), longest) for items in lists)) for item in turn]
     return TASKS[task_of(set_name)].examples(split)
 
 

@@ -33,7 +33,7 @@ from configurator import configure, run
 from data.objectives import Batch
 from draws import draws_for
 from model import ModelConfig, Transformer, flops_per_token, model_settings
-from train import PARADIGMS, TrainConfig, autocast, make_optimizer
+from train import PARADIGMS, TrainConfig, autocast, make_optimizers
 
 
 @dataclass
@@ -243,10 +243,11 @@ def batch_of(shape: dict, rows: int, prefix: int, target: int, seed: int) -> Bat
 
 def our_step(cfg: SpeedConfig, shape: dict, batch: Batch, dtype: str = "float32") -> Callable[[], None]:
     """One optimizer step as train.py makes it."""
-    settings = TrainConfig(**model_config(shape, batch.prefix.shape[1], batch.target.shape[1]), dtype=dtype)
+    sizes = model_config(shape, batch.prefix.shape[1], batch.target.shape[1])
+    settings = TrainConfig(**sizes, dtype=dtype, optimizer="adamw")
     torch.manual_seed(cfg.seed)
     model = Transformer(ModelConfig(**model_settings(asdict(settings))))
-    optimizer, losses, cpu = make_optimizer(model, settings), PARADIGMS[settings.paradigm].losses, torch.device("cpu")
+    optimizers, losses, cpu = make_optimizers(model, settings), PARADIGMS[settings.paradigm].losses, torch.device("cpu")
 
     def step():
         total = 0.0
@@ -256,8 +257,9 @@ def our_step(cfg: SpeedConfig, shape: dict, batch: Batch, dtype: str = "float32"
                 total += term.detach()
         nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         float(total)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return step
 

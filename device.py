@@ -1,0 +1,46 @@
+"""Where a run takes place: the device, its number format, its compiler and its speed."""
+
+import time
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; auto: cuda, else mps, else cpu. Raises ValueError where it is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    if not there.get(name.split(":")[0]):
+        raise ValueError(f"device {name!r} is not there; available: {', '.join(k for k in there if there[k])}")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, dtype: str):
+    """bfloat16 where it is asked for; weights, softmax and loss stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def compile_or_say_why_not(model: nn.Module) -> None:
+    """torch.compile the model; where no compiler works, go on eagerly and say so."""
+    try:
+        plain = model._run_blocks
+        model.compile_()
+        prefix = torch.full((2, 2), 0, device=model.tok.weight.device)
+        with torch.no_grad():
+            model(prefix, prefix)
+    except Exception as error:  # whatever the compiler lacks, eager mode computes the same
+        model._run_blocks = plain
+        print(f"compile=True has no effect here, running eagerly: {str(error).splitlines()[0][:100]}")
+
+
+def measured_flops(device: torch.device, dtype: str, size: int = 1024) -> float:
+    """FLOP/s of a square matmul here and now: the ceiling of MFU. Best of five."""
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # reading a number waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times[1:])

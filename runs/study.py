@@ -1,0 +1,264 @@
+"""The study: every row of the main table on every task, with seeds, and the table of what was tried for the defaults.
+
+    python -m runs.study                       # everything; two jobs at a time, one core each
+    python -m runs.study --part=mini --seeds=1 # one part
+    python -m runs.study --table               # only print the tables from results/study/*.json
+
+Jobs are resumed one by one: what has its JSON is not run again, and a training that was cut off goes on from its last
+checkpoint. As in the paper a row is pretraining (AR for A steps, or diffusion), conversion and N steps of adaptation
+where named, then the same F fine-tuning steps on the task with the row's own loss.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from configurator import configure, nearest, run
+
+OURS = {"shift": "true", "lookahead": "true", "self_conditioning": "true"}
+PAPER = {"shift": "false", "lookahead": "false", "self_conditioning": "false"}
+# From scratch nothing has to line up with AR weights, so the slot's own position is read.
+SCRATCH = ["--paradigm=diffusion", "--prefix_attention=joint", "--target_attention=bidirectional", "--self_conditioning"]
+FROZEN_LR = "--schedule=constant"  # pretraining and adaptation: a longer run is then the same run, longer
+
+
+@dataclass
+class Size:
+    """How long each stage is, in steps, and what it reads."""
+
+    pretrain_data: str
+    tasks: list[str]
+    model: list[str]
+    A: int
+    N: int
+    F: int
+
+
+SIZES = {
+    "mini": Size("mini", ["mini_translation", "mini_qa", "mini_code"], ["--n_layer=3", "--n_embd=128"], 500, 400, 150),
+    "python": Size(
+        "python_code", ["python_pairs"], ["--n_layer=3", "--n_embd=128", "--block_size=384", "--batch_size=16"], 500, 300, 100
+    ),
+}
+EVALUATE = {"mini": ["-m", "eval.exact_match", "--n=500"], "python": ["-m", "eval.python_code", "--n=200"]}
+
+
+@dataclass
+class StudyConfig:
+    part: str = "all"  # all | mini | python | tried
+    seeds: int = 3
+    lanes: int = 2  # jobs at a time
+    threads: int = 1  # of each job
+    out: str = "out/study"
+    results: str = "results/study"
+    table: bool = False  # print the tables of what there is, run nothing
+
+
+@dataclass
+class Job:
+    name: str
+    commands: Callable[[], list[list[str]]]
+    after: list[str] = field(default_factory=list)
+    done: Callable[[], bool] = lambda: False
+    state: str = "waiting"
+
+
+def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job]:
+    """All jobs of one part and seed: pretraining, conversions, adaptation, fine-tuning of each row on each task."""
+    out, jobs = Path(cfg.out) / part / f"seed{seed}", []
+    data = Path("out/data")
+    small = ["--batch_size=16"] if part == "python" else []
+
+    def train(name, steps, *flags, after=(), source=None):
+        target = out / name
+        argv = ["train.py", f"--out_dir={target}", f"--max_steps={steps}", f"--seed={seed}", *flags, "--init_from=resume"]
+        if source:
+            argv.insert(1, f"--init_from={source}")
+        jobs.append(Job(f"{part}/{seed}/{name}", lambda: [argv], list(after), lambda: _at_step(target, steps)))
+        return f"{part}/{seed}/{name}"
+
+    def convert(name, settings, source, after):
+        target = out / name
+        argv = ["ar2diff.py", f"--init_from={source}", f"--out_dir={target}", "--check", "--overwrite"]
+        argv += [f"--{key}={value}" for key, value in settings.items()]
+        jobs.append(Job(f"{part}/{seed}/{name}", lambda: [argv], [after], lambda: (target / "ckpt.pt").exists()))
+        return f"{part}/{seed}/{name}"
+
+    pretrain = [f"--data={data / size.pretrain_data}", FROZEN_LR, *small]
+    ar = train("ar", size.A, *size.model, *pretrain)
+    rows = {"AR": (out / "ar/ckpt.pt", ar)}
+    for label, settings in (("", OURS), (" (paper's settings)", PAPER)):
+        tag = "paper_" if label else ""
+        start = convert(f"{tag}start", settings, out / "ar/ckpt.pt", ar)
+        if not label:
+            rows["AR2Diff_0"] = (out / "start/ckpt.pt", start)
+        adapted = train(f"{tag}adapt", size.N, *pretrain, after=[start], source=out / f"{tag}start/ckpt.pt")
+        rows[f"AR2Diff_N{label}"] = (out / f"{tag}adapt/ckpt.pt", adapted)
+    scratch = train("scratch", size.N, *size.model, *SCRATCH, *pretrain)
+    rows["diffusion, N steps"] = (out / "scratch/ckpt.pt", scratch)
+    # Equal FLOPs: an unrolled diffusion step costs two AR steps, so A AR steps and N diffusion steps are N + A / 2.
+    longer = out / "scratch_longer"
+    equal = train("scratch_longer", size.N + size.A // 2, *size.model, *SCRATCH, *pretrain, after=[scratch])
+    copy = jobs[-1].commands
+    jobs[-1].commands = lambda: copy() if _copied(out / "scratch", longer) else copy()
+    rows["diffusion, equal FLOPs"] = (longer / "ckpt.pt", equal)
+
+    for task in size.tasks:
+        for row, (checkpoint, after) in rows.items():
+            name = f"{task}_{_plain(row)}"
+            tune = train(name, size.F, f"--data={data / task}", "--schedule=linear", *small, after=[after], source=checkpoint)
+            result = Path(cfg.results) / f"{part}_{seed}_{name}.json"
+            argv = [*EVALUATE[part], f"--init_from={out / name / 'ckpt.pt'}", f"--json={result}", "--seed=0"]
+            argv += [] if row == "AR" else ["--steps=10", "--candidates=1"]
+            done = (lambda path: lambda: path.exists())(result)
+            jobs.append(Job(f"{part}/{seed}/{name}_eval", (lambda argv: lambda: [argv])(argv), [tune], done))
+    return jobs
+
+
+# What was tried for the defaults: one change each from ours, short stages, on translation.
+TRIED = {
+    "ours": ({}, []),
+    "no lookahead (shift only)": ({"lookahead": "false"}, []),
+    "no shift (own position)": ({"shift": "false", "lookahead": "false"}, []),
+    "no self-conditioning": ({"self_conditioning": "false"}, []),
+    "self-conditioning for half of the rows": ({}, ["--self_conditioning_prob=0.5"]),
+    "paper: no shift, no self-conditioning": (PAPER, []),
+    "mask noise": ({"noise": "mask"}, []),
+    "frozen prefix, bidirectional": ({"prefix_attention": "bidirectional"}, []),
+    "frozen prefix, causal": ({"prefix_attention": "causal"}, []),
+    "mask annealed over 100 steps": ({}, ["--anneal_steps=100"]),
+    "one pass: L(1) alone": ({"self_conditioning": "false"}, ["--unroll_steps=1"]),
+    "unroll by sampling (SUNDAE)": ({}, ["--unroll_temperature=1.0"]),
+    "learning rate x 1/2": ({}, ["--learning_rate=1.5e-3"]),
+    "learning rate x 2": ({}, ["--learning_rate=6e-3"]),
+    "AdamW": ({}, ["--optimizer=adamw"]),
+    "batches of one prefix length": ({}, ["--bucket=32"]),
+}
+TRIED_N, TRIED_F = 200, 100
+
+
+def jobs_tried(seed: int, cfg: StudyConfig) -> list[Job]:
+    """Each line of TRIED: convert, TRIED_N steps on the mix, TRIED_F on translation, evaluate."""
+    base, jobs = Path(cfg.out) / "mini" / f"seed{seed}", []
+    for label, (settings, flags) in TRIED.items():
+        name = _plain(label)
+        out = Path(cfg.out) / "tried" / f"seed{seed}" / name
+        result = Path(cfg.results) / f"tried_{seed}_{name}.json"
+        convert = ["ar2diff.py", f"--init_from={base / 'ar/ckpt.pt'}", f"--out_dir={out / 'start'}", "--overwrite"]
+        convert += [f"--{key}={value}" for key, value in (OURS | settings).items()]
+        tune_flags = [flag for flag in flags if not flag.startswith("--anneal")]
+        stages = [
+            ["adapt", "mini", TRIED_N, out / "start/ckpt.pt", [FROZEN_LR, *flags]],
+            ["tune", "mini_translation", TRIED_F, out / "adapt/ckpt.pt", ["--schedule=linear", *tune_flags]],
+        ]
+        commands = [convert]
+        for stage, data, steps, source, extra in stages:
+            argv = ["train.py", f"--init_from={source}", f"--out_dir={out / stage}", f"--data=out/data/{data}"]
+            commands.append([*argv, f"--max_steps={steps}", f"--seed={seed}", *extra, "--init_from=resume"])
+        argv = [*EVALUATE["mini"], f"--init_from={out / 'tune/ckpt.pt'}", f"--json={result}"]
+        commands.append([*argv, "--steps=10", "--candidates=1"])
+        done = (lambda path: lambda: path.exists())(result)
+        jobs.append(Job(f"tried/{seed}/{name}", (lambda c: lambda: c)(commands), [f"mini/{seed}/ar"], done))
+    return jobs
+
+
+def work(jobs: list[Job], cfg: StudyConfig) -> None:
+    """Run the jobs in order of the list, each after those it needs, cfg.lanes at a time."""
+    lock, by_name, logs = threading.Condition(), {job.name: job for job in jobs}, Path(cfg.out) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    threads = str(cfg.threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    begun = time.time()
+
+    def pick():
+        for job in jobs:
+            needs = [by_name[name].state for name in job.after if name in by_name]
+            if job.state == "waiting" and any(state == "failed" for state in needs):
+                job.state = "failed"
+            if job.state == "waiting" and all(state == "done" for state in needs):
+                return job
+        return None
+
+    def lane():
+        while True:
+            with lock:
+                while (job := pick()) is None and any(j.state in ("waiting", "running") for j in jobs):
+                    lock.wait(1)
+                if job is None:
+                    return
+                job.state = "running"
+            start, ok = time.time(), True
+            if not job.done():
+                with open(logs / (job.name.replace("/", "_") + ".log"), "a") as log:
+                    for argv in job.commands():
+                        log.write(f"$ python {' '.join(argv)}\n")
+                        log.flush()
+                        ok = ok and subprocess.call([sys.executable, *argv], stdout=log, stderr=log, env=environment) == 0
+                say = "done" if ok else f"FAILED, see {log.name}"
+                left = sum(j.state == "waiting" for j in jobs)
+                print(f"{(time.time() - begun) / 60:5.1f} min  {job.name:<44} {say} in {time.time() - start:.0f} s, {left} left", flush=True)
+            with lock:
+                job.state = "done" if ok else "failed"
+                lock.notify_all()
+
+    lanes = [threading.Thread(target=lane) for _ in range(cfg.lanes)]
+    for thread in lanes:
+        thread.start()
+    for thread in lanes:
+        thread.join()
+    failed = [job.name for job in jobs if job.state == "failed"]
+    if failed:
+        raise ValueError(f"{len(failed)} jobs failed or stand behind one that did: {', '.join(failed[:6])}")
+
+
+def _at_step(folder: Path, steps: int) -> bool:
+    log = folder / "log.jsonl"
+    if not (folder / "ckpt.pt").exists() or not log.exists():
+        return False
+    lines = log.read_text().splitlines()
+    return bool(lines) and lines[-1].startswith("{") and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= steps
+
+
+def _copied(source: Path, target: Path) -> bool:
+    if not (target / "ckpt.pt").exists():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    return True
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in text.lower()).strip("_")
+
+
+def main(argv: list[str]) -> None:
+    """Run the parts that argv names, then print the tables."""
+    cfg = configure(StudyConfig, argv)
+    if cfg.part not in ("all", "mini", "python", "tried"):
+        raise ValueError(f"part must be all, mini, python or tried{nearest(cfg.part, ['all', 'mini', 'python', 'tried'])}")
+    if not cfg.table:
+        seeds, jobs = range(1, cfg.seeds + 1), []
+        for name in ("mini", "python_code"):
+            subprocess.run([sys.executable, "-c", f"from data.loader import build_if_missing as b; b('out/data/{name}')"], check=True)
+        for seed in seeds:
+            if cfg.part in ("all", "mini"):
+                jobs += jobs_of_size("mini", SIZES["mini"], seed, cfg)
+        for seed in seeds:
+            if cfg.part in ("all", "python"):
+                jobs += jobs_of_size("python", SIZES["python"], seed, cfg)
+        for seed in list(seeds)[:2]:
+            if cfg.part in ("all", "tried"):
+                jobs += jobs_tried(seed, cfg)
+        work(jobs, cfg)
+    from runs.tables import print_tables
+
+    print_tables(Path(cfg.results))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,76 @@
+"""Who imports whom, read from the source: a table to keep, and files that fit in a head."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A module may import the modules beside it, and nothing else of ours. "data.*" stands for every module in the folder.
+MAY_IMPORT = {
+    # level 0
+    "configurator": "",
+    "draws": "",
+    "device": "",
+    "model": "",
+    "data.tokenizer": "",
+    "data.objectives": "",
+    "data.syntax": "",
+    # level 1
+    "autoregressive": "draws",
+    "diffusion": "draws",
+    "data.loader": "data.objectives data.tokenizer",
+    "checkpoint": "model data.tokenizer",
+    # level 2
+    "data.*": "configurator data.*",
+    "ar2diff": "model checkpoint configurator data.loader data.tokenizer data.objectives draws autoregressive diffusion",
+    # level 3
+    "train": "configurator device draws model autoregressive diffusion checkpoint data.loader data.tokenizer data.objectives",
+    "sample": "configurator device draws model autoregressive diffusion checkpoint data.tokenizer data.objectives",
+    "eval.*": "configurator device draws model autoregressive diffusion checkpoint ar2diff train sample data.* eval.*",
+    # anything
+    "tests.*": "*",
+    "runs.*": "*",
+}
+CORE = ("model", "autoregressive", "diffusion", "ar2diff", "train")
+FILES = {
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path
+    for pattern in ("*.py", "data/*.py", "eval/*.py", "runs/*.py")
+    for path in sorted(ROOT.glob(pattern))
+    if path.name != "__init__.py"
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Our modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & set(FILES)
+
+
+def allowed(name: str) -> list[str]:
+    folder = name.rpartition(".")[0]
+    return MAY_IMPORT[name if name in MAY_IMPORT else f"{folder}.*"].split()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_module_imports_only_what_its_level_allows(name):
+    may = allowed(name)
+    for other in imported(FILES[name]):
+        folder = other.rpartition(".")[0]
+        assert other in may or f"{folder}.*" in may or "*" in may, f"{name} imports {other}; it may import {may}"
+
+
+def test_the_core_fits_in_a_head():
+    lines = {name: len(FILES[name].read_text(encoding="utf-8").splitlines()) for name in CORE if name in FILES}
+    assert max(lines.values()) <= 450 and sum(lines.values()) <= 1500, lines
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_opens_with_what_it_is_about(name):
+    assert ast.get_docstring(ast.parse(FILES[name].read_text(encoding="utf-8"))), f"{name} has no docstring"
