@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 import autoregressive
 import diffusion
@@ -64,7 +65,7 @@ def check(source: Transformer, model: Transformer, batch: Batch, seed: int = 0) 
     except that a trained AR model is expected to be better than guessing.
     """
     prefix, target = batch.prefix, batch.target
-    ar_again = adapt_back(model, source.cfg)
+    ar_again = _as_source(model, source.cfg)
     before = source(prefix, target)
     difference = (ar_again(prefix, target) - before).abs().max().item()
 
@@ -81,7 +82,7 @@ def check(source: Transformer, model: Transformer, batch: Batch, seed: int = 0) 
     guess = math.log(model.cfg.n_ordinary + 1)
     ar_loss = autoregressive.loss(source, batch, None, None).item()
     # Causal attention and clean tokens: the readout that fits the weights is the one that costs what the AR loss does.
-    aligned = {s: _clean_loss(replace_shift(ar_again, s), batch) for s in (True, False)}
+    aligned = {shift: _clean_loss(ar_again, batch, shift) for shift in (True, False)}
     draws = draws_for(seed, batch.example)
     rates = diffusion.loss_by_rate(model, batch, diffusion.LossConfig(), draws, [0.0, 0.5, 1.0])
     return [
@@ -104,21 +105,16 @@ def check(source: Transformer, model: Transformer, batch: Batch, seed: int = 0) 
     ]
 
 
-def adapt_back(model: Transformer, cfg: ModelConfig) -> Transformer:
+def _as_source(model: Transformer, cfg: ModelConfig) -> Transformer:
     """The converted weights under the source's settings, without what the conversion added."""
     back = Transformer(cfg).to(model.tok.weight.device)
     back.load_state_dict({k: v for k, v in model.state_dict().items() if k.split(".")[0] not in ADDED_BY_CONVERSION})
     return back.eval()
 
 
-def replace_shift(model: Transformer, shift: bool) -> tuple[Transformer, bool]:
-    return model, shift
-
-
-def _clean_loss(model_and_shift, batch: Batch) -> float:
-    model, shift = model_and_shift
+def _clean_loss(model: Transformer, batch: Batch, shift: bool) -> float:
     logits = diffusion.readout(model(batch.prefix, batch.target), shift)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.target[:, 1:].flatten()).item()
+    return F.cross_entropy(logits.flatten(0, 1), batch.target[:, 1:].flatten()).item()
 
 
 def _spied_prefixes(model: Transformer, batch: Batch, seed: int) -> tuple[int, int]:

@@ -7,8 +7,8 @@
 FILE.json: {"title": text, "metric": "exact match",
             "ar": {"value": 0.9, "interval": [0.87, 0.93], "calls": 22.5},
             "series": [{"name": text, "points": [{"steps": 10, "calls": 10, "value": 0.8, "interval": [0.76, 0.83]}]}]}
-"ar" may be left out, an interval too. A loss on a run's own scale is for that run's curve; which curves compare stands
-on the panels. Needs matplotlib, which nothing else here does.
+"ar" may be left out, and so may an interval. AR and diffusion losses stand on panels of their own: a likelihood and a
+denoising loss have no scale in common. Needs matplotlib, which nothing else here does.
 """
 
 import json
@@ -41,7 +41,10 @@ TITLES = {
     "diffusion": "diffusion (not comparable with AR)",
     "rates": "diffusion: held-out L(1) by corruption rate",
 }
-MEASURES = {"ar": ("held out", "training"), "diffusion": ("held out, L(1), mean over rates", "training, sum of the passes")}
+MEASURES = {
+    "ar": ("held out", "training"),
+    "diffusion": ("held out, L(1), mean over rates", "training, sum of the passes"),
+}
 
 
 @dataclass
@@ -125,7 +128,8 @@ def _plot_rates(panel, entries: list[dict], colour: str, line: str) -> None:
         values = [entry["val_loss_by_rate"][rate] for entry in told if rate in entry["val_loss_by_rate"]]
         marker = "o" if len(steps) == 1 else ""
         panel.plot(steps, values, color=colour, ls=line, lw=1.2, alpha=0.3 + 0.6 * float(rate), marker=marker, ms=3)
-        panel.annotate(rate, (steps[-1], values[-1]), (4, 0), textcoords="offset points", va="center", color=colour, fontsize=9)
+        place = dict(xytext=(4, 0), textcoords="offset points", va="center")
+        panel.annotate(rate, (steps[-1], values[-1]), color=colour, fontsize=9, **place)
 
 
 def read_run(folder: str | Path) -> tuple[str, list[dict]]:
@@ -230,21 +234,23 @@ def draw_canvas(rows: list[Row], tokenizer, title: str):
             inset = 0.06 if changed else 0.0  # so that neighbouring frames do not cover each other
             box = dict(facecolor=_blue(chance), edgecolor=CHANGED if changed else "white", lw=1.4 if changed else 0.6)
             panel.add_patch(Rectangle((first + inset, y + inset), end - first - 2 * inset, 1 - 2 * inset, **box))
-            dark = chance > 0.6
-            colour = ("#7FB4D8" if dark else "#B0B0B0") if text == PAD else "white" if dark else INK
+            dark = chance > 0.75
+            colour = ("#7FB4D8" if dark else "#7D909C") if text == PAD else "white" if dark else INK
             text = "".join(c if drawable(c) else UNPRINTABLE for c in text[:letters])
             panel.text((first + end) / 2, y + 0.5, text, color=colour, clip_on=True, parse_math=False, **look)
         before = ids
     title = title if len(title) <= 125 else title[:124] + "…"
     figure.text(0.1 / WIDTH, 1 - 0.2 / height, title, fontsize=11, color=INK, va="center", parse_math=False)
     figure.text(0.1 / WIDTH, 1 - 0.5 / height, "step", fontsize=10, color=INK, va="center")
-    patches = [Rectangle((0, 0), 1, 1, facecolor=_blue(p), edgecolor="#BBBBBB", lw=0.5) for p in (0, 0.25, 0.5, 0.75, 1)]
-    patches += [Rectangle((0, 0), 1, 1, facecolor="white", edgecolor=CHANGED, lw=1.4)]
-    names = ["0%", "25%", "50%", "75%", "100% likely to the network", "changed in this step"]
-    legend = dict(loc="lower left", ncols=6, frameon=False, fontsize=10, handlelength=1.2, handleheight=1.2, labelcolor=INK)
-    figure.legend(patches, names, bbox_to_anchor=(LEFT / WIDTH - 0.01, 0), columnspacing=1.2, handletextpad=0.5, **legend)
-    marks = f"{PAD} pad: no text   {UNPRINTABLE} not printable"
-    figure.text(1 - 0.1 / WIDTH, 0.2 / height, marks, fontsize=10, color=INK, va="center", ha="right")
+    keys = {f"{p}%": dict(facecolor=_blue(p / 100), edgecolor="#BBBBBB", lw=0.5) for p in (0, 25, 50, 75)}
+    keys["100% likely to the network"] = dict(facecolor=_blue(1.0))
+    keys["changed since the row above"] = dict(facecolor="white", edgecolor=CHANGED, lw=1.4)
+    boxes = [Rectangle((0, 0), 1, 1, **key) for key in keys.values()]
+    shape = dict(handlelength=1.2, handleheight=1.2, columnspacing=1.2, handletextpad=0.5, ncols=len(keys))
+    place = dict(loc="lower left", bbox_to_anchor=(LEFT / WIDTH - 0.01, 0), fontsize=10, labelcolor=INK, frameon=False)
+    figure.legend(boxes, list(keys), **shape, **place)
+    marks = dict(s=f"{PAD} pad: no text   {UNPRINTABLE} not printable", fontsize=10, color=INK)
+    figure.text(1 - 0.1 / WIDTH, 0.2 / height, va="center", ha="right", **marks)
     return figure
 
 
@@ -274,7 +280,7 @@ def _blue(chance: float) -> tuple[float, float, float]:
 
 
 def plot_quality(data: dict, path: str | Path) -> None:
-    """Draw what the JSON in this file's docstring says: a share over network calls, a line for each series and for AR."""
+    """Draw the JSON of this file's docstring: a share over network calls, a line for each series and one for AR."""
     ar, series = _checked(data)
     figure = _figure(WIDTH * 0.75, 5.2)
     panel = figure.subplots()
@@ -282,9 +288,10 @@ def plot_quality(data: dict, path: str | Path) -> None:
         points = sorted(one["points"], key=lambda point: point["calls"])
         calls, values = [p["calls"] for p in points], [p["value"] for p in points]
         ends = [p.get("interval") or [p["value"], p["value"]] for p in points]
-        errors = [[max(0.0, v - low) for v, (low, _) in zip(values, ends)], [max(0.0, high - v) for v, (_, high) in zip(values, ends)]]
+        below = [max(0.0, value - low) for value, (low, _) in zip(values, ends)]
+        above = [max(0.0, high - value) for value, (_, high) in zip(values, ends)]
         look = dict(color=COLOURS[i % 6], marker=MARKERS[i % len(MARKERS)], ls=LINES[i // 6 % 4], lw=2, ms=6)
-        panel.errorbar(calls, values, yerr=errors, capsize=3, elinewidth=1.2, label=one["name"], **look)
+        panel.errorbar(calls, values, yerr=[below, above], capsize=3, elinewidth=1.2, label=one["name"], **look)
     if ar:
         name = "autoregressive" + (f" ({ar['calls']:g} calls)" if "calls" in ar else "")
         panel.axhline(ar["value"], color="black", ls="--", lw=1.6, label=name)
@@ -295,7 +302,10 @@ def plot_quality(data: dict, path: str | Path) -> None:
     calls = sorted({p["calls"] for one in series for p in one["points"]} | ({ar["calls"]} if "calls" in ar else set()))
     panel.set(xscale="log", ylim=(-0.03, 1.03), xlabel="network calls per sample", ylabel=data["metric"])
     panel.set_xlim(calls[0] / 1.25, calls[-1] * 1.25)
-    ticks = [c for k, c in enumerate(calls) if k == 0 or c / calls[k - 1] > 1.12]  # neighbours would overprint
+    room = 0.045 * math.log(calls[-1] / calls[0] * 1.25**2)  # of a label; what is nearer would overprint
+    ticks = calls[:1]
+    for count in calls[1:]:
+        ticks += [count] if math.log(count / ticks[-1]) > room else []
     panel.set_xticks(ticks, [f"{c:g}" for c in ticks])
     panel.set_xticks([], minor=True)
     panel.set_yticks([k / 5 for k in range(6)], [f"{k / 5:.0%}" for k in range(6)])
@@ -314,7 +324,7 @@ def _checked(data: dict) -> tuple[dict, list[dict]]:
         ar, series = data.get("ar") or {}, data["series"]
         points = [point for one in series for point in one["points"]]
         if not all("name" in one for one in series) or not points:
-            raise ValueError("quality data: each of the series wants a name and points; there must be at least one point")
+            raise ValueError("quality data: each of the series wants a name and points, and there must be a point")
         for point in points + ([ar] if ar else []):
             bounds = point.get("interval") or []
             if not all(0 <= value <= 1 for value in [point["value"], *bounds]) or len(bounds) not in (0, 2):

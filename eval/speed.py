@@ -18,11 +18,12 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ class Shapes:
     six: dict = field(default_factory=lambda: dict(n_layer=6, n_head=6, n_embd=384, vocab_size=256) | GPT2_BLOCK)
     gpt2: dict = field(default_factory=lambda: dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257) | GPT2_BLOCK)
     small: dict = field(default_factory=lambda: dict(n_layer=4, n_head=4, n_embd=128, vocab_size=288))  # train.py's own
-    batch: dict = field(default_factory=lambda: dict(six=(16, 256), gpt2=(2, 256), small=(32, 108)))  # rows, tokens a row
+    batch: dict = field(default_factory=lambda: dict(six=(16, 256), gpt2=(2, 256), small=(32, 108)))  # rows, tokens
     prompt: int = 64  # tokens before the generated ones
     long_prompt: int = 1024
     new: int = 256  # generated tokens
@@ -68,7 +69,7 @@ class Shapes:
 
 @dataclass
 class Line:
-    """One row of the table: how the seconds of `system` relate to those of `base` (or the other way round for rates)."""
+    """One row of the table: the seconds of `system` over those of `base`, or the inverse where a rate is asked for."""
 
     name: str  # which of the four questions
     case: str  # shape, dtype, batch
@@ -107,7 +108,7 @@ def main(argv: list[str], shapes: Shapes | None = None) -> list[dict]:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.quick:
-        cfg.runs, shapes.new = min(cfg.runs, 3), min(shapes.new, 32)
+        cfg.runs, shapes = min(cfg.runs, 3), replace(shapes, new=min(shapes.new, 32))
     about = dict(command=" ".join(["python -m eval.speed", *argv]), seed=cfg.seed, hardware=hardware(), commit=commit())
     about["load_before"] = os.getloadavg()[0]
     print(" | ".join(f"{key} {value}" for key, value in about["hardware"].items()), "| commit", about["commit"])
@@ -128,13 +129,13 @@ def main(argv: list[str], shapes: Shapes | None = None) -> list[dict]:
 def in_turn(systems: dict[str, Callable], runs: int) -> tuple[dict[str, list[float]], dict[str, float]]:
     """(seconds of each run, seconds of the warm-up) of each system, A B C, C B A, A B C ...
 
-    A system is called without arguments. If it returns a number, that is its time in seconds; else the clock is used.
+    A system is called without arguments. Where it returns a float, that is its time; else the clock is read around it.
     """
 
     def timed(system):
         start = time.perf_counter()
         said = system()
-        return time.perf_counter() - start if said is None else said
+        return said if isinstance(said, float) else time.perf_counter() - start
 
     warmup = {name: timed(system) for name, system in systems.items()}
     times = {name: [] for name in systems}
@@ -144,7 +145,7 @@ def in_turn(systems: dict[str, Callable], runs: int) -> tuple[dict[str, list[flo
     return times, warmup
 
 
-def train_lines(cfg: SpeedConfig, shapes: Shapes):
+def train_lines(cfg: SpeedConfig, shapes: Shapes) -> Iterator[Line]:
     """Ours and nanoGPT's training step: 256 tokens read a row, 255 or 256 scored, gradient clipping, the loss read."""
     if not cfg.nanogpt:
         print("train   left out: needs --nanogpt=PATH, a checkout of github.com/karpathy/nanoGPT")
@@ -160,7 +161,7 @@ def train_lines(cfg: SpeedConfig, shapes: Shapes):
             yield Line("train", f"{name} {dtype}", "ours", "nanoGPT", ">= 1", *in_turn(systems, cfg.runs), True, note)
 
 
-def unroll_lines(cfg: SpeedConfig, shapes: Shapes):
+def unroll_lines(cfg: SpeedConfig, shapes: Shapes) -> Iterator[Line]:
     """A diffusion step, two passes over joint attention, in AR steps over the same tokens: half prefix, half target."""
     for name in ("small", "six", "gpt2"):
         shape, (B, T) = getattr(shapes, name), shapes.batch[name]
@@ -176,7 +177,7 @@ def unroll_lines(cfg: SpeedConfig, shapes: Shapes):
             yield Line("unroll", name, system, "AR", "<= 2.1", times, warmup, note=note)
 
 
-def decode_lines(cfg: SpeedConfig, shapes: Shapes):
+def decode_lines(cfg: SpeedConfig, shapes: Shapes) -> Iterator[Line]:
     """Greedy decoding of a fixed number of tokens with the key-value cache, the same weights on both sides."""
     try:
         theirs = gpt2_of_transformers(shapes.gpt2, shapes.prompt + shapes.new + 1, cfg.seed)
@@ -185,26 +186,23 @@ def decode_lines(cfg: SpeedConfig, shapes: Shapes):
         return
     settings = model_config(shapes.gpt2 | dict(bias=True), shapes.prompt, shapes.new + 1)
     ours = copy_weights(theirs, Transformer(ModelConfig(**settings)).eval())
+    options = dict(max_new_tokens=shapes.new, do_sample=False, pad_token_id=0)
     for B in shapes.decode_batches:
         prefix = batch_of(shapes.gpt2, B, shapes.prompt, 1, cfg.seed).prefix
-        prompt = torch.cat([prefix, torch.full((B, 1), ours.cfg.sep_id)], dim=1)
-        said = {}
-
-        def ours_decodes():
-            said["ours"] = autoregressive.generate(ours, prefix, autoregressive.SamplerConfig())
-
-        def theirs_decodes():
-            with torch.no_grad():
-                options = dict(max_new_tokens=shapes.new, do_sample=False, pad_token_id=0)
-                said["theirs"] = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-
-        times, warmup = in_turn(dict(ours=ours_decodes, transformers=theirs_decodes), cfg.runs)
-        same = (said["ours"].tokens == said["theirs"][:, -shapes.new :]).float().mean().item()
+        prompt = torch.cat([prefix, torch.full((B, 1), ours.cfg.sep_id)], dim=1)  # ours reads the separator itself
+        real = torch.ones_like(prompt)
+        calls = dict(
+            ours=partial(autoregressive.generate, ours, prefix, autoregressive.SamplerConfig()),
+            transformers=partial(theirs.generate, prompt, attention_mask=real, **options),
+        )
+        said = {name: call() for name, call in calls.items()}
+        same = (said["ours"].tokens == said["transformers"][:, -shapes.new :]).float().mean().item()
         note = dict(new_tokens=shapes.new, network_calls=int(said["ours"].calls[0]), share_of_equal_tokens=same)
+        times, warmup = in_turn(calls, cfg.runs)
         yield Line("decode", f"gpt2 batch {B}", "ours", "transformers", "<= 1.1", times, warmup, note=note)
 
 
-def prefix_lines(cfg: SpeedConfig, shapes: Shapes):
+def prefix_lines(cfg: SpeedConfig, shapes: Shapes) -> Iterator[Line]:
     """One step of a sampler that rewrites all slots: what a longer frozen prefix adds to it."""
     steps, systems, flops = 3, {}, {}
     settings = model_config(shapes.gpt2 | FROZEN, shapes.long_prompt, shapes.new)
@@ -213,15 +211,18 @@ def prefix_lines(cfg: SpeedConfig, shapes: Shapes):
     for length in (shapes.long_prompt, shapes.prompt):
         prefix = batch_of(shapes.gpt2, 1, length, 1, cfg.seed).prefix
 
-        def one_step(prefix=prefix):
-            at = []  # the hook's first call comes after the prefix was read, the others after each step
-            diffusion.generate(model, prefix, sampler, cfg.seed, on_step=lambda *_: at.append(time.perf_counter()))
-            return statistics.median(b - a for a, b in zip(at, at[1:]))
-
-        systems[f"prefix {length}"] = one_step
+        systems[f"prefix {length}"] = partial(one_step, model, prefix, sampler)
         flops[length] = flops_per_token(model.cfg, length + shapes.new)
-    note = dict(network_calls=steps, target_tokens=shapes.new, flops_ratio=flops[shapes.long_prompt] / flops[shapes.prompt])
+    ratio = flops[shapes.long_prompt] / flops[shapes.prompt]
+    note = dict(network_calls=steps, target_tokens=shapes.new, flops_ratio=ratio)
     yield Line("prefix", "gpt2 frozen", *systems, "<= 1.35", *in_turn(systems, cfg.runs), note=note)
+
+
+def one_step(model, prefix, sampler: diffusion.SamplerConfig) -> float:
+    """Median seconds of a sampling step, reading the prefix not counted."""
+    at = []  # the hook's first call comes after the prefix was read, the others after each step
+    diffusion.generate(model, prefix, sampler, on_step=lambda *_: at.append(time.perf_counter()))
+    return statistics.median(b - a for a, b in zip(at, at[1:]))
 
 
 LINES = {"train": train_lines, "unroll": unroll_lines, "decode": decode_lines, "prefix": prefix_lines}
@@ -291,10 +292,10 @@ def nanogpt_step(cfg: SpeedConfig, shape: dict, rows: int, tokens: int, dtype: s
 
 
 def gpt2_of_transformers(shape: dict, positions: int, seed: int) -> nn.Module:
-    """A random GPT-2 that never ends a text: the embeddings of our three special ids are 0, so they are never likeliest."""
+    """A random GPT-2 that never ends a text: our three special ids have zero embeddings, never the likeliest."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = dict(n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["n_embd"], vocab_size=shape["vocab_size"])
+    sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=positions, eos_token_id=None, bos_token_id=None)).eval()
     with torch.no_grad():

@@ -116,6 +116,7 @@ def test_a_row_says_the_same_alone_and_among_eight(settings):
     for i in range(8):
         alone = generate(Bigram(table), prefix[:1], cfg, seed=3, example=example[i : i + 1])
         assert torch.equal(alone.tokens[0], together.tokens[i]) and alone.calls[0] == together.calls[i]
+        torch.testing.assert_close(alone.score[0], together.score[i])  # what others still say does not count
     assert len(together.tokens.unique(dim=0)) > 4
     assert not torch.equal(generate(Bigram(table), prefix, cfg, seed=4, example=example).tokens, together.tokens)
 
@@ -137,7 +138,8 @@ def test_a_row_says_the_same_alone_and_among_eight(settings):
 def test_top_k_and_top_p_keep_exactly_the_right_tokens(settings, kept):
     """Probabilities .4 .1 .3 .2: what is kept is drawn, in its old proportions."""
     probs = torch.tensor([0.4, 0.1, 0.3, 0.2])
-    drawn = draw_next(probs.log().expand(4000, 4), SamplerConfig(temperature=1.0, **settings), draws_for(0, torch.arange(4000)))
+    cfg = SamplerConfig(temperature=1.0, **settings)
+    drawn = draw_next(probs.log().expand(4000, 4), cfg, draws_for(0, torch.arange(4000)))
     share = drawn.bincount(minlength=4) / 4000
     assert set(drawn.tolist()) == kept
     expected = torch.tensor([p if i in kept else 0.0 for i, p in enumerate(probs.tolist())])
@@ -152,8 +154,8 @@ def test_no_reserved_token_but_pad_is_said_even_if_it_is_likeliest():
 
 
 def test_the_hook_sees_every_call():
-    seen = []
-    generate(chain({SEP: 0, 0: 1, 1: PAD}), torch.tensor([[0], [1]]), SamplerConfig(), on_step=lambda *args: seen.append(args))
+    model, seen = chain({SEP: 0, 0: 1, 1: PAD}), []
+    generate(model, torch.tensor([[0], [1]]), SamplerConfig(), on_step=lambda *args: seen.append(args))
     assert [step for step, *_ in seen] == [1, 2, 3]
     assert [tuple(t.shape) for t in seen[0][1:]] == [(2, 6), (2, 1, 8), (2,)]
 

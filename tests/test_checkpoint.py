@@ -61,7 +61,7 @@ def test_noise_is_refused(path, seed):
     assert "not a readable checkpoint" in refused(path)
 
 
-@pytest.mark.parametrize("content", [b"hello\n", b"PK\x03\x04 and no more", b"{}", b"\x80\x02.", b"\x80\x02}q\x00."], ids=repr)
+@pytest.mark.parametrize("content", [b"hello\n", b"PK\x03\x04 no more", b"{}", b"\x80\x02.", b"\x80\x02}q\x00."])
 def test_what_is_no_checkpoint_is_refused(path, content):
     path.write_bytes(content)
     refused(path)
@@ -72,7 +72,11 @@ class Trap:
         return open, ("trap_was_sprung", "w")
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2))], ids=["torch", "pickle"])
+def plain_pickle(content, path):
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+@pytest.mark.parametrize("write", [torch.save, plain_pickle])
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(path, write, monkeypatch):
     monkeypatch.chdir(path.parent)
     write({"format": FORMAT, "model": Trap()}, path)
@@ -80,7 +84,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(path, write, monkeypatc
     assert not (path.parent / "trap_was_sprung").exists()
 
 
-@pytest.mark.parametrize("content, found", [({"format": FORMAT + 1}, FORMAT + 1), ({}, None), ([1, 2], "list")], ids=str)
+@pytest.mark.parametrize("content, found", [({"format": FORMAT + 1}, FORMAT + 1), ({}, None), ([1, 2], "list")])
 def test_another_format_is_refused_by_its_number(path, content, found):
     torch.save(content, path)
     assert f"checkpoint format {found}, this code reads {FORMAT}" in refused(path)

@@ -98,7 +98,8 @@ def test_a_folder_is_no_config_file(tmp_path):
 
 
 def test_a_file_holds_assignments_and_a_whole_number_will_do_for_a_float(config):
-    cfg = configure(Settings, [config("# a comment\n_half = 5\nsteps = 2 * _half\nlearning_rate = 1\ncompile = True\n")])
+    path = config("# a comment\n_half = 5\nsteps = 2 * _half\nlearning_rate = 1\ncompile = True\n")
+    cfg = configure(Settings, [path])
     assert (cfg.steps, cfg.learning_rate, cfg.compile) == (10, 1.0, True)
     assert type(cfg.learning_rate) is float
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import diffusion
 from data.objectives import Batch
 from diffusion import SAMPLERS, LossConfig, SamplerConfig, State, corrupt, generate, loss, losses, noise_tokens
-from draws import CONDITION, UNROLL, draw_tokens, draws_for
+from draws import CANVAS, CONDITION, SAMPLE, UNROLL, Draws, draw_tokens, draws_for
 from model import ModelConfig, Transformer
 
 ORDINARY, PAD, SEP, MASK, V, S = 10, 10, 11, 12, 15, 8  # 13 and 14 are sentinels; S slots after the separator
@@ -31,7 +31,8 @@ class Fake:
     """Anything with encode and decode is a model: answer(prefix, canvas) gives logits (B, S, V) of the slots."""
 
     def __init__(self, answer, **settings):
-        self.cfg, self.answer, self.embedding = SimpleNamespace(**DEFAULTS | settings), answer, torch.randn(V, 4)
+        self.cfg, self.answer = SimpleNamespace(**DEFAULTS | settings), answer
+        self.embedding = torch.randn(V, 4, generator=torch.Generator().manual_seed(2))
         self.read, self.estimates, self.early = [], [], self.cfg.shift
 
     def __call__(self, prefix, target, estimate=None, opened=None):
@@ -53,6 +54,17 @@ class Fake:
 
 def ids(*shape: int, seed: int = 0, high: int = ORDINARY) -> torch.Tensor:
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Listening(Fake):
+    """What it is told beside the canvas changes what it says."""
+
+    def __init__(self, answer, **settings):
+        super().__init__(answer, **settings, self_conditioning=True)
+
+    def decode(self, cache, target, estimate=None):
+        logits = super().decode(cache, target, estimate)
+        return logits if estimate is None else logits + estimate[..., :1] * torch.arange(V) / 2
 
 
 TEXTS = ids(40, S, seed=5)
@@ -270,9 +282,10 @@ def test_a_denoiser_that_knows_the_text_is_believed(sampler, noise, shift):
     assert found.score.max() < 1e-6
 
 
+@pytest.mark.parametrize("model", [Fake, Listening])
 @pytest.mark.parametrize("settings", [{}, dict(update_fraction=0.5), dict(candidates=3)], ids=str)
 @pytest.mark.parametrize("sampler", ALL)
-def test_a_row_says_the_same_alone_and_among_eight_even_after_rows_have_left(sampler, settings):
+def test_a_row_says_the_same_alone_and_among_eight_even_after_rows_have_left(sampler, settings, model):
     """Half of the prefixes are known and settle at once; what stays must go on as if nothing had happened."""
 
     def half(prefix, canvas):
@@ -280,13 +293,27 @@ def test_a_row_says_the_same_alone_and_among_eight_even_after_rows_have_left(sam
 
     cfg = replace(SamplerConfig(sampler=sampler, **FEW), **settings)
     prefix, example = torch.arange(8)[:, None], torch.arange(30, 38)
-    together = generate(Fake(half), prefix, cfg, seed=2, example=example)
+    together = generate(model(half), prefix, cfg, seed=2, example=example)
     for i in range(8):
-        alone = generate(Fake(half), prefix[i : i + 1], cfg, seed=2, example=example[i : i + 1])
+        alone = generate(model(half), prefix[i : i + 1], cfg, seed=2, example=example[i : i + 1])
         for one, all_of_them in zip(alone, together):
             torch.testing.assert_close(one[0], all_of_them[i])
     assert sampler == "resample" or together.calls[0] < together.calls[1]  # rows did leave
-    assert not torch.equal(generate(Fake(half), prefix, cfg, seed=3, example=example).tokens, together.tokens)
+    assert not torch.equal(generate(model(half), prefix, cfg, seed=3, example=example).tokens, together.tokens)
+
+
+def test_the_sampler_of_the_paper_is_noise_and_then_draws_of_every_slot_at_every_step():
+    """Done again by hand, each number by its place (seed, example, candidate, step)."""
+    model, found = Fake(babble), []
+    cfg = SamplerConfig(steps=3, candidates=2, temperature=1.0)
+    generate(model, ids(2, 2), cfg, seed=4, example=torch.tensor([9, 5]), on_step=lambda *args: found.append(args[1]))
+    draws = Draws(4, torch.tensor([9, 9, 5, 5]), torch.tensor([0, 1, 0, 1]))
+    canvas = noise_tokens(draws.uniform(CANVAS, S)[0], model.cfg)
+    for step in range(4):
+        assert torch.equal(found[step], canvas)
+        logits = babble(None, F.pad(canvas, (1, 0), value=SEP))
+        logits[..., SEP:] = -math.inf
+        canvas = draw_tokens(logits, 1.0, draws.at(step).uniform(SAMPLE, S)[0])
 
 
 @pytest.mark.parametrize("prefix_attention", ["joint", "bidirectional"])
@@ -303,9 +330,9 @@ def test_a_network_with_a_cache_says_the_same_alone_and_in_a_batch(sampler, pref
 
 @pytest.mark.parametrize("sampler", ALL)
 def test_the_hook_fires_once_before_and_once_after_each_call(sampler):
-    seen = []
-    model = Fake(babble)
-    generate(model, ids(3, 2), SamplerConfig(sampler=sampler, steps=4, candidates=2), on_step=lambda *args: seen.append(args))
+    model, seen = Fake(babble), []
+    cfg = SamplerConfig(sampler=sampler, steps=4, candidates=2)
+    generate(model, ids(3, 2), cfg, on_step=lambda *args: seen.append(args))
     assert [step for step, *_ in seen] == [0, 1, 2, 3, 4] and len(model.read) == 4
     assert seen[0][2] is None
     for (_, before, _, rows), (_, _, logits, _), (_, read) in zip(seen, seen[1:], model.read):
@@ -400,10 +427,13 @@ def test_confidence_commits_the_surest_slots_in_the_scheduled_number(step, n):
     after = SAMPLERS["confidence"](logits, begin(1, 10), step, cfg, of(1), M)
     assert torch.equal(after.canvas == 5, order[None] >= 10 - n)
     assert ((after.canvas == 5) | (after.canvas == MASK)).all() and (after.answer == 5).all()
+    free = order[None] < 4  # the six surest slots are given: they keep what they hold and take no other's place
+    after = SAMPLERS["confidence"](logits, begin(1, 10)._replace(free=free), step, cfg, of(1), M)
+    assert torch.equal(after.canvas == 5, free & (order[None] >= 3 - step)) and (after.canvas[~free] == 0).all()
 
 
 def test_entropy_bound_accepts_the_set_of_a_worked_example():
-    """Entropies 0.69, 0.06, 0, 0.08 nats; sums before each, lowest first: 0, 0, 0.06, 0.14. Bound 0.1: not the first."""
+    """Entropies 0.69, 0.06, 0, 0.08 nats; sums before each, lowest first: 0, 0, 0.06, 0.14. Bound 0.1: not slot 0."""
     p = torch.tensor([0.5, 0.0114, 0.0, 0.0161])
     logits = torch.full((1, 4, V), -math.inf)
     logits[0, :, 5], logits[0, :, 6] = (1 - p).log(), p.log()
@@ -501,7 +531,8 @@ def test_the_sampler_of_the_paper_never_leaves_early():
 
 def test_the_defaults_are_those_of_the_paper():
     cfg = SamplerConfig()
-    assert (cfg.sampler, cfg.steps, cfg.temperature, cfg.update_fraction, cfg.candidates) == ("resample", 10, 0.2, 1.0, 8)
+    assert (cfg.sampler, cfg.steps, cfg.temperature, cfg.candidates) == ("resample", 10, 0.2, 8)
+    assert cfg.update_fraction == 1.0
     assert (LossConfig().unroll_steps, LossConfig().unroll_temperature) == (2, 0.0)
 
 

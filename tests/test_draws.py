@@ -47,8 +47,11 @@ def at_place(seed, example, candidate, step, purpose, salt):
 
 @pytest.mark.parametrize(
     "word, value",
-    [("seed", 4), ("seed", 3 + 2**32), ("seed", -1), ("example", 6), ("candidate", 3), ("step", 8), ("purpose", SELECT), ("salt", 1)],
-)  # fmt: skip
+    [
+        *(("seed", seed) for seed in (4, 3 + 2**32, -1)),
+        *(("example", 6), ("candidate", 3), ("step", 8), ("purpose", SELECT), ("salt", 1)),
+    ],
+)
 def test_every_part_of_a_place_changes_the_draw(word, value):
     assert torch.equal(at_place(**PLACE), at_place(**PLACE))
     assert not torch.isin(at_place(**PLACE | {word: value}), at_place(**PLACE)).any()
@@ -59,6 +62,9 @@ def test_a_row_draws_the_same_whatever_stands_beside_it():
     some = torch.tensor([17, 3, 8])
     for left in (draws_for(0, torch.tensor([27, 13, 18]), step=4), together.rows(some)):
         assert torch.equal(left.uniform(RATE, 6)[0], together.uniform(RATE, 6)[0][some])
+    candidates = Draws(0, torch.tensor([7, 7, 8, 8]), torch.tensor([0, 1, 0, 1]))
+    left = candidates.rows(torch.tensor([3, 1]))
+    assert torch.equal(left.uniform(RATE, 6)[0], candidates.uniform(RATE, 6)[0][[3, 1]])
     assert torch.equal(together.uniform(CANVAS, 20)[1][:, :6], together.uniform(CANVAS, 6)[1])
     assert torch.equal(draws_for(0, torch.arange(10, 30)).at(4).uniform(RATE, 6)[0], together.uniform(RATE, 6)[0])
 

@@ -23,9 +23,11 @@ MAY_IMPORT = {
     "checkpoint": "model data.tokenizer",
     # level 2
     "data.*": "configurator data.*",
-    "ar2diff": "model checkpoint configurator data.loader data.tokenizer data.objectives draws autoregressive diffusion",
+    "ar2diff": "configurator draws model autoregressive diffusion checkpoint "
+    "data.loader data.tokenizer data.objectives",
     # level 3
-    "train": "configurator device draws model autoregressive diffusion checkpoint data.loader data.tokenizer data.objectives",
+    "train": "configurator device draws model autoregressive diffusion checkpoint "
+    "data.loader data.tokenizer data.objectives",
     "sample": "configurator device draws model autoregressive diffusion checkpoint data.tokenizer data.objectives",
     "eval.*": "configurator device draws model autoregressive diffusion checkpoint ar2diff train sample data.* eval.*",
     # anything

@@ -65,7 +65,7 @@ def test_a_padding_row_sees_itself_alone_among_the_new():
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_each_pattern_lets_a_token_see_exactly_what_is_pictured(pattern):
-    """One layer, so that a gradient from hidden state to embedding is one edge of attention: the oracle is the picture."""
+    """One layer: a gradient from hidden state to embedding is one edge of attention. The oracle is the picture."""
     model, read, written = build(pattern, n_layer=1), [], []
     model.tok.register_forward_hook(lambda _, __, out: read.append(out.retain_grad() or out))
     model.norm.register_forward_hook(lambda _, __, out: written.append(out))
@@ -159,10 +159,9 @@ def test_cache_buffers_stay_in_place_between_diffusion_steps():
     model, prefix = build("frozen_prefix"), ids(2, 4)
     with torch.no_grad():
         cache = model.encode(prefix, room=5)
-        model.decode(cache, ids(2, 5, seed=1))
         places = [t.data_ptr() for t in cache.k + cache.v]
         read = [t[:, :, :4].clone() for t in cache.k + cache.v]
-        for seed in (2, 3):
+        for seed in (1, 2, 3):
             model.decode(cache, ids(2, 5, seed=seed))
         assert places == [t.data_ptr() for t in cache.k + cache.v]
         assert all(torch.equal(old, t[:, :, :4]) for old, t in zip(read, cache.k + cache.v))
@@ -239,7 +238,7 @@ def test_an_estimate_of_zeros_contributes_zero():
 
 @pytest.mark.parametrize("slot", [1, 2, 4])
 def test_with_shift_what_is_known_of_a_slot_enters_where_the_slot_is_predicted(slot):
-    """Causal target, so the first position that changes is where it entered: slot - 1, for the estimate and the token."""
+    """Causal target: the first position that changes is where it entered, slot - 1, for the estimate and the token."""
     model = build("gpt", paradigm="diffusion", shift=True, lookahead=True, self_conditioning=True)
     nn.init.normal_(model.condition.weight)
     nn.init.normal_(model.ahead.weight)
@@ -280,7 +279,7 @@ def test_parameter_count_is_the_published_one(name, monkeypatch):
 
 
 def test_flops_are_counted_as_by_hand():
-    """n_embd 4, two heads of 2, one shared: qkv 4 x 8, proj 4 x 4, swiglu 3 x 4 x 6, attention 2 x 10 x 4, head 5 x 4."""
+    """n_embd 4, heads of 2, one shared: qkv 4 x 8, proj 4 x 4, swiglu 3 x 4 x 6, attention 2 x 10 x 4, head 5 x 4."""
     sizes = dict(vocab_size=5, n_ordinary=2, pad_id=2, sep_id=3, mask_id=4, n_layer=2, n_head=2, n_kv_head=1, n_embd=4)
     cfg = ModelConfig(**sizes, n_hidden=6)
     assert flops_per_token(cfg, context=10) == 2 * (2 * (32 + 16 + 72 + 80) + 20)
@@ -322,13 +321,10 @@ def test_logits_equal_gpt2_of_transformers():
 def test_logits_equal_llama_of_transformers():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=19, **sizes, rms_norm_eps=1e-5, max_position_embeddings=16, initializer_range=0.3,
-            tie_word_embeddings=False, attn_implementation="sdpa",
-        )  # fmt: skip
-    ).eval()
+    sizes = dict(vocab_size=19, hidden_size=32, intermediate_size=24, max_position_embeddings=16)
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    rest = dict(rms_norm_eps=1e-5, initializer_range=0.3, tie_word_embeddings=False)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **rest)).eval()
     for name, p in theirs.named_parameters():
         if "norm" in name:
             p.data += 0.1 * torch.randn_like(p)

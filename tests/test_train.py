@@ -22,8 +22,9 @@ from model import ModelConfig, Transformer
 from train import TrainConfig, learning_rate_at, main, make_optimizers, measured_flops, open_edges, pick_device
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4", "--max_steps=6", "--warmup_steps=2", "--device=cpu"]
-TINY += ["--eval_interval=100", "--eval_batches=1", "--save_interval=100", "--log_interval=1", "--learning_rate=0.01"]
+TINY = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4", "--max_steps=6"]
+TINY += ["--learning_rate=0.01", "--warmup_steps=2", "--log_interval=1"]
+TINY += ["--eval_interval=100", "--eval_batches=1", "--save_interval=100"]
 DIFFUSION = ["--paradigm=diffusion", "--prefix_attention=joint", "--target_attention=bidirectional"]
 CASES = {
     "ar": [],
@@ -211,6 +212,14 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_held_out_loss(run, tmp_pat
     assert best["step"] == lowest["step"] and best["best_loss"] == last["best_loss"] == lowest["val_loss"]
 
 
+def test_a_resumed_run_remembers_what_was_best(run, monkeypatch, tmp_path):
+    values = iter([3.0, 1.0, 2.0, 2.5, 1.5, 2.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(values)})
+    run("--eval_interval=1", "--schedule=constant", "--max_steps=3")
+    last, _ = run("--eval_interval=1", "--schedule=constant", "--init_from=resume")
+    assert last["best_loss"] == 1.0 and load(tmp_path / "a" / "best.pt")["step"] == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_stops(number, run, monkeypatch, tmp_path, capsys):
     before = signal.getsignal(number)
@@ -252,7 +261,8 @@ def wait_for(there, process, seconds: float = 60):
 
 def test_sigterm_ends_a_command_with_status_143_and_a_checkpoint_of_its_last_step(copy_set, tmp_path):
     log = tmp_path / "a" / "log.jsonl"
-    process = command(f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}", "--max_steps=100000", "--save_interval=100000")
+    flags = ["--max_steps=100000", "--save_interval=100000"]
+    process = command(f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}", *flags)
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, process)
     process.terminate()
     said, _ = process.communicate(timeout=60)
@@ -548,9 +558,8 @@ def test_twenty_kills_at_random_moments_change_no_bit(copy_set, tmp_path):
         assert process.returncode == -signal.SIGKILL, "the run was over before it was killed: more max_steps, please"
         kills += 1
         half_written += last.with_name("ckpt.pt.tmp").exists()
-        assert [e["step"] for e in read_log_but_torn(tmp_path / "parts")][: load(last)["step"]] == [
-            *range(1, load(last)["step"] + 1)
-        ]
+        step = load(last)["step"]
+        assert whole_lines(tmp_path / "parts")[:step] == list(range(1, step + 1))
     assert half_written > 0  # or the test does not test what it says
     process = command(*flags, f"--out_dir={tmp_path / 'parts'}", "--init_from=resume", "--save_interval=3000")
     said, _ = process.communicate()
@@ -561,6 +570,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(copy_set, tmp_path):
     assert lasting(read_log(tmp_path / "whole")) == lasting(read_log(tmp_path / "parts"))
 
 
-def read_log_but_torn(folder: Path) -> list[dict]:
+def whole_lines(folder: Path) -> list[int]:
+    """The steps in a log whose last line may be torn."""
     lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
