@@ -88,7 +88,11 @@ def check(source: Transformer, model: Transformer, batch: Batch, seed: int = 0) 
     return [
         ("under the old mask the logits are the source's", f"max difference {difference:.1e}", difference < 1e-4),
         ("new layers are zero", f"{', '.join(new) or 'no new layer'}: largest {added:.1e}", added == 0),
-        ("the source does not see the future", f"a later token moves earlier logits by {future_before:.1e}", future_before == 0),
+        (
+            "the source does not see the future",
+            f"a later token moves earlier logits by {future_before:.1e}",
+            future_before == 0,
+        ),
         ("the converted model does", f"the last token moves the first logits by {future:.1e}", future > 0),
         ("prefix ids are untouched in every pass", f"{dirty} of {clean + dirty} reads changed", dirty == 0),
         (
@@ -140,7 +144,9 @@ def main(argv: list[str]) -> None:
     out = Path(cfg.out_dir) / "ckpt.pt"
     if out.exists() and not cfg.overwrite:
         raise ValueError(f"{out} is there already; name another --out_dir, or say --overwrite")
-    settings = {k: v for k, v in asdict(cfg).items() if k in ("prefix_attention", "noise", "shift", "self_conditioning")}
+    settings = {
+        k: v for k, v in asdict(cfg).items() if k in ("prefix_attention", "noise", "shift", "self_conditioning")
+    }
     settings |= {"paradigm": "diffusion", "target_attention": "bidirectional", "lookahead": cfg.lookahead and cfg.shift}
     model = adapt(source, **settings)
     if cfg.check:
@@ -149,7 +155,9 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{cfg.init_from} does not say what it was trained on; name a held-out set with --data")
         held_out = open_set(build_if_missing(data), "valid")
         if held_out.tokenizer_name != tokenizer.name:
-            raise ValueError(f"{data} is made with tokenizer {held_out.tokenizer_name!r}, the model with {tokenizer.name!r}")
+            raise ValueError(
+                f"{data} is made with tokenizer {held_out.tokenizer_name!r}, the model with {tokenizer.name!r}"
+            )
         rows = check(source, model, held_out.batch(cfg.seed, 0, 16), cfg.seed)
         for claim, measured, holds in rows:
             print(f"{'ok  ' if holds else 'FAIL'}  {claim:<52} {measured}")
@@ -157,9 +165,13 @@ def main(argv: list[str]) -> None:
             raise SystemExit(1)
     out.parent.mkdir(parents=True, exist_ok=True)
     train_config = {"data": state.get("train_config", {}).get("data", "")}
-    save(out, model, 0, tokenizer.name, train_config=train_config, converted_from=f"{cfg.init_from} step {state['step']}")
+    save(
+        out, model, 0, tokenizer.name, train_config=train_config, converted_from=f"{cfg.init_from} step {state['step']}"
+    )
     new = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[0] in ADDED_BY_CONVERSION)
-    print(f"{out}: {cfg.init_from} (step {state['step']}) as a diffusion model, {settings}, {new:,} new weights, all zero")
+    print(
+        f"{out}: {cfg.init_from} (step {state['step']}) as a diffusion model, {settings}, {new:,} new weights, all zero"
+    )
 
 
 if __name__ == "__main__":

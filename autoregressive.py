@@ -1,7 +1,7 @@
 """Autoregressive language modelling: loss and generate, left to right. Lay it beside diffusion.py: same verbs."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Callable, Iterator
 
 import torch
 from torch import Tensor

@@ -18,7 +18,9 @@ FORMAT = 1  # raise when a field changes its meaning; load() refuses other numbe
 
 def save(path: str | Path, model: Transformer, step: int, tokenizer: str, **rest) -> None:
     """Write one checkpoint. A reader sees the old file or the new one, never half of one, also after a power cut."""
-    state = dict(format=FORMAT, step=step, model=model.state_dict(), model_config=asdict(model.cfg), tokenizer=tokenizer)
+    state = dict(
+        format=FORMAT, step=step, model=model.state_dict(), model_config=asdict(model.cfg), tokenizer=tokenizer
+    )
     write_atomically(path, lambda file: torch.save(state | rest, file))
 
 
@@ -65,7 +67,9 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[Transformer, Toke
         model = Transformer(ModelConfig(**state["model_config"]))
         model.load_state_dict(state["model"])
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path}: its weights do not fit its settings: {str(error).splitlines()[-1].strip()}") from None
+        raise ValueError(
+            f"{path}: its weights do not fit its settings: {str(error).splitlines()[-1].strip()}"
+        ) from None
     if tokenizer.vocab_size != model.cfg.vocab_size:
         raise ValueError(
             f"{path}: the model has {model.cfg.vocab_size} tokens, tokenizer {tokenizer.name!r} {tokenizer.vocab_size}"

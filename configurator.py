@@ -11,7 +11,7 @@ import difflib
 import os
 import runpy
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 
 def configure(cls: type, argv: list[str]):

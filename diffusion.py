@@ -6,16 +6,27 @@ noise and lets the model rewrite the whole canvas a few times. All slots are ali
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from draws import (
-    CANVAS, CONDITION, CORRUPT, RATE, RENOISE, SAMPLE, SELECT, UNROLL,
-    Draws, Generated, draw_tokens, draws_for, forbidden_ids,
+    CANVAS,
+    CONDITION,
+    CORRUPT,
+    RATE,
+    RENOISE,
+    SAMPLE,
+    SELECT,
+    UNROLL,
+    Draws,
+    Generated,
+    draw_tokens,
+    forbidden_ids,
 )  # fmt: skip
 
 
@@ -103,7 +114,9 @@ def losses(model, batch, cfg, draws: Draws, rate: Tensor | None = None, opened: 
         logits = readout(logits, m.shift)  # (B, T - 1, V)
         if k + 1 < cfg.unroll_steps:
             with torch.no_grad():
-                answer = draw_tokens(logits.float(), cfg.unroll_temperature, draws.uniform(UNROLL, logits.shape[1], k)[0])
+                answer = draw_tokens(
+                    logits.float(), cfg.unroll_temperature, draws.uniform(UNROLL, logits.shape[1], k)[0]
+                )
                 canvas = torch.cat([target[:, :1], answer], dim=1)
                 if m.self_conditioning:
                     told = draws.uniform(CONDITION, 1, k)[0] < cfg.self_conditioning_prob  # (B, 1)

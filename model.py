@@ -40,7 +40,9 @@ class ModelConfig:
     target_attention: str = "causal"  # causal | bidirectional
     noise: str = "uniform"  # diffusion: uniform (any ordinary token or pad, as the paper) | mask
     shift: bool = False  # diffusion: slot i is predicted at position i - 1, as an AR model does
-    lookahead: bool = False  # with shift: position i - 1 also reads slot i's own token, through a zero-initialised layer
+    lookahead: bool = (
+        False  # with shift: position i - 1 also reads slot i's own token, through a zero-initialised layer
+    )
     self_conditioning: bool = False  # diffusion: the last soft prediction is read through a zero-initialised layer
     vocab_size: int = 288  # the rest is the tokenizer's (bytes by default)
     n_ordinary: int = 256  # ids below this are text; noise draws them and pad, nothing else
@@ -74,7 +76,9 @@ class ModelConfig:
         if self.prefix_attention == "joint" and self.target_attention == "causal":
             raise ValueError("a joint prefix needs target_attention='bidirectional', got 'causal'")
         if self.paradigm == "ar" and self.target_attention != "causal":
-            raise ValueError("paradigm 'ar' needs target_attention='causal': a token that is predicted must not be seen")
+            raise ValueError(
+                "paradigm 'ar' needs target_attention='causal': a token that is predicted must not be seen"
+            )
         if self.paradigm == "ar" and (self.shift or self.lookahead or self.self_conditioning):
             raise ValueError("shift, lookahead and self_conditioning are settings of paradigm 'diffusion'")
         if self.lookahead and not self.shift:

@@ -29,10 +29,10 @@ from torch import Tensor
 import autoregressive
 import diffusion
 from checkpoint import load_model
-from configurator import nearest, read_settings, run
+from configurator import nearest, read_settings, refuse_changes, run
 from data.tokenizer import Tokenizer
-from model import ModelConfig
 from device import autocast, pick_device
+from model import ModelConfig
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 

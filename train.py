@@ -10,7 +10,6 @@ Every draw is a function of (seed, step, global example index): micro-batches, r
 
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -80,7 +79,15 @@ class TrainConfig(ModelConfig, LossConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name in ("max_steps", "batch_size", "grad_accum_steps", "log_interval", "eval_interval", "eval_batches", "save_interval"):
+        for name in (
+            "max_steps",
+            "batch_size",
+            "grad_accum_steps",
+            "log_interval",
+            "eval_interval",
+            "eval_batches",
+            "save_interval",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.grad_accum_steps:
@@ -96,7 +103,17 @@ class TrainConfig(ModelConfig, LossConfig):
 OPEN_AT_ZERO = {"block_size", "target_length"}  # 0, also where it is typed: what the data or the checkpoint says
 
 # What a resumed run may be given anew; any other change would make it a different run.
-MAY_CHANGE = {"max_steps", "resume", "init_from", "out_dir", "overwrite", "device", "dtype", "compile", "grad_accum_steps"}
+MAY_CHANGE = {
+    "max_steps",
+    "resume",
+    "init_from",
+    "out_dir",
+    "overwrite",
+    "device",
+    "dtype",
+    "compile",
+    "grad_accum_steps",
+}
 MAY_CHANGE |= {"log_interval", "eval_interval", "eval_batches", "sample_interval", "save_interval"}
 
 
@@ -113,7 +130,9 @@ def main(argv: list[str]) -> dict:
         first, best = state["step"], state["best_loss"]
     out = Path(cfg.out_dir)
     log = Log(out / "log.jsonl", first)
-    per_token = flops_per_token(model.cfg, model.cfg.block_size) * 3 * (cfg.unroll_steps if cfg.paradigm == "diffusion" else 1)
+    per_token = (
+        flops_per_token(model.cfg, model.cfg.block_size) * 3 * (cfg.unroll_steps if cfg.paradigm == "diffusion" else 1)
+    )
     print(f"{num_params(model):,} parameters | {cfg.data} {len(train_set):,} | {device} {cfg.dtype} | {describe(cfg)}")
     if first >= cfg.max_steps:
         print(f"nothing to do: {out / 'ckpt.pt'} is at step {first} of max_steps {cfg.max_steps}")
@@ -143,13 +162,17 @@ def main(argv: list[str]) -> dict:
             total = 0.0
             for micro in range(cfg.grad_accum_steps):
                 size = cfg.batch_size // cfg.grad_accum_steps
-                batch = train_set.batch(cfg.seed, step, cfg.batch_size, slice(micro * size, (micro + 1) * size), cfg.bucket)
+                batch = train_set.batch(
+                    cfg.seed, step, cfg.batch_size, slice(micro * size, (micro + 1) * size), cfg.bucket
+                )
                 batch = type(batch)(*(part.to(device) for part in batch))
                 draws = draws_for(cfg.seed, batch.example, step)
                 opened = open_edges(batch, step, cfg) if step < cfg.anneal_steps else None
                 with autocast(device, cfg.dtype):
                     for term in loss_fn(model, batch, cfg, draws, opened=opened):
-                        (term / cfg.grad_accum_steps).backward()  # each term as it comes: its graph is freed before the next
+                        (
+                            term / cfg.grad_accum_steps
+                        ).backward()  # each term as it comes: its graph is freed before the next
                         total += term.detach() / cfg.grad_accum_steps
                 tokens += batch.prefix.numel() + batch.target.numel()
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -170,7 +193,11 @@ def main(argv: list[str]) -> dict:
             if done % cfg.log_interval == 0 or last or stop.asked:
                 seconds = time.perf_counter() - since
                 rate = tokens / seconds
-                entry |= {"tokens_per_s": round(rate), "mfu": round(rate * per_token / peak, 3), "seconds": round(seconds, 3)}
+                entry |= {
+                    "tokens_per_s": round(rate),
+                    "mfu": round(rate * per_token / peak, 3),
+                    "seconds": round(seconds, 3),
+                }
                 bar.set_postfix_str(f"loss {total:.3f}, {rate:,.0f} tokens/s, {entry['mfu']:.0%} MFU")
             if done % cfg.eval_interval == 0 or last:
                 entry |= evaluate(model, valid_set, cfg)
@@ -224,7 +251,9 @@ def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
         refuse_changes(given, state["train_config"], f"{last} was trained with", except_for=MAY_CHANGE)
         cfg, weights = TrainConfig(**(state["train_config"] | given)), state["model"]
         if state["fingerprint"] != train_set.fingerprint:
-            raise ValueError(f"{data} has changed since {last} was written; use another --out_dir, or bring the data back")
+            raise ValueError(
+                f"{data} has changed since {last} was written; use another --out_dir, or bring the data back"
+            )
     model = Transformer(ModelConfig(**model_settings(asdict(cfg))))
     if weights is None:
         torch.manual_seed(cfg.seed)

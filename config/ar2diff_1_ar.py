@@ -5,4 +5,3 @@ out_dir = "out/ar2diff_1_ar"
 n_layer = 3
 n_embd = 128
 max_steps = 500
-schedule = "constant"  # so that a longer run is the same run, longer

@@ -10,4 +10,3 @@ self_conditioning = True
 n_layer = 3
 n_embd = 128
 max_steps = 400
-schedule = "constant"

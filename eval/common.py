@@ -38,7 +38,9 @@ def load_for_eval(argv: list[str], base: type = EvalConfig):
     known = {f.name for f in fields(base)} | {f.name for f in fields(sampler)}
     for name in given:
         if name not in known:
-            raise ValueError(f"{name!r} is no setting of a {model.cfg.paradigm} checkpoint; there are: {', '.join(sorted(known))}")
+            raise ValueError(
+                f"{name!r} is no setting of a {model.cfg.paradigm} checkpoint; there are: {', '.join(sorted(known))}"
+            )
     both = make_dataclass("Settings", [], bases=(base, sampler), namespace={"__post_init__": sampler.__post_init__})
     return configure(both, argv), model, tokenizer, state
 
@@ -83,7 +85,9 @@ def environment() -> dict:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         cpu = f"{names[0]} x {len(names)}" if names else cpu
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     return {

@@ -11,7 +11,6 @@ where named, then the same F fine-tuning steps on the task with the row's own lo
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -21,12 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configurator import configure, nearest, run
+from runs.tables import plain, print_tables
 
 OURS = {"shift": "true", "lookahead": "true", "self_conditioning": "true"}
 PAPER = {"shift": "false", "lookahead": "false", "self_conditioning": "false"}
 # From scratch nothing has to line up with AR weights, so the slot's own position is read.
-SCRATCH = ["--paradigm=diffusion", "--prefix_attention=joint", "--target_attention=bidirectional", "--self_conditioning"]
-FROZEN_LR = "--schedule=constant"  # pretraining and adaptation: a longer run is then the same run, longer
+SCRATCH = [
+    "--paradigm=diffusion",
+    "--prefix_attention=joint",
+    "--target_attention=bidirectional",
+    "--self_conditioning",
+]
 
 
 @dataclass
@@ -42,9 +46,14 @@ class Size:
 
 
 SIZES = {
-    "mini": Size("mini", ["mini_translation", "mini_qa", "mini_code"], ["--n_layer=3", "--n_embd=128"], 500, 400, 150),
+    "mini": Size("mini", ["mini_translation", "mini_qa", "mini_code"], ["--n_layer=3", "--n_embd=96"], 600, 500, 200),
     "python": Size(
-        "python_code", ["python_pairs"], ["--n_layer=3", "--n_embd=128", "--block_size=384", "--batch_size=16"], 500, 300, 100
+        "python_code",
+        ["python_pairs"],
+        ["--n_layer=3", "--n_embd=128", "--block_size=384", "--batch_size=16"],
+        500,
+        300,
+        100,
     ),
 }
 EVALUATE = {"mini": ["-m", "eval.exact_match", "--n=500"], "python": ["-m", "eval.python_code", "--n=200"]}
@@ -56,6 +65,7 @@ class StudyConfig:
     seeds: int = 3
     lanes: int = 2  # jobs at a time
     threads: int = 1  # of each job
+    scale: float = 1.0  # of all step counts; below 1 only to see that everything runs
     out: str = "out/study"
     results: str = "results/study"
     table: bool = False  # print the tables of what there is, run nothing
@@ -64,7 +74,7 @@ class StudyConfig:
 @dataclass
 class Job:
     name: str
-    commands: Callable[[], list[list[str]]]
+    commands: list[list[str]]  # arguments for Python, one after the other
     after: list[str] = field(default_factory=list)
     done: Callable[[], bool] = lambda: False
     state: str = "waiting"
@@ -73,52 +83,57 @@ class Job:
 def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job]:
     """All jobs of one part and seed: pretraining, conversions, adaptation, fine-tuning of each row on each task."""
     out, jobs = Path(cfg.out) / part / f"seed{seed}", []
+    A, N, F = (max(2, round(steps * cfg.scale)) for steps in (size.A, size.N, size.F))
     data = Path("out/data")
     small = ["--batch_size=16"] if part == "python" else []
 
     def train(name, steps, *flags, after=(), source=None):
         target = out / name
-        argv = ["train.py", f"--out_dir={target}", f"--max_steps={steps}", f"--seed={seed}", *flags, "--init_from=resume"]
+        argv = [
+            "train.py",
+            f"--out_dir={target}",
+            f"--max_steps={steps}",
+            f"--seed={seed}",
+            *flags,
+            "--init_from=resume",
+        ]
         if source:
             argv.insert(1, f"--init_from={source}")
-        jobs.append(Job(f"{part}/{seed}/{name}", lambda: [argv], list(after), lambda: _at_step(target, steps)))
+        jobs.append(Job(f"{part}/{seed}/{name}", [argv], list(after), lambda: _at_step(target, steps)))
         return f"{part}/{seed}/{name}"
 
     def convert(name, settings, source, after):
         target = out / name
         argv = ["ar2diff.py", f"--init_from={source}", f"--out_dir={target}", "--check", "--overwrite"]
         argv += [f"--{key}={value}" for key, value in settings.items()]
-        jobs.append(Job(f"{part}/{seed}/{name}", lambda: [argv], [after], lambda: (target / "ckpt.pt").exists()))
+        jobs.append(Job(f"{part}/{seed}/{name}", [argv], [after], lambda: (target / "ckpt.pt").exists()))
         return f"{part}/{seed}/{name}"
 
-    pretrain = [f"--data={data / size.pretrain_data}", FROZEN_LR, *small]
-    ar = train("ar", size.A, *size.model, *pretrain)
+    pretrain = [f"--data={data / size.pretrain_data}", *small]
+    ar = train("ar", A, *size.model, *pretrain)
     rows = {"AR": (out / "ar/ckpt.pt", ar)}
     for label, settings in (("", OURS), (" (paper's settings)", PAPER)):
         tag = "paper_" if label else ""
         start = convert(f"{tag}start", settings, out / "ar/ckpt.pt", ar)
         if not label:
             rows["AR2Diff_0"] = (out / "start/ckpt.pt", start)
-        adapted = train(f"{tag}adapt", size.N, *pretrain, after=[start], source=out / f"{tag}start/ckpt.pt")
+        adapted = train(f"{tag}adapt", N, *pretrain, after=[start], source=out / f"{tag}start/ckpt.pt")
         rows[f"AR2Diff_N{label}"] = (out / f"{tag}adapt/ckpt.pt", adapted)
-    scratch = train("scratch", size.N, *size.model, *SCRATCH, *pretrain)
+    scratch = train("scratch", N, *size.model, *SCRATCH, *pretrain)
     rows["diffusion, N steps"] = (out / "scratch/ckpt.pt", scratch)
     # Equal FLOPs: an unrolled diffusion step costs two AR steps, so A AR steps and N diffusion steps are N + A / 2.
-    longer = out / "scratch_longer"
-    equal = train("scratch_longer", size.N + size.A // 2, *size.model, *SCRATCH, *pretrain, after=[scratch])
-    copy = jobs[-1].commands
-    jobs[-1].commands = lambda: copy() if _copied(out / "scratch", longer) else copy()
-    rows["diffusion, equal FLOPs"] = (longer / "ckpt.pt", equal)
+    equal = train("scratch_longer", N + A // 2, *size.model, *SCRATCH, *pretrain)
+    rows["diffusion, equal FLOPs"] = (out / "scratch_longer/ckpt.pt", equal)
 
     for task in size.tasks:
         for row, (checkpoint, after) in rows.items():
-            name = f"{task}_{_plain(row)}"
-            tune = train(name, size.F, f"--data={data / task}", "--schedule=linear", *small, after=[after], source=checkpoint)
+            name = f"{task}_{plain(row)}"
+            tune = train(name, F, f"--data={data / task}", *small, after=[after], source=checkpoint)
             result = Path(cfg.results) / f"{part}_{seed}_{name}.json"
             argv = [*EVALUATE[part], f"--init_from={out / name / 'ckpt.pt'}", f"--json={result}", "--seed=0"]
             argv += [] if row == "AR" else ["--steps=10", "--candidates=1"]
-            done = (lambda path: lambda: path.exists())(result)
-            jobs.append(Job(f"{part}/{seed}/{name}_eval", (lambda argv: lambda: [argv])(argv), [tune], done))
+
+            jobs.append(Job(f"{part}/{seed}/{name}_eval", [argv], [tune], result.exists))
     return jobs
 
 
@@ -148,24 +163,25 @@ def jobs_tried(seed: int, cfg: StudyConfig) -> list[Job]:
     """Each line of TRIED: convert, TRIED_N steps on the mix, TRIED_F on translation, evaluate."""
     base, jobs = Path(cfg.out) / "mini" / f"seed{seed}", []
     for label, (settings, flags) in TRIED.items():
-        name = _plain(label)
+        name = plain(label)
         out = Path(cfg.out) / "tried" / f"seed{seed}" / name
         result = Path(cfg.results) / f"tried_{seed}_{name}.json"
         convert = ["ar2diff.py", f"--init_from={base / 'ar/ckpt.pt'}", f"--out_dir={out / 'start'}", "--overwrite"]
         convert += [f"--{key}={value}" for key, value in (OURS | settings).items()]
         tune_flags = [flag for flag in flags if not flag.startswith("--anneal")]
         stages = [
-            ["adapt", "mini", TRIED_N, out / "start/ckpt.pt", [FROZEN_LR, *flags]],
-            ["tune", "mini_translation", TRIED_F, out / "adapt/ckpt.pt", ["--schedule=linear", *tune_flags]],
+            ["adapt", "mini", TRIED_N, out / "start/ckpt.pt", flags],
+            ["tune", "mini_translation", TRIED_F, out / "adapt/ckpt.pt", tune_flags],
         ]
         commands = [convert]
         for stage, data, steps, source, extra in stages:
+            steps = max(2, round(steps * cfg.scale))
             argv = ["train.py", f"--init_from={source}", f"--out_dir={out / stage}", f"--data=out/data/{data}"]
             commands.append([*argv, f"--max_steps={steps}", f"--seed={seed}", *extra, "--init_from=resume"])
         argv = [*EVALUATE["mini"], f"--init_from={out / 'tune/ckpt.pt'}", f"--json={result}"]
         commands.append([*argv, "--steps=10", "--candidates=1"])
-        done = (lambda path: lambda: path.exists())(result)
-        jobs.append(Job(f"tried/{seed}/{name}", (lambda c: lambda: c)(commands), [f"mini/{seed}/ar"], done))
+
+        jobs.append(Job(f"tried/{seed}/{name}", commands, [f"mini/{seed}/ar"], result.exists))
     return jobs
 
 
@@ -197,13 +213,19 @@ def work(jobs: list[Job], cfg: StudyConfig) -> None:
             start, ok = time.time(), True
             if not job.done():
                 with open(logs / (job.name.replace("/", "_") + ".log"), "a") as log:
-                    for argv in job.commands():
+                    for argv in job.commands:
                         log.write(f"$ python {' '.join(argv)}\n")
                         log.flush()
-                        ok = ok and subprocess.call([sys.executable, *argv], stdout=log, stderr=log, env=environment) == 0
+                        ok = (
+                            ok
+                            and subprocess.call([sys.executable, *argv], stdout=log, stderr=log, env=environment) == 0
+                        )
                 say = "done" if ok else f"FAILED, see {log.name}"
                 left = sum(j.state == "waiting" for j in jobs)
-                print(f"{(time.time() - begun) / 60:5.1f} min  {job.name:<44} {say} in {time.time() - start:.0f} s, {left} left", flush=True)
+                print(
+                    f"{(time.time() - begun) / 60:5.1f} min  {job.name:<44} {say} in {time.time() - start:.0f} s, {left} left",
+                    flush=True,
+                )
             with lock:
                 job.state = "done" if ok else "failed"
                 lock.notify_all()
@@ -223,40 +245,31 @@ def _at_step(folder: Path, steps: int) -> bool:
     if not (folder / "ckpt.pt").exists() or not log.exists():
         return False
     lines = log.read_text().splitlines()
-    return bool(lines) and lines[-1].startswith("{") and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= steps
-
-
-def _copied(source: Path, target: Path) -> bool:
-    if not (target / "ckpt.pt").exists():
-        shutil.copytree(source, target, dirs_exist_ok=True)
-    return True
-
-
-def _plain(text: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in text.lower()).strip("_")
+    return (
+        bool(lines) and lines[-1].startswith("{") and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= steps
+    )
 
 
 def main(argv: list[str]) -> None:
     """Run the parts that argv names, then print the tables."""
     cfg = configure(StudyConfig, argv)
     if cfg.part not in ("all", "mini", "python", "tried"):
-        raise ValueError(f"part must be all, mini, python or tried{nearest(cfg.part, ['all', 'mini', 'python', 'tried'])}")
+        raise ValueError(
+            f"part must be all, mini, python or tried{nearest(cfg.part, ['all', 'mini', 'python', 'tried'])}"
+        )
     if not cfg.table:
         seeds, jobs = range(1, cfg.seeds + 1), []
         for name in ("mini", "python_code"):
-            subprocess.run([sys.executable, "-c", f"from data.loader import build_if_missing as b; b('out/data/{name}')"], check=True)
-        for seed in seeds:
-            if cfg.part in ("all", "mini"):
-                jobs += jobs_of_size("mini", SIZES["mini"], seed, cfg)
-        for seed in seeds:
-            if cfg.part in ("all", "python"):
-                jobs += jobs_of_size("python", SIZES["python"], seed, cfg)
-        for seed in list(seeds)[:2]:
-            if cfg.part in ("all", "tried"):
+            subprocess.run(
+                [sys.executable, "-c", f"from data.loader import build_if_missing as b; b('out/data/{name}')"],
+                check=True,
+            )
+        for seed in seeds:  # one seed of everything first, so that each table is there early
+            for part, size in SIZES.items():
+                jobs += jobs_of_size(part, size, seed, cfg) if cfg.part in ("all", part) else []
+            if seed <= 2 and cfg.part in ("all", "tried"):
                 jobs += jobs_tried(seed, cfg)
         work(jobs, cfg)
-    from runs.tables import print_tables
-
     print_tables(Path(cfg.results))
 
 

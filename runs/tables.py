@@ -1,0 +1,101 @@
+"""Tables from the JSON of results/: what README and results/ show is made here and nowhere else.
+
+python -m runs.tables [results/study]
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+ROWS = [
+    "AR",
+    "diffusion, N steps",
+    "diffusion, equal FLOPs",
+    "AR2Diff_0",
+    "AR2Diff_N",
+    "AR2Diff_N (paper's settings)",
+]
+TASKS = ["mini_translation", "mini_qa", "mini_code"]
+
+
+def plain(text: str) -> str:
+    """A row's name as it stands in file names."""
+    return "".join(c if c.isalnum() else "_" for c in text.lower()).strip("_")
+
+
+def spread(values: list[float], unit: str = "%") -> str:
+    """'91.2 (89.0 to 93.1)': mean and range over seeds, in percent or as it is."""
+    scale = 100 if unit == "%" else 1
+    mean = statistics.mean(values) * scale
+    digits = 1 if unit == "%" else 3
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ({min(values) * scale:.{digits}f} to {max(values) * scale:.{digits}f})"
+
+
+def found(folder: Path, pattern: str) -> list[dict]:
+    """Every result whose file name fits, by name."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table that reads well as text, too."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in [header, *rows]]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def mini_table(folder: Path) -> str:
+    """Rows x mini tasks: exact match over seeds, then network calls and seconds per sample of translation."""
+    rows = []
+    for row in ROWS:
+        cells = [row]
+        results = [found(folder, f"mini_?_{task}_{plain(row)}.json") for task in TASKS]
+        for seeds in results:
+            cells.append(spread([r["exact_match"] for r in seeds]) if seeds else "-")
+        first = next((seeds for seeds in results if seeds), [])
+        cells.append(f"{statistics.mean(r['calls_per_sample'] for r in first):.1f}" if first else "-")
+        cells.append(f"{1000 * statistics.median(r['seconds_per_sample'] for r in first):.1f}" if first else "-")
+        cells.append(str(len(first)))
+        rows.append(cells)
+    return markdown(["row", *(f"{task} EM %" for task in TASKS), "calls", "ms / sample", "seeds"], rows)
+
+
+def python_table(folder: Path) -> str:
+    """Rows of the Python source part. Bits per byte compare among diffusion rows, or with AR rows, never across."""
+    rows = []
+    for row in ROWS:
+        seeds = found(folder, f"python_?_python_pairs_{plain(row)}.json")
+        if not seeds:
+            continue
+        kind = "exact NLL" if row == "AR" else "L(1), mean over rates"
+        bits = [r["loss"]["bits_per_byte"] for r in seeds]
+        parse = [r["generated"]["parse"] for r in seeds]
+        full = [r["generated"]["parse_and_not_trivial"] for r in seeds]
+        cells = [row, spread(bits, ""), kind, spread(parse), spread(full)]
+        rows.append([*cells, f"{statistics.mean(r['calls_per_sample'] for r in seeds):.1f}", str(len(seeds))])
+    header = ["row", "bits per byte", "which is", "bodies that parse %", "parse and not trivial %", "calls", "seeds"]
+    return markdown(header, rows) if rows else "(no Python results yet)"
+
+
+def tried_table(folder: Path) -> str:
+    """What was tried for the defaults: one change each, best first."""
+    by_name: dict[str, list[float]] = {}
+    for path in sorted(folder.glob("tried_*.json")):
+        by_name.setdefault(path.stem.split("_", 2)[2], []).append(json.loads(path.read_text())["exact_match"])
+    order = sorted(by_name, key=lambda name: -statistics.mean(by_name[name]))
+    return markdown(
+        ["change", "translation EM %", "seeds"], [[n, spread(by_name[n]), str(len(by_name[n]))] for n in order]
+    )
+
+
+def print_tables(folder: Path) -> None:
+    """All three, as Markdown."""
+    for title, table in (("Mini tasks", mini_table), ("Python source", python_table), ("What was tried", tried_table)):
+        print(f"\n### {title}\n\n{table(folder)}")
+
+
+if __name__ == "__main__":
+    print_tables(Path(sys.argv[1] if len(sys.argv) > 1 else "results/study"))
