@@ -1,4 +1,4 @@
-"""Settings: a dataclass says what exists, a flat Python file says what differs, the command line says what is tried today.
+"""Settings: a dataclass says what exists, a flat Python file what differs, the command line what is tried today.
 
     python train.py config/toy_copy_ar.py --learning_rate=1e-3 --compile
 

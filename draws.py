@@ -38,7 +38,7 @@ def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Draws:
-    """The draws of one batch. example (B,) and candidate (B,) are int64 and say which row this is, wherever it stands."""
+    """The draws of one batch. example (B,) and candidate (B,), int64, say which row this is, wherever it stands."""
 
     seed: int
     example: Tensor

@@ -249,7 +249,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Maps (prefix, target) to logits over the target. The target's first token is a separator, given, not predicted."""
+    """Maps (prefix, target) to logits over the target, whose first token is a separator: given, not predicted."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()

@@ -1,9 +1,9 @@
 """Training: one flat loop for both paradigms and all stages.
 
-    python train.py config/ar2diff_1_ar.py                      # pretrain an AR model
-    python ar2diff.py --init_from=out/ar/ckpt.pt --out_dir=out/start    # convert it
-    python train.py config/ar2diff_2_adapt.py --max_steps=500   # go on as a diffusion model
-    python train.py config/ar2diff_2_adapt.py --init_from=resume  # after an interruption: bit for bit the same run on a CPU
+    python train.py config/ar2diff_1_ar.py                         # pretrain an AR model
+    python ar2diff.py --init_from=out/ar2diff_1_ar/ckpt.pt         # convert it
+    python train.py config/ar2diff_2_adapt.py --max_steps=500      # go on as a diffusion model
+    python train.py config/ar2diff_2_adapt.py --init_from=resume   # after an interruption: the same run, bit for bit
 
 Every draw is a function of (seed, step, global example index): micro-batches, resuming and evaluation change nothing.
 """
@@ -49,7 +49,7 @@ class TrainConfig(ModelConfig, LossConfig):
     bucket: int = 1  # rows of one prefix length that stand together; whole micro-batches of them need no mask
     grad_accum_steps: int = 1  # micro-batches per step; the result is the same, the memory smaller
     optimizer: str = "muon"  # muon (matrices of the blocks; AdamW for the rest) | adamw
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.5e-3
     muon_lr_ratio: float = 5.0  # muon's learning rate as a multiple of learning_rate
     min_lr_ratio: float = 0.0  # where the decay ends, as a share of learning_rate
     warmup_steps: int = 20
@@ -142,8 +142,9 @@ def main(argv: list[str]) -> dict:
 
     def checkpoint(name, step):
         save(
-            out / name, model, step, train_set.tokenizer_name, train_config=asdict(cfg), optimizer=[o.state_dict() for o in optimizers],
-            best_loss=best, fingerprint=train_set.fingerprint, converted_from=state_of_origin(cfg, state),
+            out / name, model, step, train_set.tokenizer_name, train_config=asdict(cfg),
+            optimizer=[o.state_dict() for o in optimizers], best_loss=best, fingerprint=train_set.fingerprint,
+            converted_from=state_of_origin(cfg, state),
         )  # fmt: skip
 
     stop = StopSignals()
@@ -181,8 +182,9 @@ def main(argv: list[str]) -> dict:
                 bar.close()
                 rows = f"{step * cfg.batch_size}..{(step + 1) * cfg.batch_size - 1}"
                 raise ValueError(
-                    f"loss {total}, gradient norm {norm} at step {step} (examples {rows} of {cfg.data}, seed {cfg.seed}); "
-                    f"{out / 'ckpt.pt'} holds the last good step. Try a lower --learning_rate or --dtype=float32."
+                    f"loss {total}, gradient norm {norm} at step {step} (examples {rows} of {cfg.data}, "
+                    f"seed {cfg.seed}); {out / 'ckpt.pt'} holds the last good step. Try a lower --learning_rate or "
+                    "--dtype=float32."
                 )
             for optimizer in optimizers:
                 optimizer.step()
@@ -223,7 +225,7 @@ def main(argv: list[str]) -> dict:
 
 
 def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
-    """(settings, model on its device, the checkpoint that is resumed or None). Everything that can be wrong is found here."""
+    """(settings, model on its device, the checkpoint that is resumed or None). What can be wrong is found here."""
     resume = "--init_from=resume" in argv
     given, _ = read_settings(TrainConfig, [arg for arg in argv if arg != "--init_from=resume"])
     resume = resume or given.pop("resume", False) or given.get("init_from") == "resume"
@@ -240,7 +242,8 @@ def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
         print(f"no checkpoint in {out} yet: starting at step 0")
     elif last.exists() and not given.get("overwrite", False):
         raise ValueError(
-            f"{out} already holds a run; go on with --init_from=resume, start over with --overwrite, or name another --out_dir"
+            f"{out} already holds a run; go on with --init_from=resume, start over with --overwrite, "
+            "or name another --out_dir"
         )
     before = TrainConfig.data if state is None else state["train_config"]["data"]
     data = given["data"] = str(build_if_missing(given.get("data", before)))  # the folder of a bare name
@@ -287,8 +290,8 @@ def new_run(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
         cfg, weights = TrainConfig(**(given | kept | of_data)), state["model"]
     if cfg.block_size < train_set.meta["block_size"]:
         raise ValueError(
-            f"{train_set.folder} needs {train_set.meta['block_size']} tokens for prefix + target, the model's block_size "
-            f"is {cfg.block_size}; pretrain with --block_size={train_set.meta['block_size']}"
+            f"{train_set.folder} needs {train_set.meta['block_size']} tokens for prefix + target, the model's "
+            f"block_size is {cfg.block_size}; pretrain with --block_size={train_set.meta['block_size']}"
         )
     return cfg, weights
 
@@ -374,7 +377,7 @@ def sample_line(model, valid_set, step: int) -> str:
 
 
 class Log:
-    """JSON lines beside the checkpoint. A resumed run drops the lines after its checkpoint: they will be written again."""
+    """JSON lines beside the checkpoint. A resumed run drops the lines after its checkpoint: they are written again."""
 
     def __init__(self, path: Path, first: int):
         kept = []

@@ -1,7 +1,8 @@
 # Stage 1 of 3: pretrain an autoregressive model on the three mini tasks mixed.
-# About a minute and a half on one CPU core; held-out loss about 0.05 nats per slot.
+# Under a minute on one CPU core; held-out loss about 0.08 nats per slot (it falls further when stage 3 decays the rate).
 data = "out/data/mini"
 out_dir = "out/ar2diff_1_ar"
 n_layer = 3
-n_embd = 128
-max_steps = 500
+n_embd = 96
+max_steps = 600
+schedule = "constant"  # a longer run is then the same run, longer; stage 3 has the decay

@@ -1,8 +1,10 @@
-# Stage 2 of 3: go on from the converted model, as a diffusion model, on the same data. These are the N steps of AR2Diff_N:
-# with none the model can hardly be fine-tuned, with more it gets better. First convert stage 1:
+# Stage 2 of 3: go on from the converted model, as a diffusion model, on the same data: the N steps of AR2Diff_N.
+# First convert stage 1:
 #   python ar2diff.py --init_from=out/ar2diff_1_ar/ckpt.pt --out_dir=out/ar2diff_start --check
 # The attention, the shift and self-conditioning are in that checkpoint already: nothing of the model is set here.
+# A minute and a half on one CPU core.
 init_from = "out/ar2diff_start/ckpt.pt"
 data = "out/data/mini"
 out_dir = "out/ar2diff_2_adapt"
-max_steps = 400
+max_steps = 500
+schedule = "constant"

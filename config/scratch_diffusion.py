@@ -1,6 +1,6 @@
-# The rival: a diffusion model from scratch, on the same data. 400 steps are as many as AR2Diff's adaptation has; going on
-# to 650 costs the FLOPs of AR pretraining and adaptation together (an unrolled step costs two AR steps):
-#   python train.py config/scratch_diffusion.py --init_from=resume --max_steps=650
+# The rival: a diffusion model from scratch, on the same data. 500 steps are as many as AR2Diff's adaptation has; going
+# on to 800 costs the FLOPs of AR pretraining and adaptation together (an unrolled step costs two AR steps):
+#   python train.py config/scratch_diffusion.py --init_from=resume --max_steps=800
 data = "out/data/mini"
 out_dir = "out/scratch_diffusion"
 paradigm = "diffusion"
@@ -8,5 +8,6 @@ prefix_attention = "joint"
 target_attention = "bidirectional"
 self_conditioning = True
 n_layer = 3
-n_embd = 128
-max_steps = 400
+n_embd = 96
+max_steps = 500
+schedule = "constant"

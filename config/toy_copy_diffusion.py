@@ -1,6 +1,7 @@
 # The same task, all letters at once: the smallest proof that the diffusion half works. No AR model is involved.
 # About a minute on one CPU core; 99% and more exact in 10 steps.
-#   python train.py config/toy_copy_diffusion.py && python -m eval.exact_match --init_from=out/toy_copy_diffusion/ckpt.pt
+#   python train.py config/toy_copy_diffusion.py
+#   python -m eval.exact_match --init_from=out/toy_copy_diffusion/ckpt.pt
 data = "out/data/toy_copy"
 out_dir = "out/toy_copy_diffusion"
 paradigm = "diffusion"

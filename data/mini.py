@@ -2,9 +2,9 @@
 
     python -m data.mini [--out=out/data]
 
-    translation   fr nine hundred eighty-one                          -> neuf cent quatre-vingt-un
-    qa            qa tom red. ann blue. eva tan. who is blue?          -> ann
-    code          py add 7 then double                             -> def f(x): return (x + 7) * 2
+    translation   fr nine hundred eighty-one                     -> neuf cent quatre-vingt-un
+    qa            qa tom red. ann blue. eva tan. who is blue?    -> ann
+    code          py add 7 then double                           -> def f(x): return (x + 7) * 2
 
 Everything is generated, is the same on every machine, and has an exact scorer. A held-out item tests composition: its
 words all occur in training, the item itself does not. Writes mini (the three in equal shares), mini_translation,
@@ -24,7 +24,7 @@ from data.loader import OUT, write_pairs
 from data.syntax import same_code
 from data.tokenizer import get_tokenizer
 
-PREFIX_LENGTH = 47  # bytes; the longest prefix there is
+PREFIX_LENGTH = 47  # bytes; room for the longest prefix, which has 45
 TARGET_LENGTH = 41  # bytes, separator included; the longest target has 41 - 2, so every text ends with a pad
 HELD_OUT = 12  # percent of the items
 MAX_NUMBER = 1999  # more digits add length, not ideas, and length is what a laptop pays for
@@ -215,7 +215,10 @@ def task_of(set_name: str, prefix: str = "") -> str:
 
 
 def examples(set_name: str, split: str) -> list[dict]:
-    """The items of a set, in file order: dicts with prefix and target. In "mini" the three take turns, the short ones anew."""
+    """The items of a set, in file order: dicts with prefix and target.
+
+    In "mini" the three tasks take turns; the shorter lists start over until the longest is through.
+    """
     if split not in ("train", "valid"):
         raise ValueError(f"split must be 'train' or 'valid', got {split!r}")
     if set_name == "mini":

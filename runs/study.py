@@ -9,17 +9,13 @@ checkpoint. As in the paper a row is pretraining (AR for A steps, or diffusion),
 where named, then the same F fine-tuning steps on the task with the row's own loss.
 """
 
-import json
-import os
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import configure, nearest, run
+from runs.jobs import Job, at_step, copy_once, work
 from runs.tables import plain, print_tables
 
 OURS = {"shift": "true", "lookahead": "true", "self_conditioning": "true"}
@@ -50,13 +46,13 @@ SIZES = {
     "python": Size(
         "python_code",
         ["python_pairs"],
-        ["--n_layer=3", "--n_embd=128", "--block_size=384", "--batch_size=16"],
+        ["--n_layer=3", "--n_embd=96", "--block_size=384"],
         500,
         300,
         100,
     ),
 }
-EVALUATE = {"mini": ["-m", "eval.exact_match", "--n=500"], "python": ["-m", "eval.python_code", "--n=200"]}
+EVALUATE = {"mini": ["-m", "eval.exact_match", "--n=500"], "python": ["-m", "eval.python_code", "--n=100"]}
 
 
 @dataclass
@@ -69,15 +65,6 @@ class StudyConfig:
     out: str = "out/study"
     results: str = "results/study"
     table: bool = False  # print the tables of what there is, run nothing
-
-
-@dataclass
-class Job:
-    name: str
-    commands: list[list[str]]  # arguments for Python, one after the other
-    after: list[str] = field(default_factory=list)
-    done: Callable[[], bool] = lambda: False
-    state: str = "waiting"
 
 
 def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job]:
@@ -99,7 +86,7 @@ def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job
         ]
         if source:
             argv.insert(1, f"--init_from={source}")
-        jobs.append(Job(f"{part}/{seed}/{name}", [argv], list(after), lambda: _at_step(target, steps)))
+        jobs.append(Job(f"{part}/{seed}/{name}", [argv], list(after), lambda: at_step(target, steps)))
         return f"{part}/{seed}/{name}"
 
     def convert(name, settings, source, after):
@@ -109,7 +96,7 @@ def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job
         jobs.append(Job(f"{part}/{seed}/{name}", [argv], [after], lambda: (target / "ckpt.pt").exists()))
         return f"{part}/{seed}/{name}"
 
-    pretrain = [f"--data={data / size.pretrain_data}", *small]
+    pretrain = [f"--data={data / size.pretrain_data}", "--schedule=constant", *small]
     ar = train("ar", A, *size.model, *pretrain)
     rows = {"AR": (out / "ar/ckpt.pt", ar)}
     for label, settings in (("", OURS), (" (paper's settings)", PAPER)):
@@ -122,7 +109,9 @@ def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job
     scratch = train("scratch", N, *size.model, *SCRATCH, *pretrain)
     rows["diffusion, N steps"] = (out / "scratch/ckpt.pt", scratch)
     # Equal FLOPs: an unrolled diffusion step costs two AR steps, so A AR steps and N diffusion steps are N + A / 2.
-    equal = train("scratch_longer", N + A // 2, *size.model, *SCRATCH, *pretrain)
+    # It is the same run, longer: it goes on from a copy.
+    equal = train("scratch_longer", N + A // 2, *size.model, *SCRATCH, *pretrain, after=[scratch])
+    jobs[-1].commands.insert(0, copy_once(out / "scratch", out / "scratch_longer"))
     rows["diffusion, equal FLOPs"] = (out / "scratch_longer/ckpt.pt", equal)
 
     for task in size.tasks:
@@ -143,17 +132,17 @@ TRIED = {
     "no lookahead (shift only)": ({"lookahead": "false"}, []),
     "no shift (own position)": ({"shift": "false", "lookahead": "false"}, []),
     "no self-conditioning": ({"self_conditioning": "false"}, []),
-    "self-conditioning for half of the rows": ({}, ["--self_conditioning_prob=0.5"]),
     "paper: no shift, no self-conditioning": (PAPER, []),
     "mask noise": ({"noise": "mask"}, []),
     "frozen prefix, bidirectional": ({"prefix_attention": "bidirectional"}, []),
     "frozen prefix, causal": ({"prefix_attention": "causal"}, []),
     "mask annealed over 100 steps": ({}, ["--anneal_steps=100"]),
     "one pass: L(1) alone": ({"self_conditioning": "false"}, ["--unroll_steps=1"]),
-    "unroll by sampling (SUNDAE)": ({}, ["--unroll_temperature=1.0"]),
-    "learning rate x 1/2": ({}, ["--learning_rate=1.5e-3"]),
-    "learning rate x 2": ({}, ["--learning_rate=6e-3"]),
+    "learning rate x 1/2": ({}, ["--learning_rate=7.5e-4"]),
+    "learning rate x 2": ({}, ["--learning_rate=3e-3"]),
     "AdamW": ({}, ["--optimizer=adamw"]),
+    "self-conditioning for half of the rows": ({}, ["--self_conditioning_prob=0.5"]),
+    "unroll by sampling (SUNDAE)": ({}, ["--unroll_temperature=1.0"]),
     "batches of one prefix length": ({}, ["--bucket=32"]),
 }
 TRIED_N, TRIED_F = 200, 100
@@ -170,7 +159,7 @@ def jobs_tried(seed: int, cfg: StudyConfig) -> list[Job]:
         convert += [f"--{key}={value}" for key, value in (OURS | settings).items()]
         tune_flags = [flag for flag in flags if not flag.startswith("--anneal")]
         stages = [
-            ["adapt", "mini", TRIED_N, out / "start/ckpt.pt", flags],
+            ["adapt", "mini", TRIED_N, out / "start/ckpt.pt", ["--schedule=constant", *flags]],
             ["tune", "mini_translation", TRIED_F, out / "adapt/ckpt.pt", tune_flags],
         ]
         commands = [convert]
@@ -183,71 +172,6 @@ def jobs_tried(seed: int, cfg: StudyConfig) -> list[Job]:
 
         jobs.append(Job(f"tried/{seed}/{name}", commands, [f"mini/{seed}/ar"], result.exists))
     return jobs
-
-
-def work(jobs: list[Job], cfg: StudyConfig) -> None:
-    """Run the jobs in order of the list, each after those it needs, cfg.lanes at a time."""
-    lock, by_name, logs = threading.Condition(), {job.name: job for job in jobs}, Path(cfg.out) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    threads = str(cfg.threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    begun = time.time()
-
-    def pick():
-        for job in jobs:
-            needs = [by_name[name].state for name in job.after if name in by_name]
-            if job.state == "waiting" and any(state == "failed" for state in needs):
-                job.state = "failed"
-            if job.state == "waiting" and all(state == "done" for state in needs):
-                return job
-        return None
-
-    def lane():
-        while True:
-            with lock:
-                while (job := pick()) is None and any(j.state in ("waiting", "running") for j in jobs):
-                    lock.wait(1)
-                if job is None:
-                    return
-                job.state = "running"
-            start, ok = time.time(), True
-            if not job.done():
-                with open(logs / (job.name.replace("/", "_") + ".log"), "a") as log:
-                    for argv in job.commands:
-                        log.write(f"$ python {' '.join(argv)}\n")
-                        log.flush()
-                        ok = (
-                            ok
-                            and subprocess.call([sys.executable, *argv], stdout=log, stderr=log, env=environment) == 0
-                        )
-                say = "done" if ok else f"FAILED, see {log.name}"
-                left = sum(j.state == "waiting" for j in jobs)
-                print(
-                    f"{(time.time() - begun) / 60:5.1f} min  {job.name:<44} {say} in {time.time() - start:.0f} s, {left} left",
-                    flush=True,
-                )
-            with lock:
-                job.state = "done" if ok else "failed"
-                lock.notify_all()
-
-    lanes = [threading.Thread(target=lane) for _ in range(cfg.lanes)]
-    for thread in lanes:
-        thread.start()
-    for thread in lanes:
-        thread.join()
-    failed = [job.name for job in jobs if job.state == "failed"]
-    if failed:
-        raise ValueError(f"{len(failed)} jobs failed or stand behind one that did: {', '.join(failed[:6])}")
-
-
-def _at_step(folder: Path, steps: int) -> bool:
-    log = folder / "log.jsonl"
-    if not (folder / "ckpt.pt").exists() or not log.exists():
-        return False
-    lines = log.read_text().splitlines()
-    return (
-        bool(lines) and lines[-1].startswith("{") and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= steps
-    )
 
 
 def main(argv: list[str]) -> None:
@@ -267,9 +191,9 @@ def main(argv: list[str]) -> None:
         for seed in seeds:  # one seed of everything first, so that each table is there early
             for part, size in SIZES.items():
                 jobs += jobs_of_size(part, size, seed, cfg) if cfg.part in ("all", part) else []
-            if seed <= 2 and cfg.part in ("all", "tried"):
+            if seed == 1 and cfg.part in ("all", "tried"):
                 jobs += jobs_tried(seed, cfg)
-        work(jobs, cfg)
+        work(jobs, Path(cfg.out) / "logs", cfg.lanes, cfg.threads)
     print_tables(Path(cfg.results))
 
 
