@@ -68,7 +68,7 @@ def generate(
         open_rows = open_rows & (drawn != m.pad_id)
         last = drawn[:, None]
         if on_step is not None:
-            on_step(step + 1, tokens, logits[:, None], torch.arange(B))
+            on_step(step + 1, tokens, logits[:, None], torch.arange(B, device=prefix.device))
         if not bool(open_rows.any()):
             break
     return Generated(tokens, score / calls, calls)

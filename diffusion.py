@@ -39,9 +39,9 @@ class LossConfig:
     self_conditioning_prob: float = 1.0  # share of rows that see the soft answer in the unrolled passes
 
     def __post_init__(self):
-        if self.unroll_steps < 1 or self.unroll_temperature < 0 or not 0 <= self.self_conditioning_prob <= 1:
+        if not 1 <= self.unroll_steps <= 16 or self.unroll_temperature < 0 or not 0 <= self.self_conditioning_prob <= 1:
             raise ValueError(
-                "unroll_steps must be 1 or more, unroll_temperature 0 or more, self_conditioning_prob in [0, 1]; got "
+                "unroll_steps must be 1 to 16, unroll_temperature 0 or more, self_conditioning_prob in [0, 1]; got "
                 f"{self.unroll_steps}, {self.unroll_temperature}, {self.self_conditioning_prob}"
             )
 
@@ -148,7 +148,7 @@ class State(NamedTuple):
     answer: Tensor  # (R, S) what the row would say if it stopped now
     judged: Tensor  # (R, S) the tokens whose mean NLL under the last logits is the row's score
     memory: Tensor  # (R, S) float, the sampler's own
-    settled: Tensor  # (R,) bool: no further step would change this row
+    settled: Tensor  # (R,) bool: the row stands still and leaves (with self-conditioning its estimate might still move)
     free: Tensor  # (R, S) bool, False where the token is given (infilling)
 
 
@@ -195,7 +195,9 @@ def confidence(logits: Tensor, state: State, step: int, cfg: SamplerConfig, draw
     log_p = logits.log_softmax(-1)
     sure = log_p.gather(-1, drawn[..., None])[..., 0].masked_fill(~state.free, -math.inf)  # (R, S)
     n = (state.free.sum(1, keepdim=True) * (step + 1) / cfg.steps).ceil()
-    return _commit(logits, log_p, _rank(sure) < n, drawn, state, cfg, draws, m)
+    after = _commit(logits, log_p, _rank(sure) < n, drawn, state, cfg, draws, m)
+    # Pads are sure first: an answer may stand still while the text has not been begun, so wait for half of the slots.
+    return after._replace(settled=after.settled & (step + 1 >= cfg.steps / 2))
 
 
 @torch.no_grad()

@@ -25,12 +25,12 @@ class ModelConfig:
     n_head: int = 4
     n_kv_head: int = 0  # heads of keys and values (grouped-query attention); 0: as many as n_head
     n_embd: int = 128
-    n_hidden: int = 0  # width inside the MLP; 0: 4 n_embd for gelu, 8/3 n_embd for swiglu
+    n_hidden: int = 0  # width inside the MLP; 0: 8/3 n_embd for swiglu, else 4 n_embd
     block_size: int = 0  # longest prefix + target, in tokens; 0: what the data set needs
     target_length: int = 0  # slots of a target, separator and pads included; 0: what the data set says
     dropout: float = 0.0
     norm: str = "rmsnorm"  # rmsnorm | layernorm
-    activation: str = "swiglu"  # swiglu | gelu (GPT-2's tanh form)
+    activation: str = "swiglu"  # swiglu | gelu (exact) | gelu_tanh (GPT-2's published weights)
     position: str = "rope"  # rope (arXiv 2104.09864) | learned
     rope_base: float = 10000.0
     qk_norm: bool = False  # RMSNorm on queries and keys (arXiv 2302.05442); at laptop size it learns to copy slower
@@ -54,7 +54,7 @@ class ModelConfig:
         for name, allowed in (
             ("paradigm", PARADIGMS),
             ("norm", ("rmsnorm", "layernorm")),
-            ("activation", ("swiglu", "gelu")),
+            ("activation", ("swiglu", "gelu", "gelu_tanh")),
             ("position", ("rope", "learned")),
             ("prefix_attention", ("causal", "bidirectional", "joint")),
             ("target_attention", ("causal", "bidirectional")),
@@ -98,7 +98,7 @@ class ModelConfig:
     def hidden_size(self) -> int:
         if self.n_hidden:
             return self.n_hidden
-        return 4 * self.n_embd if self.activation == "gelu" else 32 * math.ceil(self.n_embd / 12)  # 8/3, whole 32s
+        return 32 * math.ceil(self.n_embd / 12) if self.activation == "swiglu" else 4 * self.n_embd  # 8/3 in whole 32s
 
 
 def model_settings(settings: dict) -> dict:
@@ -189,8 +189,15 @@ class KVCache:
         return other
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, with the weight in the type of x: under autocast a mixed call is slow and warns."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def _norm(cfg: ModelConfig) -> nn.Module:
-    return nn.LayerNorm(cfg.n_embd, bias=cfg.bias) if cfg.norm == "layernorm" else nn.RMSNorm(cfg.n_embd, eps=1e-5)
+    return nn.LayerNorm(cfg.n_embd, bias=cfg.bias) if cfg.norm == "layernorm" else RMSNorm(cfg.n_embd, eps=1e-5)
 
 
 class Attention(nn.Module):
@@ -199,8 +206,8 @@ class Attention(nn.Module):
         self.n_head, self.kv_heads, self.head_size, self.dropout = cfg.n_head, cfg.kv_heads, cfg.head_size, cfg.dropout
         self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.kv_heads) * cfg.head_size, bias=cfg.bias)
         self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.q_norm = nn.RMSNorm(cfg.head_size, eps=1e-5) if cfg.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(cfg.head_size, eps=1e-5) if cfg.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(cfg.head_size, eps=1e-5) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_size, eps=1e-5) if cfg.qk_norm else nn.Identity()
 
     # fmt: off
     def forward(self, x, rope, mask, causal, cache, layer):
@@ -226,6 +233,7 @@ class MLP(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.gated = cfg.activation == "swiglu"
+        self.gelu_form = "tanh" if cfg.activation == "gelu_tanh" else "none"
         self.up = nn.Linear(cfg.n_embd, cfg.hidden_size * (2 if self.gated else 1), bias=cfg.bias)
         self.down = nn.Linear(cfg.hidden_size, cfg.n_embd, bias=cfg.bias)
 
@@ -233,7 +241,7 @@ class MLP(nn.Module):
         if self.gated:
             gate, up = self.up(x).chunk(2, dim=-1)
             return self.down(F.silu(gate) * up)
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.gelu(self.up(x), approximate=self.gelu_form))
 
 
 class Block(nn.Module):

@@ -81,7 +81,8 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def environment() -> dict:
     """What a number was measured on: to be kept with it."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

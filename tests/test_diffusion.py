@@ -500,7 +500,8 @@ def test_adaptive_samplers_stop_where_the_answer_stands_still_and_the_model_is_s
 
     cfg, prefix = SamplerConfig(sampler=sampler, steps=8, candidates=2), torch.arange(6)[:, None]
     leaving = generate(Fake(doubt), prefix, cfg)
-    assert leaving.calls.tolist() == [4, 16] * 3
+    # Two steps tell that an answer stands still; confidence also waits for half of the steps.
+    assert leaving.calls.tolist() == [2 * {"confidence": 4, "entropy_bound": 2}[sampler], 16] * 3
     without_leaving(monkeypatch, sampler)
     staying = generate(Fake(doubt), prefix, cfg)
     assert torch.equal(leaving.tokens, staying.tokens) and torch.equal(leaving.tokens, TEXTS[:6])
@@ -539,7 +540,7 @@ def test_the_defaults_are_those_of_the_paper():
 @pytest.mark.parametrize(
     "cls, bad, says",
     [
-        (LossConfig, dict(unroll_steps=0), "unroll_steps must be 1 or more"),
+        (LossConfig, dict(unroll_steps=0), "unroll_steps must be 1 to 16"),
         (LossConfig, dict(unroll_temperature=-1.0), "unroll_temperature 0 or more"),
         (LossConfig, dict(self_conditioning_prob=1.5), r"self_conditioning_prob in \[0, 1\]"),
         (SamplerConfig, dict(sampler="ddim"), "resample, argmax_unrolled, confidence, entropy_bound"),

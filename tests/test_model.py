@@ -261,7 +261,7 @@ def test_soft_embedding_of_certainty_is_the_embedding():
 
 
 GPT2 = dict(vocab_size=50257, n_ordinary=50256, pad_id=50256, sep_id=50256, mask_id=50256, block_size=1024)
-GPT2 |= dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False, bias=True)
+GPT2 |= dict(norm="layernorm", activation="gelu_tanh", position="learned", qk_norm=False, bias=True)
 LLAMA = dict(vocab_size=128256, n_ordinary=128000, pad_id=128001, sep_id=128002, mask_id=128003, qk_norm=False)
 PUBLISHED = {
     "gpt2": (GPT2 | dict(n_layer=12, n_head=12, n_embd=768), 124_439_808),
@@ -298,7 +298,7 @@ def test_logits_equal_gpt2_of_transformers():
     ).eval()
     for p in theirs.parameters():  # biases and norms, too, must arrive in their places
         p.data += 0.1 * torch.randn_like(p)
-    ours = build(norm="layernorm", activation="gelu", position="learned", qk_norm=False, bias=True)
+    ours = build(norm="layernorm", activation="gelu_tanh", position="learned", qk_norm=False, bias=True)
     source, target = theirs.state_dict(), ours.state_dict()
     names = {"ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj"}
     names |= {"mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
@@ -358,7 +358,7 @@ def test_logits_equal_llama_of_transformers():
     [
         (dict(paradigm="gan"), "ar, diffusion"),
         (dict(norm="batchnorm"), "rmsnorm, layernorm"),
-        (dict(activation="relu"), "swiglu, gelu"),
+        (dict(activation="relu"), "swiglu, gelu, gelu_tanh"),
         (dict(position="alibi"), "rope, learned"),
         (dict(prefix_attention="full"), "causal, bidirectional, joint"),
         (dict(target_attention="joint"), "causal, bidirectional"),

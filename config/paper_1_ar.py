@@ -1,0 +1,11 @@
+# The paper's choices at laptop size, stage 1 of 3: AR pretraining. Beside config/ar2diff_1_ar.py only the optimizer
+# differs (the paper names none; AdamW stands for T5X's Adafactor), at a rate that AdamW takes well at this size.
+# An AdamW step teaches about half of what a Muon step does, hence twice the steps.
+data = "out/data/mini"
+out_dir = "out/paper_1_ar"
+n_layer = 3
+n_embd = 96
+optimizer = "adamw"
+learning_rate = 3e-3
+max_steps = 1200
+schedule = "constant"

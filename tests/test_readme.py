@@ -1,0 +1,134 @@
+"""Every command of the README runs: in its order, on the outputs of those before it, in a short form."""
+
+import asyncio
+import email
+import http
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configurator import configure
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# Appended to make a command short; later arguments win. By the file or module that runs.
+SHORT = {
+    "train.py": ["--max_steps=3", "--eval_batches=1", "--batch_size=8", "--device=cpu"],
+    "ar2diff.py": [],
+    "sample.py": ["--candidates=1", "--steps=2", "--device=cpu"],
+    "data.mini": [],
+    "data.toy": [],
+    "data.python_code": [],
+    "data.text_file": [],
+    "eval.exact_match": ["--n=4"],
+    "eval.python_code": ["--n=4", "--steps=2"],
+    "eval.plots": [],
+    "runs.study": ["--table"],
+}
+# What is too long, or does not run Python: why, and what is checked instead.
+LONG = {
+    "python -m pip": "downloads; .ci/run installs with this very line",
+    "python -m pytest": "that is who is asking",
+    "python -m runs.quickstart": "8 minutes; .ci/run plays it whole",
+    "python -m eval.speed": "minutes; tests/test_speed.py measures smaller shapes",
+    "bash quickstart.sh": "8 minutes; .ci/run plays it whole",
+    "ruff": "lint is no test; .ci/run runs both",
+    ".ci/run": "runs these tests",
+}
+SETTINGS = {"runs.quickstart": "QuickstartConfig", "eval.speed": "SpeedConfig"}
+
+
+def commands() -> list[str]:
+    """The command lines of all ```bash blocks, continued lines joined, without comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [part.strip() for line in lines for part in re.sub(r"\s#\s.*", "", line).split("&&") if part.strip()]
+
+
+def long_form(command: str) -> str | None:
+    return next((start for start in LONG if command.startswith(start)), None)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """A folder that looks like a fresh clone."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in ROOT.iterdir():
+        if path.name not in ("out", ".git", ".venv"):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def test_every_command_is_run_or_named_as_an_exception():
+    assert len(commands()) > 20
+    for command in commands():
+        words = shlex.split(command)
+        program = words[2] if words[1:2] == ["-m"] else words[1] if len(words) > 1 else ""
+        assert long_form(command) or (words[0] == "python" and program in SHORT), f"who tests this? {command}"
+    for start in LONG:
+        assert any(command.startswith(start) for command in commands()), f"the README has no {start}"
+
+
+def test_the_commands_run_one_after_the_other(copy, monkeypatch, capsys):
+    """In this process: starting Python and torch forty times would take minutes."""
+    monkeypatch.chdir(copy)
+    some = [Path(module.__file__).parent for module in (asyncio, email, http)]  # the whole library takes 10 s
+    monkeypatch.setattr("data.python_code._roots", lambda source: some)
+    for command in commands():
+        if long_form(command):
+            continue
+        words = shlex.split(command)[1:]
+        program, argv = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
+        short = SHORT[program]
+        try:
+            importlib.import_module(program.removesuffix(".py")).main([*argv, *short])
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{command} {' '.join(short)}\n{error}\n{capsys.readouterr().out[-2000:]}") from error
+
+
+@pytest.mark.parametrize("program", SETTINGS)
+def test_long_commands_have_the_settings_they_are_given(program):
+    module = importlib.import_module(program)
+    for command in (c for c in commands() if c.startswith(f"python -m {program}")):
+        configure(getattr(module, SETTINGS[program]), shlex.split(command)[3:])
+    assert callable(module.main)
+
+
+def test_a_command_runs_from_a_shell(copy):
+    """One of them as it stands, in a process of its own; the rest is checked above, file by file."""
+    said = subprocess.run([sys.executable, "-m", "data.toy"], cwd=copy, capture_output=True, text=True)
+    assert said.returncode == 0 and "toy_copy" in said.stdout, said.stderr
+
+
+def test_what_the_tree_names_is_there():
+    tree, folder, top = re.search(r"## What is where\n\n```\n(.*?)```", README, flags=re.DOTALL)[1], "", set()
+    for line in tree.splitlines():
+        name, comment = line.split(maxsplit=1)
+        inside = folder if line.startswith("  ") else ""
+        folder = inside or (name if name.endswith("/") else "")
+        top.add(name)
+        assert (ROOT / inside / name).exists(), inside + name
+        for other in re.findall(r"\b\w+\.py\b", comment):
+            assert (ROOT / folder / other).exists(), folder + other
+    left_out = {path.name for path in ROOT.glob("*.py")} - top
+    assert not left_out, f"at the top, but not in the tree: {left_out}"
+
+
+def test_paths_in_the_text_are_there():
+    for path in set(re.findall(r"`([\w./]+\.(?:py|sh|txt|cff))`", README)) - {"python ar2diff.py"}:
+        assert (ROOT / path).exists() or list(ROOT.glob(f"*/{path}")), path
+
+
+def test_quickstart_is_valid_bash():
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    for script in ("quickstart.sh", ".ci/run"):
+        assert subprocess.run([bash, "-n", ROOT / script]).returncode == 0
