@@ -3,7 +3,7 @@
     python -m data.mini [--out=out/data]
 
     translation   fr nine hundred eighty-one                     -> neuf cent quatre-vingt-un
-    qa            qa tom red. ann blue. eva tan. who is blue?    -> ann
+    qa            qa ann 4821. bob 9035. eva 1177. bob?        -> 9035
     code          py add 7 then double                           -> def f(x): return (x + 7) * 2
 
 Everything is generated, is the same on every machine, and has an exact scorer. A held-out item tests composition: its
@@ -107,22 +107,20 @@ def score_translation(prediction: str, example: dict) -> bool:
     return prediction.strip() == example["target"]
 
 
-# Question answering: three people, the colour of each, and a question about one of them
+# Question answering: three people, the room of each, and a question about one of them
 
-NAMES = ["tom", "ann", "bob", "eva", "sam", "kim", "leo", "joy"]
-COLOURS = ["red", "tan", "blue", "pink", "grey", "gold", "lime", "teal"]
+NAMES = ["ann", "bob", "eva"]  # always in this order: any order takes a small network ten times as long to learn
 
 
 def qa_examples(split: str) -> list[dict]:
-    """Three facts without a repeated word, a question about one of them; the answer is a span of the prefix."""
+    """Three facts, a question about one of them; the answer is a span of the prefix and cannot be known otherwise."""
     items = {}  # by prefix: no item twice
     for i in range(N_QUESTIONS):
         pick = _Picker(f"qa {i}")
-        facts = list(zip(pick.some(NAMES, 3), pick.some(COLOURS, 3)))
-        name, colour = pick.one(facts)
-        question, answer = pick.one([(f"who is {colour}?", name), (f"what is {name}?", colour)])
-        prefix = " ".join(["qa", *(f"{n} {c}." for n, c in facts), question])
-        items[prefix] = {"prefix": prefix, "target": answer}
+        facts = [(name, "".join(pick.one(list("0123456789")) for _ in range(4))) for name in NAMES]
+        name, room = pick.one(facts)
+        prefix = " ".join(["qa", *(f"{n} {r}." for n, r in facts), f"{name}?"])
+        items[prefix] = {"prefix": prefix, "target": room}
     return [item for prefix, item in items.items() if _split_of(prefix) == split]
 
 
@@ -251,13 +249,6 @@ class _Picker:
     def one(self, options: list):
         self.number, i = divmod(self.number, len(options))
         return options[i]
-
-    def some(self, options: list, n: int) -> list:
-        """n different ones."""
-        found = []
-        for _ in range(n):
-            found.append(self.one([option for option in options if option not in found]))
-        return found
 
 
 def main(argv: list[str]) -> None:

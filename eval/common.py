@@ -14,6 +14,7 @@ import diffusion
 from checkpoint import load_model, write_atomically
 from configurator import configure, read_settings
 from data.objectives import collate
+from device import pick_device
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 
@@ -26,6 +27,7 @@ class EvalConfig:
     n: int = 500  # held-out items
     batch_size: int = 64
     seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda | mps
     json: str = ""  # also write the result to this file
 
 
@@ -33,14 +35,14 @@ def load_for_eval(argv: list[str], base: type = EvalConfig):
     """(settings, model, tokenizer, checkpoint fields): argv read with the sampler settings the checkpoint calls for."""
     anything = make_dataclass("Anything", [], bases=(base, autoregressive.SamplerConfig, diffusion.SamplerConfig))
     given, _ = read_settings(anything, argv)
-    model, tokenizer, state = load_model(given.get("init_from", base.init_from))
+    device = pick_device(given.get("device", base.device))
+    model, tokenizer, state = load_model(given.get("init_from", base.init_from), device)
     sampler = PARADIGMS[model.cfg.paradigm].SamplerConfig
     known = {f.name for f in fields(base)} | {f.name for f in fields(sampler)}
+    kind = "an AR" if model.cfg.paradigm == "ar" else "a diffusion"
     for name in given:
         if name not in known:
-            raise ValueError(
-                f"{name!r} is no setting of a {model.cfg.paradigm} checkpoint; there are: {', '.join(sorted(known))}"
-            )
+            raise ValueError(f"{name!r} is no setting for {kind} checkpoint; there are: {', '.join(sorted(known))}")
     both = make_dataclass("Settings", [], bases=(base, sampler), namespace={"__post_init__": sampler.__post_init__})
     return configure(both, argv), model, tokenizer, state
 
@@ -62,7 +64,8 @@ def generate_texts(model, tokenizer, prefixes: list[list[int]], cfg) -> tuple[li
     for group in groups:
         pairs = [(prefixes[i], []) for i in group]
         batch = collate(pairs, group, m.pad_id, m.sep_id, m.target_length)
-        made = paradigm.generate(model, batch.prefix, cfg, cfg.seed, batch.example)
+        device = model.tok.weight.device
+        made = paradigm.generate(model, batch.prefix.to(device), cfg, cfg.seed, batch.example.to(device))
         calls += int(made.calls.sum())
         for i, row in zip(group, made.tokens.tolist()):
             texts[i] = tokenizer.decode(row[: row.index(m.pad_id)] if m.pad_id in row else row)

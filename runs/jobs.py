@@ -89,7 +89,7 @@ def at_step(folder: Path, steps: int) -> bool:
 
 
 def copy_once(source: Path, target: Path) -> list[str]:
-    """The command that copies a run, so that the copy can go on and the original stay; nothing where the copy is there."""
+    """The command that copies a run once, so that the copy can go on and the original stay."""
     a, b = source.as_posix(), target.as_posix()
     return [
         "-c",

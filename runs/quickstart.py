@@ -19,7 +19,7 @@ from runs.jobs import Job, copy_once, work
 from runs.tables import markdown
 
 STEPS = [1, 2, 3, 5, 10, 20]  # of the picture "quality against steps"
-SCRATCH_N, SCRATCH_EQUAL = 500, 800  # AR2Diff's N, and N + A / 2: an unrolled diffusion step costs two AR steps
+SCRATCH_N, SCRATCH_EQUAL = 400, 700  # AR2Diff's N, and N + A / 2: an unrolled diffusion step costs two AR steps
 
 
 @dataclass
@@ -43,25 +43,27 @@ def act_1() -> list[Job]:
         *["train.py", "config/scratch_diffusion.py", "--out_dir=out/scratch_longer", f"--max_steps={SCRATCH_EQUAL}"],
         after=["copy of it"],
     )
+    start = ["ar2diff.py", "--init_from=out/ar2diff_1_ar/ckpt.pt", "--out_dir=out/ar2diff_start", "--check"]
+    copy = copy_once(Path("out/scratch_diffusion"), Path("out/scratch_longer"))
+    ar, scratch, converted, adapted = (
+        "stage 1: AR pretraining",
+        "diffusion from scratch",
+        "conversion",
+        "stage 2: adaptation",
+    )
     return [
-        train("stage 1: AR pretraining", "train.py", "config/ar2diff_1_ar.py"),
-        train("diffusion from scratch", "train.py", "config/scratch_diffusion.py"),
-        Job(
-            "conversion",
-            [["ar2diff.py", "--init_from=out/ar2diff_1_ar/ckpt.pt", "--out_dir=out/ar2diff_start", "--check"]],
-            ["stage 1: AR pretraining"],
-            Path("out/ar2diff_start/ckpt.pt").exists,
-        ),
-        train("stage 2: adaptation", "train.py", "config/ar2diff_2_adapt.py", after=["conversion"]),
-        train("stage 3: fine-tuning", *tune, after=["stage 2: adaptation"]),
-        Job("copy of it", [copy_once(Path("out/scratch_diffusion"), Path("out/scratch_longer"))], ["diffusion from scratch"], Path("out/scratch_longer/ckpt.pt").exists),
-        train("from scratch, fine-tuned", *from_to("scratch_diffusion", "scratch_finetune"),
-              after=["diffusion from scratch"]),
+        train(ar, "train.py", "config/ar2diff_1_ar.py"),
+        train(scratch, "train.py", "config/scratch_diffusion.py"),
+        Job(converted, [start], [ar], Path("out/ar2diff_start/ckpt.pt").exists),
+        train(adapted, "train.py", "config/ar2diff_2_adapt.py", after=[converted]),
+        train("stage 3: fine-tuning", *tune, after=[adapted]),
+        train("from scratch, fine-tuned", *from_to("scratch_diffusion", "scratch_finetune"), after=[scratch]),
+        Job("copy of it", [copy], [scratch], Path("out/scratch_longer/ckpt.pt").exists),
         longer,
         train("longer, fine-tuned", *from_to("scratch_longer", "longer_finetune"), after=[longer.name]),
-        train("AR, fine-tuned", *from_to("ar2diff_1_ar", "ar_finetune"), after=["stage 1: AR pretraining"]),
-        train("without adaptation, fine-tuned", *from_to("ar2diff_start", "zero_finetune"), after=["conversion"]),
-    ]  # fmt: skip
+        train("AR, fine-tuned", *from_to("ar2diff_1_ar", "ar_finetune"), after=[ar]),
+        train("without adaptation, fine-tuned", *from_to("ar2diff_start", "zero_finetune"), after=[converted]),
+    ]
 
 
 ACT_1_ROWS = {

@@ -9,12 +9,11 @@ checkpoint. As in the paper a row is pretraining (AR for A steps, or diffusion),
 where named, then the same F fine-tuning steps on the task with the row's own loss.
 """
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import configure, nearest, run
+from data.loader import build_if_missing
 from runs.jobs import Job, at_step, copy_once, work
 from runs.tables import plain, print_tables
 
@@ -35,29 +34,46 @@ class Size:
 
     pretrain_data: str
     tasks: list[str]
-    model: list[str]
+    flags: list[str]  # of every pretraining: the model, the batch, the number format
+    small: list[str]  # of every training after a checkpoint
     A: int
     N: int
     F: int
+    folder: str = "out/data"
 
 
 SIZES = {
-    "mini": Size("mini", ["mini_translation", "mini_qa", "mini_code"], ["--n_layer=3", "--n_embd=96"], 600, 500, 200),
+    "mini": Size(
+        "mini", ["mini_translation", "mini_qa", "mini_code"], ["--n_layer=3", "--n_embd=96"], [], 600, 400, 200
+    ),
     "python": Size(
         "python_code",
         ["python_pairs"],
         ["--n_layer=3", "--n_embd=96", "--block_size=384"],
-        500,
-        300,
+        ["--batch_size=16"],
+        400,
+        200,
         100,
+    ),
+    # GPT-2 small on all the Python source of the machine: for one GPU, by runs/ar2diff.sh.
+    "gpu": Size(
+        "python_code",
+        ["python_pairs"],
+        ["--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=512"],
+        ["--batch_size=128", "--dtype=bfloat16", "--compile"],
+        6000,
+        3000,
+        500,
+        "out/gpu/data",
     ),
 }
 EVALUATE = {"mini": ["-m", "eval.exact_match", "--n=500"], "python": ["-m", "eval.python_code", "--n=100"]}
+EVALUATE["gpu"] = ["-m", "eval.python_code", "--n=400"]
 
 
 @dataclass
 class StudyConfig:
-    part: str = "all"  # all | mini | python | tried
+    part: str = "all"  # all (what a laptop can pay) | mini | python | tried | gpu
     seeds: int = 3
     lanes: int = 2  # jobs at a time
     threads: int = 1  # of each job
@@ -71,8 +87,7 @@ def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job
     """All jobs of one part and seed: pretraining, conversions, adaptation, fine-tuning of each row on each task."""
     out, jobs = Path(cfg.out) / part / f"seed{seed}", []
     A, N, F = (max(2, round(steps * cfg.scale)) for steps in (size.A, size.N, size.F))
-    data = Path("out/data")
-    small = ["--batch_size=16"] if part == "python" else []
+    data, small = Path(size.folder), size.small
 
     def train(name, steps, *flags, after=(), source=None):
         target = out / name
@@ -97,7 +112,7 @@ def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job
         return f"{part}/{seed}/{name}"
 
     pretrain = [f"--data={data / size.pretrain_data}", "--schedule=constant", *small]
-    ar = train("ar", A, *size.model, *pretrain)
+    ar = train("ar", A, *size.flags, *pretrain)
     rows = {"AR": (out / "ar/ckpt.pt", ar)}
     for label, settings in (("", OURS), (" (paper's settings)", PAPER)):
         tag = "paper_" if label else ""
@@ -106,11 +121,11 @@ def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job
             rows["AR2Diff_0"] = (out / "start/ckpt.pt", start)
         adapted = train(f"{tag}adapt", N, *pretrain, after=[start], source=out / f"{tag}start/ckpt.pt")
         rows[f"AR2Diff_N{label}"] = (out / f"{tag}adapt/ckpt.pt", adapted)
-    scratch = train("scratch", N, *size.model, *SCRATCH, *pretrain)
+    scratch = train("scratch", N, *size.flags, *SCRATCH, *pretrain)
     rows["diffusion, N steps"] = (out / "scratch/ckpt.pt", scratch)
     # Equal FLOPs: an unrolled diffusion step costs two AR steps, so A AR steps and N diffusion steps are N + A / 2.
     # It is the same run, longer: it goes on from a copy.
-    equal = train("scratch_longer", N + A // 2, *size.model, *SCRATCH, *pretrain, after=[scratch])
+    equal = train("scratch_longer", N + A // 2, *size.flags, *SCRATCH, *pretrain, after=[scratch])
     jobs[-1].commands.insert(0, copy_once(out / "scratch", out / "scratch_longer"))
     rows["diffusion, equal FLOPs"] = (out / "scratch_longer/ckpt.pt", equal)
 
@@ -148,6 +163,13 @@ TRIED = {
 TRIED_N, TRIED_F = 200, 100
 
 
+def turn(name: str) -> tuple:
+    """Where a job stands in line: translation over all seeds, the other tasks and parts seed by seed."""
+    part, seed, rest = name.split("/")
+    rank = {"mini": 2 if "mini_qa" in rest or "mini_code" in rest else 0, "python": 3, "tried": 4, "gpu": 5}[part]
+    return (rank and 1, int(seed), rank)
+
+
 def jobs_tried(seed: int, cfg: StudyConfig) -> list[Job]:
     """Each line of TRIED: convert, TRIED_N steps on the mix, TRIED_F on translation, evaluate."""
     base, jobs = Path(cfg.out) / "mini" / f"seed{seed}", []
@@ -177,22 +199,20 @@ def jobs_tried(seed: int, cfg: StudyConfig) -> list[Job]:
 def main(argv: list[str]) -> None:
     """Run the parts that argv names, then print the tables."""
     cfg = configure(StudyConfig, argv)
-    if cfg.part not in ("all", "mini", "python", "tried"):
-        raise ValueError(
-            f"part must be all, mini, python or tried{nearest(cfg.part, ['all', 'mini', 'python', 'tried'])}"
-        )
+    parts = ["all", *SIZES, "tried"]
+    if cfg.part not in parts:
+        raise ValueError(f"part must be one of {', '.join(parts)}; got {cfg.part!r}{nearest(cfg.part, parts)}")
     if not cfg.table:
         seeds, jobs = range(1, cfg.seeds + 1), []
-        for name in ("mini", "python_code"):
-            subprocess.run(
-                [sys.executable, "-c", f"from data.loader import build_if_missing as b; b('out/data/{name}')"],
-                check=True,
-            )
-        for seed in seeds:  # one seed of everything first, so that each table is there early
-            for part, size in SIZES.items():
-                jobs += jobs_of_size(part, size, seed, cfg) if cfg.part in ("all", part) else []
+        wanted = [cfg.part] if cfg.part in SIZES else ["mini", "python"] if cfg.part == "all" else ["mini"]
+        for size in (SIZES[part] for part in wanted):
+            build_if_missing(Path(size.folder) / size.pretrain_data)
+        for seed in seeds:
+            for part in wanted if cfg.part != "tried" else []:
+                jobs += jobs_of_size(part, SIZES[part], seed, cfg)
             if seed == 1 and cfg.part in ("all", "tried"):
                 jobs += jobs_tried(seed, cfg)
+        jobs.sort(key=lambda job: turn(job.name))  # the first task over all seeds, then the breadth
         work(jobs, Path(cfg.out) / "logs", cfg.lanes, cfg.threads)
     print_tables(Path(cfg.results))
 
