@@ -171,10 +171,9 @@ def main(argv: list[str]) -> dict:
                 opened = open_edges(batch, step, cfg) if step < cfg.anneal_steps else None
                 with autocast(device, cfg.dtype):
                     for term in loss_fn(model, batch, cfg, draws, opened=opened):
-                        (
-                            term / cfg.grad_accum_steps
-                        ).backward()  # each term as it comes: its graph is freed before the next
-                        total += term.detach() / cfg.grad_accum_steps
+                        term = term / cfg.grad_accum_steps
+                        term.backward()  # each as it comes: its graph is freed before the next is built
+                        total += term.detach()
                 tokens += batch.prefix.numel() + batch.target.numel()
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             total, norm = float(total), float(norm)

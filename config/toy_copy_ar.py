@@ -5,4 +5,4 @@ data = "out/data/toy_copy"
 out_dir = "out/toy_copy_ar"
 n_layer = 2
 n_embd = 64
-max_steps = 600
+max_steps = 1500

@@ -10,4 +10,4 @@ target_attention = "bidirectional"
 self_conditioning = True
 n_layer = 2
 n_embd = 64
-max_steps = 600
+max_steps = 1000

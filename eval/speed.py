@@ -12,11 +12,8 @@ Other work on the machine slows both systems of a pair, so the ratio of neighbou
 """
 
 import importlib.util
-import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
@@ -32,9 +29,11 @@ import autoregressive
 import diffusion
 from configurator import configure, run
 from data.objectives import Batch
+from device import autocast
 from draws import draws_for
+from eval.common import environment, write_json
 from model import ModelConfig, Transformer, flops_per_token, model_settings
-from train import PARADIGMS, TrainConfig, autocast, make_optimizers
+from train import PARADIGMS, TrainConfig, make_optimizers
 
 
 @dataclass
@@ -109,9 +108,9 @@ def main(argv: list[str], shapes: Shapes | None = None) -> list[dict]:
         torch.set_num_threads(cfg.threads)
     if cfg.quick:
         cfg.runs, shapes = min(cfg.runs, 3), replace(shapes, new=min(shapes.new, 32))
-    about = dict(command=" ".join(["python -m eval.speed", *argv]), seed=cfg.seed, hardware=hardware(), commit=commit())
+    about = dict(command=" ".join(["python -m eval.speed", *argv]), seed=cfg.seed, **environment())
     about["load_before"] = os.getloadavg()[0]
-    print(" | ".join(f"{key} {value}" for key, value in about["hardware"].items()), "| commit", about["commit"])
+    print(" | ".join(f"{key} {value}" for key, value in environment().items()))
     print(f"{'line':7s} {'case':20s} {'ratio, median (range)':26s} {'target':8s} median seconds")
     lines = []
     for name in cfg.only.split(","):
@@ -120,8 +119,7 @@ def main(argv: list[str], shapes: Shapes | None = None) -> list[dict]:
             lines.append(line.record())
     about["load_after"] = os.getloadavg()[0]
     if cfg.out:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(cfg.out).write_text(json.dumps(about | {"lines": lines}, indent=1) + "\n", encoding="utf-8")
+        write_json(cfg.out, about | {"lines": lines})
         print(f"raw times: {cfg.out}")
     return lines
 
@@ -184,7 +182,7 @@ def decode_lines(cfg: SpeedConfig, shapes: Shapes) -> Iterator[Line]:
     except ImportError:
         print("decode  left out: needs transformers (pip install transformers)")
         return
-    settings = model_config(shapes.gpt2 | dict(bias=True), shapes.prompt, shapes.new + 1)
+    settings = model_config(shapes.gpt2 | dict(bias=True, activation="gelu_tanh"), shapes.prompt, shapes.new + 1)
     ours = copy_weights(theirs, Transformer(ModelConfig(**settings)).eval())
     options = dict(max_new_tokens=shapes.new, do_sample=False, pad_token_id=0)
     for B in shapes.decode_batches:
@@ -318,27 +316,6 @@ def copy_weights(theirs: nn.Module, ours: Transformer) -> Transformer:
         if getattr(mine, "bias", None) is not None:
             mine.bias.copy_(other.bias)
     return ours
-
-
-def hardware() -> dict:
-    """What the numbers were measured on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        names = [row for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")]
-        cpu = names[0].split(":")[1].strip()
-    except (OSError, IndexError):
-        pass  # not Linux: the short name has to do
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__)
-
-
-def commit() -> str:
-    """The commit that is checked out here, '+' where files differ from it; 'none' outside a repository."""
-    here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **here)
-    if head.returncode:
-        return "none"
-    changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **here).stdout
-    return head.stdout.strip() + ("+" if changed else "")
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def main(argv: list[str]) -> None:
                 jobs += jobs_tried(seed, cfg)
         jobs.sort(key=lambda job: turn(job.name))  # the first task over all seeds, then the breadth
         work(jobs, Path(cfg.out) / "logs", cfg.lanes, cfg.threads)
-    print_tables(Path(cfg.results))
+    print_tables(Path(cfg.results).parent)
 
 
 if __name__ == "__main__":

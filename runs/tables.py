@@ -1,12 +1,23 @@
 """Tables from the JSON of results/: what README and results/ show is made here and nowhere else.
 
-python -m runs.tables [results/study]
+python -m runs.tables                       # print them
+python -m runs.tables --into=README.md      # or write them behind their markers there
 """
 
 import json
+import re
 import statistics
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+from configurator import configure, run
+
+
+@dataclass
+class TablesConfig:
+    results: str = "results"
+    into: str = ""  # a Markdown file with markers <!-- table: NAME --> ... <!-- end -->
+
 
 ROWS = [
     "AR",
@@ -91,11 +102,63 @@ def tried_table(folder: Path) -> str:
     )
 
 
-def print_tables(folder: Path) -> None:
-    """All three, as Markdown."""
-    for title, table in (("Mini tasks", mini_table), ("Python source", python_table), ("What was tried", tried_table)):
-        print(f"\n### {title}\n\n{table(folder)}")
+def speed_table(folder: Path) -> str:
+    """The lines of eval.speed: ratios of neighbours in time, median and range."""
+    path = folder / "speed_basics.json"
+    if not path.exists():
+        return "(not measured yet)"
+    result = json.loads(path.read_text())
+    rows = []
+    for line in result["lines"]:
+        r, systems = line["ratio"], (line["system"], line["base"])
+        pair = ", ".join(f"{name} {line['seconds'][name]['median']:.3g} s" for name in systems)
+        cells = [line["name"], line["case"], f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})", line["target"]]
+        rows.append([*cells, pair])
+    where = f"{result['hardware']}, {result['threads']} threads, torch {result['torch']}, commit {result['commit']}"
+    table = markdown(["line", "case", "ratio, median (range)", "aim", "median seconds"], rows)
+    return f"{table}\n\n`{result['command']}`, seed {result['seed']}; {where}."
+
+
+def origin(folder: Path) -> str:
+    """Where the numbers of the study come from: hardware, versions, commits, as the files say."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    names = ("hardware", "torch", "python", "commit")
+    return "; ".join(f"{name} {', '.join(sorted({str(r[name]) for r in results}))}" for name in names)
+
+
+TABLES = {
+    "mini": lambda results: mini_table(results / "study"),
+    "python": lambda results: python_table(results / "study"),
+    "tried": lambda results: tried_table(results / "study"),
+    "origin": lambda results: origin(results / "study"),
+    "speed": speed_table,
+}
+
+
+def print_tables(results: Path) -> None:
+    """All of them, as Markdown."""
+    for name, table in TABLES.items():
+        print(f"\n### {name}\n\n{table(results)}")
+
+
+def write_into(path: Path, results: Path) -> None:
+    """Put each table behind its marker `<!-- table: NAME -->`, up to `<!-- end -->`, and leave the rest alone."""
+    text = path.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        pattern = re.compile(f"(<!-- table: {name} -->\\n).*?(<!-- end -->)", re.DOTALL)
+        made = table(results).replace("\\", r"\\")
+        text = pattern.sub(rf"\1\n{made}\n\n\2", text)
+    path.write_text(text, encoding="utf-8")
+
+
+def main(argv: list[str]) -> None:
+    """Print the tables, or write them into a Markdown file that has their markers."""
+    cfg = configure(TablesConfig, argv)
+    if cfg.into:
+        write_into(Path(cfg.into), Path(cfg.results))
+    else:
+        print_tables(Path(cfg.results))
 
 
 if __name__ == "__main__":
-    print_tables(Path(sys.argv[1] if len(sys.argv) > 1 else "results/study"))
+    run(main)
