@@ -66,7 +66,7 @@ class TrainConfig(ModelConfig, LossConfig):
     log_interval: int = 20
     eval_interval: int = 200
     eval_batches: int = 8
-    sample_interval: int = 0  # print a sample every so many steps; 0: never
+    sample_interval: int = 200  # print a sample every so many steps; 0: never
     save_interval: int = 200
 
     def __post_init__(self):

@@ -3,11 +3,11 @@
     python -m data.mini [--out=out/data]
 
     translation   fr nine hundred eighty-one                     -> neuf cent quatre-vingt-un
-    qa            qa ann 4821. bob 9035. eva 1177. bob?        -> 9035
+    qa            qa ann 4821. bob 9035. eva 1177. bob?          -> 9035
     code          py add 7 then double                           -> def f(x): return (x + 7) * 2
 
 Everything is generated, is the same on every machine, and has an exact scorer. A held-out item tests composition: its
-words all occur in training, the item itself does not. Writes mini (the three in equal shares), mini_translation,
+words (of a room number: the digits) all occur in training, the item itself does not. Writes mini (the three in equal shares), mini_translation,
 mini_qa and mini_code; all four have one target_length and one block_size, so a model of one fits the others.
 """
 

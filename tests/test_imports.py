@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "train": "configurator device draws model autoregressive diffusion checkpoint "
     "data.loader data.tokenizer data.objectives",
     "sample": "configurator device draws model autoregressive diffusion checkpoint data.tokenizer data.objectives",
-    "eval.common": "configurator autoregressive diffusion checkpoint data.objectives",
+    "eval.common": "configurator device autoregressive diffusion checkpoint data.objectives",
     # level 4
     "eval.*": "configurator device draws model autoregressive diffusion checkpoint ar2diff train sample data.* "
     "eval.common eval.exact_match",
