@@ -7,8 +7,9 @@
     code          py add 7 then double                           -> def f(x): return (x + 7) * 2
 
 Everything is generated, is the same on every machine, and has an exact scorer. A held-out item tests composition: its
-words (of a room number: the digits) all occur in training, the item itself does not. Writes mini (the three in equal shares), mini_translation,
-mini_qa and mini_code; all four have one target_length and one block_size, so a model of one fits the others.
+words (of a room number: the digits) all occur in training, the item itself does not. Writes mini (the three in equal
+shares), mini_translation, mini_qa and mini_code; all four have one target_length and one block_size, so a model of one
+fits the others.
 """
 
 import hashlib

@@ -46,7 +46,7 @@ def work(jobs: list[Job], logs: Path, lanes: int = 2, threads: int = 1, show: bo
         path, ok, start = logs / (job.name.replace("/", "_") + ".log"), True, time.time()
         with open(path, "a", encoding="utf-8") as log:
             for argv in job.commands if not job.done() else []:
-                if show:
+                if show and argv[0] != "-c":
                     print(f"$ python {' '.join(argv)}", flush=True)
                 print(f"$ python {' '.join(argv)}", file=log, flush=True)
                 ok = ok and subprocess.call([sys.executable, *argv], stdout=log, stderr=log, env=environment) == 0

@@ -1,0 +1,116 @@
+"""runs/: jobs run in order and once, tables say what the JSON says."""
+
+import json
+
+import pytest
+
+from runs import quickstart, study, tables
+from runs.jobs import Job, at_step, copy_once, work
+
+
+def note(folder, word: str) -> list[str]:
+    """A command that appends a word to folder/said."""
+    return ["-c", f"open(r'{folder / 'said'}', 'a').write('{word} ')"]
+
+
+def test_jobs_run_after_what_they_need(tmp_path):
+    jobs = [
+        Job("c", [note(tmp_path, "c")], ["b"]),
+        Job("b", [note(tmp_path, "b1"), note(tmp_path, "b2")], ["a"]),
+        Job("a", [note(tmp_path, "a")]),
+    ]
+    work(jobs, tmp_path / "logs")
+    assert (tmp_path / "said").read_text() == "a b1 b2 c "
+
+
+def test_a_job_that_is_done_is_not_run_again(tmp_path):
+    work(
+        [Job("a", [note(tmp_path, "a")], done=lambda: True), Job("b", [note(tmp_path, "b")], ["a"])], tmp_path / "logs"
+    )
+    assert (tmp_path / "said").read_text() == "b "
+
+
+def test_a_failure_stops_what_depends_on_it_and_nothing_else(tmp_path):
+    jobs = [
+        Job("bad", [["-c", "raise SystemExit(3)"], note(tmp_path, "never")]),
+        Job("behind", [note(tmp_path, "never")], ["bad"]),
+        Job("beside", [note(tmp_path, "beside")]),
+    ]
+    with pytest.raises(ValueError, match="2 jobs failed or wait for one that did: bad, behind"):
+        work(jobs, tmp_path / "logs", lanes=1)
+    assert (tmp_path / "said").read_text() == "beside "
+
+
+def test_a_run_is_copied_once(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.mkdir()
+    (source / "ckpt.pt").write_text("400")
+    work([Job("copy", [copy_once(source, target)])], tmp_path / "logs")
+    (target / "ckpt.pt").write_text("700")
+    work([Job("copy", [copy_once(source, target)])], tmp_path / "logs")
+    assert (source / "ckpt.pt").read_text() == "400" and (target / "ckpt.pt").read_text() == "700"
+
+
+@pytest.mark.parametrize("log, done", [('{"step": 3}\n', True), ('{"step": 2}\n', False), ('{"step": 2}\n{"st', False)])
+def test_a_training_is_done_when_its_log_says_so(tmp_path, log, done):
+    (tmp_path / "ckpt.pt").touch()
+    (tmp_path / "log.jsonl").write_text(log)
+    assert at_step(tmp_path, 3) == done
+
+
+def test_every_row_of_the_study_has_its_place_in_the_table():
+    cfg = study.StudyConfig(seeds=1)
+    jobs = study.jobs_of_size("mini", study.SIZES["mini"], 1, cfg)
+    results = {arg for job in jobs for argv in job.commands for arg in argv if arg.startswith("--json=")}
+    names = {f"--json=results/study/mini_1_{t}_{tables.plain(row)}.json" for t in tables.TASKS for row in tables.ROWS}
+    assert results == names
+
+
+def test_every_job_of_the_study_comes_after_what_it_needs_and_has_its_own_folder():
+    cfg = study.StudyConfig()
+    jobs = [
+        j for part in ("mini", "python") for s in (1, 2) for j in study.jobs_of_size(part, study.SIZES[part], s, cfg)
+    ]
+    jobs += study.jobs_tried(1, cfg)
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names)
+    assert all(name in names for job in jobs for name in job.after)
+    folders = [
+        a for job in jobs for argv in job.commands if argv[0] == "train.py" for a in argv if a[:10] == "--out_dir="
+    ]
+    assert len(set(folders)) == len(folders)
+
+
+def test_equal_flops_counts_two_passes_a_diffusion_step():
+    """A AR steps and N diffusion steps of two passes cost as much as N + A / 2 diffusion steps."""
+    size = study.SIZES["mini"]
+    argv = next(
+        j for j in study.jobs_of_size("mini", size, 1, study.StudyConfig()) if j.name.endswith("longer")
+    ).commands[1]
+    steps = next(int(a.split("=")[1]) for a in argv if a.startswith("--max_steps="))
+    assert 2 * steps == size.A + 2 * size.N
+    assert (quickstart.SCRATCH_N, quickstart.SCRATCH_EQUAL) == (size.N, steps)
+
+
+def test_the_mini_table_says_mean_and_range_over_seeds(tmp_path):
+    for seed, share in ((1, 0.90), (2, 0.94), (3, 0.95)):
+        result = {"exact_match": share, "calls_per_sample": 10.0, "seconds_per_sample": 0.02}
+        (tmp_path / f"mini_{seed}_mini_translation_ar2diff_n.json").write_text(json.dumps(result))
+    row = next(line for line in tables.mini_table(tmp_path).splitlines() if line.startswith("| AR2Diff_N  "))
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        *("AR2Diff_N", "93.0 (90.0 to 95.0)", "-", "-", "10.0", "20.0", "3"),
+    ]
+
+
+def test_tables_are_written_behind_their_markers_and_nowhere_else(tmp_path):
+    (tmp_path / "study").mkdir()
+    result = {"exact_match": 0.5, "hardware": "h", "torch": "2", "python": "3", "commit": "c"}
+    (tmp_path / "study/tried_1_ours.json").write_text(json.dumps(result))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: tried -->\nold\n<!-- end -->\nafter\n")
+    tables.write_into(page, tmp_path)
+    once = page.read_text()
+    assert once.startswith("before\n<!-- table: tried -->\n") and once.endswith("<!-- end -->\nafter\n")
+    assert "| ours" in once and "50.0" in once and "old" not in once
+    tables.write_into(page, tmp_path)
+    assert page.read_text() == once
