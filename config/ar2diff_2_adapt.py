@@ -6,5 +6,5 @@
 init_from = "out/ar2diff_start/ckpt.pt"
 data = "out/data/mini"
 out_dir = "out/ar2diff_2_adapt"
-max_steps = 400
+max_steps = 500
 schedule = "constant"

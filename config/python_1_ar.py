@@ -6,5 +6,5 @@ n_layer = 3
 n_embd = 96
 block_size = 384  # room for the pairs of stage 3: signature and docstring, then the body
 batch_size = 16
-max_steps = 300
+max_steps = 160
 schedule = "constant"

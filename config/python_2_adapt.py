@@ -4,5 +4,5 @@ init_from = "out/python_start/ckpt.pt"
 data = "out/data/python_code"
 out_dir = "out/python_2_adapt"
 batch_size = 16
-max_steps = 150
+max_steps = 80
 schedule = "constant"

@@ -2,5 +2,5 @@
 init_from = "out/python_2_adapt/ckpt.pt"
 data = "out/data/python_pairs"
 out_dir = "out/python_3_finetune"
-batch_size = 16
-max_steps = 80
+batch_size = 8
+max_steps = 60

@@ -19,7 +19,7 @@ from runs.jobs import Job, copy_once, work
 from runs.tables import markdown
 
 STEPS = [1, 2, 4, 10, 20]  # of the picture "quality against steps"
-SCRATCH_N, SCRATCH_EQUAL = 400, 700  # AR2Diff's N, and N + A / 2: an unrolled diffusion step costs two AR steps
+SCRATCH_N, SCRATCH_EQUAL = 500, 800  # AR2Diff's N, and N + A / 2: an unrolled diffusion step costs two AR steps
 
 
 @dataclass
@@ -126,7 +126,7 @@ def table_1() -> str:
         for steps in STEPS:
             argv = [f"--init_from=out/{folder}/ckpt.pt", "--n=200", f"--steps={steps}", "--candidates=1"]
             result = found[row] if steps == 10 else exact_match.main(argv)
-            points.append({"steps": steps, "calls": result["calls_per_sample"], "value": result["exact_match"]})
+            points.append({"steps": steps, "calls": round(result["calls_per_sample"], 1), "value": result["exact_match"]})
             points[-1]["interval"] = result["interval"]
         series.append({"name": row, "points": points})
     quality = {
@@ -134,7 +134,7 @@ def table_1() -> str:
         "metric": "exact match",
         "series": series,
     }
-    quality["ar"] = {"value": ar["exact_match"], "interval": ar["interval"], "calls": ar["calls_per_sample"]}
+    quality["ar"] = {"value": ar["exact_match"], "interval": ar["interval"], "calls": round(ar["calls_per_sample"], 1)}
     write_json("out/quality.json", quality | environment())
     plots.plot_quality(quality, Path("out/quality.png"))
     header = ["pretraining, then the same fine-tuning", "exact match", "95% interval", "network calls", "ms a sample"]

@@ -1,6 +1,7 @@
 """runs/: jobs run in order and once, tables say what the JSON says."""
 
 import json
+import runpy
 
 import pytest
 
@@ -89,7 +90,9 @@ def test_equal_flops_counts_two_passes_a_diffusion_step():
     ).commands[1]
     steps = next(int(a.split("=")[1]) for a in argv if a.startswith("--max_steps="))
     assert 2 * steps == size.A + 2 * size.N
-    assert (quickstart.SCRATCH_N, quickstart.SCRATCH_EQUAL) == (size.N, steps)
+    assert 2 * quickstart.SCRATCH_EQUAL == size.A + 2 * quickstart.SCRATCH_N
+    settings = {name: runpy.run_path(f"config/{name}.py")["max_steps"] for name in ("ar2diff_1_ar", "ar2diff_2_adapt")}
+    assert settings == {"ar2diff_1_ar": size.A, "ar2diff_2_adapt": quickstart.SCRATCH_N}
 
 
 def test_the_mini_table_says_mean_and_range_over_seeds(tmp_path):
