@@ -69,7 +69,7 @@ def mini_table(folder: Path) -> str:
         first = next((seeds for seeds in results if seeds), [])
         cells.append(f"{statistics.mean(r['calls_per_sample'] for r in first):.1f}" if first else "-")
         cells.append(f"{1000 * statistics.median(r['seconds_per_sample'] for r in first):.1f}" if first else "-")
-        cells.append(str(len(first)))
+        cells.append("/".join(str(len(seeds)) for seeds in results))
         rows.append(cells)
     return markdown(["row", *(f"{task} EM %" for task in TASKS), "calls", "ms / sample", "seeds"], rows)
 

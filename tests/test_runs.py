@@ -101,7 +101,7 @@ def test_the_mini_table_says_mean_and_range_over_seeds(tmp_path):
         (tmp_path / f"mini_{seed}_mini_translation_ar2diff_n.json").write_text(json.dumps(result))
     row = next(line for line in tables.mini_table(tmp_path).splitlines() if line.startswith("| AR2Diff_N  "))
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        *("AR2Diff_N", "93.0 (90.0 to 95.0)", "-", "-", "10.0", "20.0", "3"),
+        *("AR2Diff_N", "93.0 (90.0 to 95.0)", "-", "-", "10.0", "20.0", "3/0/0"),
     ]
 
 
