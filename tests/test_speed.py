@@ -68,7 +68,7 @@ def test_the_file_holds_what_the_table_was_made_of(measured):
     lines, written = measured
     assert written["lines"] == lines
     assert written["seed"] == 1337 and written["command"].startswith("python -m eval.speed --nanogpt=")
-    assert written["hardware"].keys() == {"cpu", "cores", "threads", "torch"} and written["commit"]
+    assert all(written[name] for name in ("hardware", "threads", "torch", "python", "commit"))
 
 
 def test_both_decoders_say_the_same(measured):
