@@ -94,7 +94,7 @@ def test_settings_of_the_other_paradigm_are_refused(place):
     cfg, model, _, state = load_for_eval([f"--init_from={place / 'diffusion.pt'}", "--steps=3", "--n=5"])
     assert (cfg.steps, cfg.n, model.cfg.paradigm, state["step"]) == (3, 5, "diffusion", 7)
     for kind, flag in (("diffusion", "--top_k=3"), ("ar", "--steps=3")):
-        with pytest.raises(ValueError, match=f"no setting of an? {kind} checkpoint"):
+        with pytest.raises(ValueError, match=f"no setting for an? {kind} checkpoint"):
             load_for_eval([f"--init_from={place / kind}.pt", flag], EvalConfig)
 
 
