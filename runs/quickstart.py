@@ -126,7 +126,9 @@ def table_1() -> str:
         for steps in STEPS:
             argv = [f"--init_from=out/{folder}/ckpt.pt", "--n=200", f"--steps={steps}", "--candidates=1"]
             result = found[row] if steps == 10 else exact_match.main(argv)
-            points.append({"steps": steps, "calls": round(result["calls_per_sample"], 1), "value": result["exact_match"]})
+            points.append(
+                {"steps": steps, "calls": round(result["calls_per_sample"], 1), "value": result["exact_match"]}
+            )
             points[-1]["interval"] = result["interval"]
         series.append({"name": row, "points": points})
     quality = {

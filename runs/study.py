@@ -129,8 +129,18 @@ def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job
     jobs[-1].commands.insert(0, copy_once(out / "scratch", out / "scratch_longer"))
     rows["diffusion, equal FLOPs"] = (out / "scratch_longer/ckpt.pt", equal)
 
+    # Half of N, on the first task: how the two grow with N.
+    half = {
+        "diffusion, N/2 steps": (
+            out / "scratch_half/ckpt.pt",
+            train("scratch_half", N // 2, *size.flags, *SCRATCH, *pretrain),
+        )
+    }
+    adapted = train("adapt_half", N // 2, *pretrain, after=[rows["AR2Diff_0"][1]], source=out / "start/ckpt.pt")
+    half["AR2Diff_N/2"] = (out / "adapt_half/ckpt.pt", adapted)
+
     for task in size.tasks:
-        for row, (checkpoint, after) in rows.items():
+        for row, (checkpoint, after) in (rows | half if task == size.tasks[0] else rows).items():
             name = f"{task}_{plain(row)}"
             tune = train(name, F, f"--data={data / task}", *small, after=[after], source=checkpoint)
             result = Path(cfg.results) / f"{part}_{seed}_{name}.json"

@@ -21,9 +21,11 @@ class TablesConfig:
 
 ROWS = [
     "AR",
+    "diffusion, N/2 steps",
     "diffusion, N steps",
     "diffusion, equal FLOPs",
     "AR2Diff_0",
+    "AR2Diff_N/2",
     "AR2Diff_N",
     "AR2Diff_N (paper's settings)",
 ]

@@ -93,9 +93,9 @@ def test_a_text_ends_at_its_first_pad(monkeypatch):
 def test_settings_of_the_other_paradigm_are_refused(place):
     cfg, model, _, state = load_for_eval([f"--init_from={place / 'diffusion.pt'}", "--steps=3", "--n=5"])
     assert (cfg.steps, cfg.n, model.cfg.paradigm, state["step"]) == (3, 5, "diffusion", 7)
-    for kind, flag in (("diffusion", "--top_k=3"), ("ar", "--steps=3")):
-        with pytest.raises(ValueError, match=f"no setting for an? {kind} checkpoint"):
-            load_for_eval([f"--init_from={place / kind}.pt", flag], EvalConfig)
+    for kind, flag in (("a diffusion", "--top_k=3"), ("an AR", "--steps=3")):
+        with pytest.raises(ValueError, match=f"no setting for {kind} checkpoint"):
+            load_for_eval([f"--init_from={place / kind.split()[1].lower()}.pt", flag], EvalConfig)
 
 
 def test_json_is_made_with_its_folder(tmp_path):
