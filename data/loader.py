@@ -181,8 +181,9 @@ def build_if_missing(folder: str | Path) -> Path:
     module = SETS[folder.name]
     print(f"building {folder}: {_command(folder)}", flush=True)
     # A process of its own: a set imports this file, never the other way round.
-    command = [sys.executable, "-m", module, f"--out={folder.parent.absolute()}"]
-    done = subprocess.run(command, check=False, cwd=Path(__file__).absolute().parent.parent)
+    root, out = Path(__file__).absolute().parent.parent, folder.parent.absolute()
+    out = out.relative_to(root) if out.is_relative_to(root) else out  # what a set says of itself names no machine
+    done = subprocess.run([sys.executable, "-m", module, f"--out={out.as_posix()}"], check=False, cwd=root)
     if done.returncode:
         raise ValueError(f"{folder}: {_command(folder)} failed with exit status {done.returncode}")
     return folder
