@@ -3,7 +3,7 @@
 # adapted and fine-tuned, beside diffusion models from scratch. About 8 minutes on 2 CPU cores after the install.
 #
 #   bash quickstart.sh           # tables and pictures appear in out/; run it again and it goes on where it was
-#   OUT=/elsewhere bash quickstart.sh ; ACTS=1 bash quickstart.sh
+#   ACTS=1 bash quickstart.sh   # only the first act
 #
 # Two trainings run side by side, one core each: at this size that is faster than one training on two cores.
 set -euo pipefail

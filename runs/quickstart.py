@@ -1,6 +1,6 @@
 """The story of quickstart.sh: two acts, their table and their pictures.
 
-    python -m runs.quickstart [--acts=1] [--out=out]
+    python -m runs.quickstart [--acts=1]
 
 Every command that runs is printed and is one of the README's; what an earlier run finished is not done again.
 """

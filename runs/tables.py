@@ -105,20 +105,25 @@ def tried_table(folder: Path) -> str:
 
 
 def speed_table(folder: Path) -> str:
-    """The lines of eval.speed: ratios of neighbours in time, median and range."""
-    path = folder / "speed_basics.json"
-    if not path.exists():
+    """The lines of eval.speed, from speed_*.json: ratios of neighbours in time, median and range."""
+    rows, origins = [], []
+    for result in found(folder, "speed_*.json"):
+        for line in result["lines"]:
+            r, systems = line["ratio"], (line["system"], line["base"])
+            pair = ", ".join(f"{name} {line['seconds'][name]['median']:.3g} s" for name in systems)
+            cells = [
+                line["name"],
+                line["case"],
+                f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})",
+                line["target"],
+            ]
+            rows.append([*cells, pair])
+        where = f"{result['hardware']}, {result['threads']} threads, torch {result['torch']}, commit {result['commit']}"
+        origins.append(f"`{result['command']}`, seed {result['seed']}; {where}.")
+    if not rows:
         return "(not measured yet)"
-    result = json.loads(path.read_text())
-    rows = []
-    for line in result["lines"]:
-        r, systems = line["ratio"], (line["system"], line["base"])
-        pair = ", ".join(f"{name} {line['seconds'][name]['median']:.3g} s" for name in systems)
-        cells = [line["name"], line["case"], f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})", line["target"]]
-        rows.append([*cells, pair])
-    where = f"{result['hardware']}, {result['threads']} threads, torch {result['torch']}, commit {result['commit']}"
     table = markdown(["line", "case", "ratio, median (range)", "aim", "median seconds"], rows)
-    return f"{table}\n\n`{result['command']}`, seed {result['seed']}; {where}."
+    return "\n\n".join([table, *origins])
 
 
 def origin(folder: Path) -> str:
