@@ -12,7 +12,7 @@ from data.tokenizer import MASK_MARK, get_tokenizer
 CACHE = os.environ.get("TIKTOKEN_CACHE_DIR", "")
 TEXT = "naïve café, 日本 🙂\n\tdef f(x): return x\0<|endoftext|>"
 
-needs_gpt2 = pytest.mark.skipif(not os.path.isdir(CACHE), reason="no GPT-2 vocabulary: TIKTOKEN_CACHE_DIR names no folder")
+needs_gpt2 = pytest.mark.skipif(not os.path.isdir(CACHE), reason="TIKTOKEN_CACHE_DIR names no folder")
 
 
 @pytest.fixture(params=["bytes", pytest.param("gpt2", marks=needs_gpt2)])
