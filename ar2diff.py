@@ -26,7 +26,7 @@ from model import ADDED_BY_CONVERSION, ModelConfig, Transformer
 
 @dataclass
 class ConvertConfig:
-    """What the diffusion model is to be. The defaults are the best of what was tried; see results/README.md."""
+    """What the diffusion model is to be. The defaults did best in short sketches, not yet in a study."""
 
     init_from: str = "out/ar2diff_1_ar/ckpt.pt"  # an AR checkpoint
     out_dir: str = "out/ar2diff_start"

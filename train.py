@@ -302,7 +302,7 @@ def state_of_origin(cfg: TrainConfig, state: dict | None) -> str:
 def make_optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
 
-    Weight decay on matrices only. Muon (Jordan et al. 2024; torch.optim) needs about half the steps on the mini tasks.
+    Weight decay on matrices only. Muon: Jordan et al. 2024, from torch.optim.
     lr_ratio in a group is its learning rate as a multiple of learning_rate_at.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

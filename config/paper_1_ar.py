@@ -1,6 +1,5 @@
 # The paper's choices at laptop size, stage 1 of 3: AR pretraining. Beside config/ar2diff_1_ar.py only the optimizer
-# differs (the paper names none; AdamW stands for T5X's Adafactor), at a rate that AdamW takes well at this size.
-# An AdamW step teaches about half of what a Muon step does, hence twice the steps.
+# differs (the paper names none; AdamW stands for T5X's Adafactor). Rate and step counts are not tuned.
 data = "out/data/mini"
 out_dir = "out/paper_1_ar"
 n_layer = 3
