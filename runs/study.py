@@ -44,7 +44,7 @@ class Size:
 
 SIZES = {
     "mini": Size(
-        "mini", ["mini_translation", "mini_qa", "mini_code"], ["--n_layer=3", "--n_embd=96"], [], 600, 400, 200
+        "mini", ["mini_translation", "mini_qa", "mini_code"], ["--n_layer=3", "--n_embd=96"], [], 600, 200, 200
     ),
     "python": Size(
         "python_code",
@@ -123,24 +123,22 @@ def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job
         rows[f"AR2Diff_N{label}"] = (out / f"{tag}adapt/ckpt.pt", adapted)
     scratch = train("scratch", N, *size.flags, *SCRATCH, *pretrain)
     rows["diffusion, N steps"] = (out / "scratch/ckpt.pt", scratch)
-    # Equal FLOPs: an unrolled diffusion step costs two AR steps, so A AR steps and N diffusion steps are N + A / 2.
-    # It is the same run, longer: it goes on from a copy.
-    equal = train("scratch_longer", N + A // 2, *size.flags, *SCRATCH, *pretrain, after=[scratch])
-    jobs[-1].commands.insert(0, copy_once(out / "scratch", out / "scratch_longer"))
-    rows["diffusion, equal FLOPs"] = (out / "scratch_longer/ckpt.pt", equal)
 
-    # Half of N, on the first task: how the two grow with N.
-    half = {
-        "diffusion, N/2 steps": (
-            out / "scratch_half/ckpt.pt",
-            train("scratch_half", N // 2, *size.flags, *SCRATCH, *pretrain),
-        )
-    }
-    adapted = train("adapt_half", N // 2, *pretrain, after=[rows["AR2Diff_0"][1]], source=out / "start/ckpt.pt")
-    half["AR2Diff_N/2"] = (out / "adapt_half/ckpt.pt", adapted)
+    def longer(name, source, steps, after, *flags):
+        """The same run, longer: it goes on from a copy."""
+        train(name, steps, *flags, *pretrain, after=[after])
+        jobs[-1].commands.insert(0, copy_once(out / source, out / name))
+        return out / name / "ckpt.pt", jobs[-1].name
+
+    # Equal FLOPs: an unrolled diffusion step costs two AR steps, so A AR steps and N diffusion steps are N + A / 2.
+    rows["diffusion, equal FLOPs"] = longer("scratch_longer", "scratch", N + A // 2, scratch, *size.flags, *SCRATCH)
+    twice = {}  # on the first of several tasks: how the two grow with N
+    if len(size.tasks) > 1:
+        twice["diffusion, 2N steps"] = longer("scratch_twice", "scratch", 2 * N, scratch, *size.flags, *SCRATCH)
+        twice["AR2Diff_2N"] = longer("adapt_twice", "adapt", 2 * N, rows["AR2Diff_N"][1])
 
     for task in size.tasks:
-        for row, (checkpoint, after) in (rows | half if task == size.tasks[0] else rows).items():
+        for row, (checkpoint, after) in (rows | twice if task == size.tasks[0] else rows).items():
             name = f"{task}_{plain(row)}"
             tune = train(name, F, f"--data={data / task}", *small, after=[after], source=checkpoint)
             result = Path(cfg.results) / f"{part}_{seed}_{name}.json"
@@ -151,7 +149,7 @@ def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job
     return jobs
 
 
-# What was tried for the defaults: one change each from ours, short stages, on translation.
+# What was tried for the defaults: one change each from ours, half the fine-tuning, on translation.
 TRIED = {
     "ours": ({}, []),
     "no lookahead (shift only)": ({"lookahead": "false"}, []),
@@ -169,8 +167,11 @@ TRIED = {
     "self-conditioning for half of the rows": ({}, ["--self_conditioning_prob=0.5"]),
     "unroll by sampling (SUNDAE)": ({}, ["--unroll_temperature=1.0"]),
     "batches of one prefix length": ({}, ["--bucket=32"]),
+    "learning rate decays in stage 2, too": ({}, ["--schedule=linear"]),
+    "from scratch, own position": (None, SCRATCH),
+    "from scratch, read as ours": (None, [*SCRATCH, "--shift", "--lookahead"]),
 }
-TRIED_N, TRIED_F = 200, 100
+TRIED_F, TRIED_SEEDS = 100, 2
 
 
 def turn(name: str) -> tuple:
@@ -181,25 +182,30 @@ def turn(name: str) -> tuple:
 
 
 def jobs_tried(seed: int, cfg: StudyConfig) -> list[Job]:
-    """Each line of TRIED: convert, TRIED_N steps on the mix, TRIED_F on translation, evaluate."""
-    base, jobs = Path(cfg.out) / "mini" / f"seed{seed}", []
+    """Each line of TRIED: convert, N steps on the mix, TRIED_F on translation, evaluate."""
+    size, base, jobs = SIZES["mini"], Path(cfg.out) / "mini" / f"seed{seed}", []
     for label, (settings, flags) in TRIED.items():
         name = plain(label)
         out = Path(cfg.out) / "tried" / f"seed{seed}" / name
         result = Path(cfg.results) / f"tried_{seed}_{name}.json"
-        convert = ["ar2diff.py", f"--init_from={base / 'ar/ckpt.pt'}", f"--out_dir={out / 'start'}", "--overwrite"]
-        convert += [f"--{key}={value}" for key, value in (OURS | settings).items()]
-        tune_flags = [flag for flag in flags if not flag.startswith("--anneal")]
+        stage_2 = ["--schedule=constant", *flags]
+        stage_3 = [flag for flag in flags if flag not in SCRATCH and not flag.startswith(("--anneal", "--schedule"))]
+        commands, start = [], []
+        if settings is None:
+            stage_2, stage_3 = [*size.flags, *stage_2], []
+        else:
+            convert = ["ar2diff.py", f"--init_from={base / 'ar/ckpt.pt'}", f"--out_dir={out / 'start'}", "--overwrite"]
+            commands.append([*convert, *(f"--{key}={value}" for key, value in (OURS | settings).items())])
+            start = [f"--init_from={out / 'start/ckpt.pt'}"]
         stages = [
-            ["adapt", "mini", TRIED_N, out / "start/ckpt.pt", ["--schedule=constant", *flags]],
-            ["tune", "mini_translation", TRIED_F, out / "adapt/ckpt.pt", tune_flags],
+            ["adapt", "mini", size.N, start, stage_2],
+            ["tune", "mini_translation", TRIED_F, [f"--init_from={out / 'adapt/ckpt.pt'}"], stage_3],
         ]
-        commands = [convert]
         for stage, data, steps, source, extra in stages:
             steps = max(2, round(steps * cfg.scale))
-            argv = ["train.py", f"--init_from={source}", f"--out_dir={out / stage}", f"--data=out/data/{data}"]
+            argv = ["train.py", *source, f"--out_dir={out / stage}", f"--data={Path(size.folder) / data}"]
             commands.append([*argv, f"--max_steps={steps}", f"--seed={seed}", *extra, "--init_from=resume"])
-        argv = [*EVALUATE["mini"], f"--init_from={out / 'tune/ckpt.pt'}", f"--json={result}"]
+        argv = [*EVALUATE["mini"], f"--init_from={out / 'tune/ckpt.pt'}", f"--json={result}", "--seed=0"]
         commands.append([*argv, "--steps=10", "--candidates=1"])
 
         jobs.append(Job(f"tried/{seed}/{name}", commands, [f"mini/{seed}/ar"], result.exists))
@@ -220,8 +226,9 @@ def main(argv: list[str]) -> None:
         for seed in seeds:
             for part in wanted if cfg.part != "tried" else []:
                 jobs += jobs_of_size(part, SIZES[part], seed, cfg)
-            if seed == 1 and cfg.part in ("all", "tried"):
-                jobs += jobs_tried(seed, cfg)
+            if seed <= TRIED_SEEDS and cfg.part in ("all", "tried"):
+                ar = jobs_of_size("mini", SIZES["mini"], seed, cfg)[:1]
+                jobs += (ar if cfg.part == "tried" else []) + jobs_tried(seed, cfg)
         jobs.sort(key=lambda job: turn(job.name))  # the first task over all seeds, then the breadth
         work(jobs, Path(cfg.out) / "logs", cfg.lanes, cfg.threads)
     print_tables(Path(cfg.results).parent)

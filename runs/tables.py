@@ -21,12 +21,12 @@ class TablesConfig:
 
 ROWS = [
     "AR",
-    "diffusion, N/2 steps",
     "diffusion, N steps",
+    "diffusion, 2N steps",
     "diffusion, equal FLOPs",
     "AR2Diff_0",
-    "AR2Diff_N/2",
     "AR2Diff_N",
+    "AR2Diff_2N",
     "AR2Diff_N (paper's settings)",
 ]
 TASKS = ["mini_translation", "mini_qa", "mini_code"]

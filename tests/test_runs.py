@@ -64,7 +64,7 @@ def test_every_row_of_the_study_has_its_place_in_the_table():
     jobs = study.jobs_of_size("mini", study.SIZES["mini"], 1, cfg)
     results = {arg for job in jobs for argv in job.commands for arg in argv if arg.startswith("--json=")}
     names = {f"--json=results/study/mini_1_{t}_{tables.plain(row)}.json" for t in tables.TASKS for row in tables.ROWS}
-    names = {name for name in names if "n_2" not in name or "translation" in name}  # half of N: one task
+    names = {name for name in names if "2n" not in name or "translation" in name}  # 2N: one task
     assert results == names
 
 
