@@ -123,14 +123,14 @@ def _clean_loss(model: Transformer, batch: Batch, shift: bool) -> float:
 
 def _spied_prefixes(model: Transformer, batch: Batch, seed: int) -> tuple[int, int]:
     """(reads of the prefix that found it clean, reads that did not) during a two-pass loss and a generation."""
-    first, seen = Batch(*(part[:2] for part in batch)), []
-    if first.prefix.shape[1] == model.cfg.target_length:  # reads are told apart by their width
+    first, seen, T = Batch(*(part[:2] for part in batch)), [], model.cfg.target_length
+    if first.prefix.shape[1] == T:  # reads are told apart by their width: the target, or the prefix with or without it
         first = first._replace(prefix=first.prefix[:, :-1])
     hook = model.tok.register_forward_hook(lambda module, ids, out: seen.append(ids[0]))
     diffusion.loss(model, first, diffusion.LossConfig(), draws_for(seed, first.example))
     diffusion.generate(model, first.prefix, diffusion.SamplerConfig(steps=2, candidates=1), seed)
     hook.remove()
-    reads = [ids for ids in seen if ids.shape[1] == first.prefix.shape[1]]
+    reads = [ids[:, : first.prefix.shape[1]] for ids in seen if ids.shape[1] != T]
     dirty = sum(not torch.equal(ids, first.prefix) for ids in reads)
     return len(reads) - dirty, dirty
 

@@ -309,16 +309,16 @@ class Transformer(nn.Module):
         estimate (B, T, C): soft embedding of the last prediction of each slot, zeros where there is none.
         opened: see attention_mask. Raises ValueError where a joint prefix is to be appended to.
         """
-        x, kind = self._embed_target(target, estimate), self.cfg.target_attention
+        kind = self.cfg.target_attention
         if cache.prefix is not None:
             if append:
                 raise ValueError("a joint prefix cannot be cached; set prefix_attention='causal' or 'bidirectional'")
             P, real = cache.prefix.shape[1], None
             if cache.real is not None:
                 real = torch.cat([cache.real, torch.ones_like(target, dtype=torch.bool)], dim=1)
-            x = torch.cat([self.tok(cache.prefix), x], dim=1)  # (B, P + T, C)
+            x = self._embed(torch.cat([cache.prefix, target], dim=1), P, estimate)  # (B, P + T, C)
             return self.head(self._read(x, None, kind, real, opened)[:, P:])
-        x = self._read(x, cache, kind, None, opened)
+        x = self._read(self._embed(target, 0, estimate), cache, kind, None, opened)
         if append:
             cache.length += target.shape[1]
             if cache.real is not None:
@@ -332,7 +332,7 @@ class Transformer(nn.Module):
         if not one_pass:
             return self.decode(self.encode(prefix), target, estimate=estimate, opened=opened)
         real = torch.cat([prefix != self.cfg.pad_id, torch.ones_like(target, dtype=torch.bool)], dim=1)
-        x = torch.cat([self.tok(prefix), self._embed_target(target, estimate)], dim=1)
+        x = self._embed(torch.cat([prefix, target], dim=1), P, estimate)
         return self.head(self._read(x, None, "causal", None if bool(real.all()) else real)[:, P:])
 
     def soft_embedding(self, logits: Tensor) -> Tensor:
@@ -343,18 +343,19 @@ class Transformer(nn.Module):
         """torch.compile the stack of blocks; checkpoint keys stay as they are."""
         self._run_blocks = torch.compile(self._run_blocks)
 
-    def _embed_target(self, target: Tensor, estimate: Tensor | None) -> Tensor:
-        token = self.tok(target)  # (B, T, C)
-        extra = 0.0
+    def _embed(self, tokens: Tensor, P: int, estimate: Tensor | None) -> Tensor:
+        """Embeddings (B, P + T, C) of a prefix of P tokens and a target, with what is known of the target's slots."""
+        x, extra = self.tok(tokens), []  # one lookup for both: the gradient of each is as large as the table
         if self.cfg.self_conditioning and estimate is not None:
-            extra = self.condition(F.rms_norm(estimate, estimate.shape[-1:], eps=1e-5))  # zero stays zero
+            extra.append(self.condition(F.rms_norm(estimate, estimate.shape[-1:], eps=1e-5)))  # zero stays zero
         if self.cfg.lookahead:
-            extra = extra + self.ahead(token)
-        if isinstance(extra, float):
-            return token
+            extra.append(self.ahead(x[:, P:]))
+        if not extra:
+            return x
+        known = sum(extra)  # (B, T, C)
         if self.cfg.shift:  # what is known of slot i enters where slot i is predicted, at position i - 1
-            extra = F.pad(extra[:, 1:], (0, 0, 0, 1))
-        return token + extra
+            return x + F.pad(known[:, 1:], (0, 0, P, 1))
+        return x + F.pad(known, (0, 0, P, 0))
 
     def _read(self, x, cache, kind, real, opened=None):
         """x (B, T, C) through the stack; real (B, T) marks what is no padding, None: nothing is."""
