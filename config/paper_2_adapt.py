@@ -1,7 +1,7 @@
 # The paper's choices, stage 2 of 3: adaptation with L(1) + L(2) on the pretraining data. Joint attention, each slot
 # read at its own position and nothing added to the network are choices of the conversion and stand in its command:
 #   python ar2diff.py --init_from=out/paper_1_ar/ckpt.pt --out_dir=out/paper_start --check \
-#       --shift=false --lookahead=false --self_conditioning=false
+#       --prefix_attention=joint --shift=false --self_conditioning=false
 init_from = "out/paper_start/ckpt.pt"
 data = "out/data/mini"
 out_dir = "out/paper_2_adapt"

@@ -1,10 +1,10 @@
 # The rival: a diffusion model from scratch, on the same data. 500 steps are as many as AR2Diff's adaptation has; going
-# on to 800 costs the FLOPs of AR pretraining and adaptation together (an unrolled step costs two AR steps):
-#   python train.py config/scratch_diffusion.py --init_from=resume --max_steps=800
+# on to 900 costs the FLOPs of AR pretraining and adaptation together (an unrolled step costs 1.5 AR steps here):
+#   python train.py config/scratch_diffusion.py --init_from=resume --max_steps=900
 data = "out/data/mini"
 out_dir = "out/scratch_diffusion"
 paradigm = "diffusion"
-prefix_attention = "joint"
+prefix_attention = "bidirectional"
 target_attention = "bidirectional"
 self_conditioning = True
 n_layer = 3

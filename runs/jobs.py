@@ -79,6 +79,11 @@ def work(jobs: list[Job], logs: Path, lanes: int = 2, threads: int = 1, show: bo
         raise ValueError(f"{len(failed)} jobs failed or wait for one that did: {', '.join(failed[:6])}; see {logs}")
 
 
+def plain(text: str) -> str:
+    """A row's name as it stands in file names."""
+    return "".join(c if c.isalnum() else "_" for c in text.lower()).strip("_")
+
+
 def at_step(folder: Path, steps: int) -> bool:
     """Whether the training in folder has come to that step."""
     log = folder / "log.jsonl"

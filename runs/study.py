@@ -14,18 +14,19 @@ from pathlib import Path
 
 from configurator import configure, nearest, run
 from data.loader import build_if_missing
-from runs.jobs import Job, at_step, copy_once, work
-from runs.tables import plain, print_tables
+from runs.jobs import Job, at_step, copy_once, plain, work
 
-OURS = {"shift": "true", "lookahead": "true", "self_conditioning": "true"}
-PAPER = {"shift": "false", "lookahead": "false", "self_conditioning": "false"}
+PAPER = {"prefix_attention": "joint", "shift": "false", "self_conditioning": "false"}
 # From scratch nothing has to line up with AR weights, so the slot's own position is read.
 SCRATCH = [
     "--paradigm=diffusion",
-    "--prefix_attention=joint",
+    "--prefix_attention=bidirectional",
     "--target_attention=bidirectional",
     "--self_conditioning",
 ]
+# What an unrolled step costs in AR steps: a frozen prefix is read once, the target twice, and the two are about as long
+# in these sets. (With a joint prefix, the paper's, it is two; on the Python stream 1.7: the longer run gets more there.)
+STEP_COST = 1.5
 
 
 @dataclass
@@ -114,7 +115,7 @@ def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job
     pretrain = [f"--data={data / size.pretrain_data}", "--schedule=constant", *small]
     ar = train("ar", A, *size.flags, *pretrain)
     rows = {"AR": (out / "ar/ckpt.pt", ar)}
-    for label, settings in (("", OURS), (" (paper's settings)", PAPER)):
+    for label, settings in (("", {}), (" (paper's settings)", PAPER)):
         tag = "paper_" if label else ""
         start = convert(f"{tag}start", settings, out / "ar/ckpt.pt", ar)
         if not label:
@@ -130,8 +131,9 @@ def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job
         jobs[-1].commands.insert(0, copy_once(out / source, out / name))
         return out / name / "ckpt.pt", jobs[-1].name
 
-    # Equal FLOPs: an unrolled diffusion step costs two AR steps, so A AR steps and N diffusion steps are N + A / 2.
-    rows["diffusion, equal FLOPs"] = longer("scratch_longer", "scratch", N + A // 2, scratch, *size.flags, *SCRATCH)
+    # As many FLOPs as A AR steps and N diffusion steps.
+    equal = N + round(A / STEP_COST)
+    rows["diffusion, equal FLOPs"] = longer("scratch_longer", "scratch", equal, scratch, *size.flags, *SCRATCH)
     twice = {}  # on the first of several tasks: how the two grow with N
     if len(size.tasks) > 1:
         twice["diffusion, 2N steps"] = longer("scratch_twice", "scratch", 2 * N, scratch, *size.flags, *SCRATCH)
@@ -149,16 +151,16 @@ def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job
     return jobs
 
 
-# What was tried for the defaults: one change each from ours, half the fine-tuning, on translation.
+# What was tried for the defaults: one change each from a row of the main table, on its first task.
 TRIED = {
-    "ours": ({}, []),
-    "no lookahead (shift only)": ({"lookahead": "false"}, []),
-    "no shift (own position)": ({"shift": "false", "lookahead": "false"}, []),
+    "no shift (own position)": ({"shift": "false"}, []),
+    "shift and lookahead": ({"lookahead": "true"}, []),
     "no self-conditioning": ({"self_conditioning": "false"}, []),
-    "paper: no shift, no self-conditioning": (PAPER, []),
+    "joint prefix": ({"prefix_attention": "joint"}, []),
+    "causal prefix": ({"prefix_attention": "causal"}, []),
     "mask noise": ({"noise": "mask"}, []),
-    "frozen prefix, bidirectional": ({"prefix_attention": "bidirectional"}, []),
-    "frozen prefix, causal": ({"prefix_attention": "causal"}, []),
+    "from scratch, shift": (None, [*SCRATCH, "--shift"]),
+    "from scratch, joint prefix": (None, [*SCRATCH, "--prefix_attention=joint"]),
     "mask annealed over 100 steps": ({}, ["--anneal_steps=100"]),
     "one pass: L(1) alone": ({"self_conditioning": "false"}, ["--unroll_steps=1"]),
     "learning rate x 1/2": ({}, ["--learning_rate=7.5e-4"]),
@@ -168,47 +170,52 @@ TRIED = {
     "unroll by sampling (SUNDAE)": ({}, ["--unroll_temperature=1.0"]),
     "batches of one prefix length": ({}, ["--bucket=32"]),
     "learning rate decays in stage 2, too": ({}, ["--schedule=linear"]),
-    "from scratch, own position": (None, SCRATCH),
-    "from scratch, read as ours": (None, [*SCRATCH, "--shift", "--lookahead"]),
 }
-TRIED_F, TRIED_SEEDS = 100, 2
+# Which of them run on Python source, too, and which with a second seed: what fixes the network.
+READOUTS = list(TRIED)[:4]
+NETWORKS = list(TRIED)[:8]
 
 
 def turn(name: str) -> tuple:
-    """Where a job stands in line: translation over all seeds, the other tasks and parts seed by seed."""
+    """Where a job stands in line: what was tried and what it starts from, translation over all seeds, the rest."""
     part, seed, rest = name.split("/")
-    rank = {"mini": 2 if "mini_qa" in rest or "mini_code" in rest else 0, "python": 3, "tried": 4, "gpu": 5}[part]
-    return (rank and 1, int(seed), rank)
+    if part == "tried":
+        return (0 if "python" not in rest else 2), int(seed), 1
+    if part == "mini" and "mini_qa" not in rest and "mini_code" not in rest:
+        first = seed in "12" and rest in ("ar", "start", "adapt", "scratch")
+        return (0 if first else 1), int(seed), 0
+    return 2, int(seed), {"mini": 0, "python": 1, "gpu": 3}[part]
 
 
-def jobs_tried(seed: int, cfg: StudyConfig) -> list[Job]:
-    """Each line of TRIED: convert, N steps on the mix, TRIED_F on translation, evaluate."""
-    size, base, jobs = SIZES["mini"], Path(cfg.out) / "mini" / f"seed{seed}", []
-    for label, (settings, flags) in TRIED.items():
-        name = plain(label)
+def jobs_tried(part: str, labels: list[str], seed: int, cfg: StudyConfig) -> list[Job]:
+    """Each of these lines of TRIED: convert, N steps of adaptation, F on the first task of the part, evaluate."""
+    size, base, jobs = SIZES[part], Path(cfg.out) / part / f"seed{seed}", []
+    task, folder = size.tasks[0], Path(size.folder)
+    for label in labels:
+        settings, flags = TRIED[label]
+        name = f"{task}_{plain(label)}"
         out = Path(cfg.out) / "tried" / f"seed{seed}" / name
         result = Path(cfg.results) / f"tried_{seed}_{name}.json"
-        stage_2 = ["--schedule=constant", *flags]
-        stage_3 = [flag for flag in flags if flag not in SCRATCH and not flag.startswith(("--anneal", "--schedule"))]
-        commands, start = [], []
+        commands, start, stage_2, stage_3 = [], [], [*size.small, "--schedule=constant", *flags], [*size.small]
         if settings is None:
-            stage_2, stage_3 = [*size.flags, *stage_2], []
+            stage_2 = [*size.flags, *stage_2]
         else:
             convert = ["ar2diff.py", f"--init_from={base / 'ar/ckpt.pt'}", f"--out_dir={out / 'start'}", "--overwrite"]
-            commands.append([*convert, *(f"--{key}={value}" for key, value in (OURS | settings).items())])
+            commands.append([*convert, *(f"--{key}={value}" for key, value in settings.items())])
             start = [f"--init_from={out / 'start/ckpt.pt'}"]
+            stage_3 += [flag for flag in flags if not flag.startswith(("--anneal", "--schedule"))]
         stages = [
-            ["adapt", "mini", size.N, start, stage_2],
-            ["tune", "mini_translation", TRIED_F, [f"--init_from={out / 'adapt/ckpt.pt'}"], stage_3],
+            ["adapt", size.pretrain_data, size.N, start, stage_2],
+            ["tune", task, size.F, [f"--init_from={out / 'adapt/ckpt.pt'}"], stage_3],
         ]
         for stage, data, steps, source, extra in stages:
             steps = max(2, round(steps * cfg.scale))
-            argv = ["train.py", *source, f"--out_dir={out / stage}", f"--data={Path(size.folder) / data}"]
+            argv = ["train.py", *source, f"--out_dir={out / stage}", f"--data={folder / data}"]
             commands.append([*argv, f"--max_steps={steps}", f"--seed={seed}", *extra, "--init_from=resume"])
-        argv = [*EVALUATE["mini"], f"--init_from={out / 'tune/ckpt.pt'}", f"--json={result}", "--seed=0"]
+        argv = [*EVALUATE[part], f"--init_from={out / 'tune/ckpt.pt'}", f"--json={result}", "--seed=0"]
         commands.append([*argv, "--steps=10", "--candidates=1"])
 
-        jobs.append(Job(f"tried/{seed}/{name}", commands, [f"mini/{seed}/ar"], result.exists))
+        jobs.append(Job(f"tried/{seed}/{name}", commands, [f"{part}/{seed}/ar"], result.exists))
     return jobs
 
 
@@ -220,17 +227,20 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"part must be one of {', '.join(parts)}; got {cfg.part!r}{nearest(cfg.part, parts)}")
     if not cfg.table:
         seeds, jobs = range(1, cfg.seeds + 1), []
-        wanted = [cfg.part] if cfg.part in SIZES else ["mini", "python"] if cfg.part == "all" else ["mini"]
+        wanted = [cfg.part] if cfg.part in SIZES else ["mini", "python"]
         for size in (SIZES[part] for part in wanted):
             build_if_missing(Path(size.folder) / size.pretrain_data)
         for seed in seeds:
-            for part in wanted if cfg.part != "tried" else []:
-                jobs += jobs_of_size(part, SIZES[part], seed, cfg)
-            if seed <= TRIED_SEEDS and cfg.part in ("all", "tried"):
-                ar = jobs_of_size("mini", SIZES["mini"], seed, cfg)[:1]
-                jobs += (ar if cfg.part == "tried" else []) + jobs_tried(seed, cfg)
+            for part in wanted:
+                rows = jobs_of_size(part, SIZES[part], seed, cfg)
+                jobs += rows if cfg.part != "tried" else []
+                labels = {("mini", 1): list(TRIED), ("mini", 2): NETWORKS, ("python", 1): READOUTS}.get((part, seed))
+                if labels and cfg.part in ("all", "tried"):
+                    jobs += ([] if rows[0] in jobs else rows[:1]) + jobs_tried(part, labels, seed, cfg)
         jobs.sort(key=lambda job: turn(job.name))  # the first task over all seeds, then the breadth
         work(jobs, Path(cfg.out) / "logs", cfg.lanes, cfg.threads)
+    from runs.tables import print_tables  # they read this file's rows
+
     print_tables(Path(cfg.results).parent)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import configure, run
+from runs.jobs import plain
+from runs.study import TRIED
 
 
 @dataclass
@@ -30,11 +32,6 @@ ROWS = [
     "AR2Diff_N (paper's settings)",
 ]
 TASKS = ["mini_translation", "mini_qa", "mini_code"]
-
-
-def plain(text: str) -> str:
-    """A row's name as it stands in file names."""
-    return "".join(c if c.isalnum() else "_" for c in text.lower()).strip("_")
 
 
 def spread(values: list[float], unit: str = "%") -> str:
@@ -93,15 +90,34 @@ def python_table(folder: Path) -> str:
     return markdown(header, rows) if rows else "(no Python results yet)"
 
 
+# The rows of the main table that the changes start from, and one that is a change itself.
+STARTS = {"ours": "AR2Diff_N", "from scratch": "diffusion, N steps"}
+STARTS["paper: joint prefix, no shift, no self-conditioning"] = "AR2Diff_N (paper's settings)"
+
+
 def tried_table(folder: Path) -> str:
-    """What was tried for the defaults: one change each, best first."""
-    by_name: dict[str, list[float]] = {}
-    for path in sorted(folder.glob("tried_*.json")):
-        by_name.setdefault(path.stem.split("_", 2)[2], []).append(json.loads(path.read_text())["exact_match"])
-    order = sorted(by_name, key=lambda name: -statistics.mean(by_name[name]))
-    return markdown(
-        ["change", "translation EM %", "seeds"], [[n, spread(by_name[n]), str(len(by_name[n]))] for n in order]
-    )
+    """What was tried for the defaults: one change each, best first. Bits per byte: of the same models on Python."""
+    parts = {"mini_translation": ("mini", lambda r: r["exact_match"]), "python_pairs": ("python", _bits)}
+    rows = []
+    for label in [*STARTS, *TRIED]:
+        values = {}  # task -> one number a seed
+        for task, (part, number) in parts.items():
+            if label in STARTS:
+                paths = {s: folder / f"{part}_{s}_{task}_{plain(STARTS[label])}.json" for s in (1, 2)}
+            else:
+                paths = {s: folder / f"tried_{s}_{task}_{plain(label)}.json" for s in (1, 2)}
+            seeds = (1, 2) if task == "mini_translation" else (1,)
+            values[task] = [number(json.loads(paths[s].read_text())) for s in seeds if paths[s].exists()]
+        if any(values.values()):
+            em, bits = values.values()
+            cells = [label, spread(em) if em else "-", spread(bits, "") if bits else "-", str(len(em))]
+            rows.append((statistics.mean(em) if em else 0.0, cells))
+    rows = [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
+    return markdown(["change", "translation EM %", "Python, bits per byte", "seeds"], rows)
+
+
+def _bits(result: dict) -> float:
+    return result["loss"]["bits_per_byte"]
 
 
 def speed_table(folder: Path) -> str:

@@ -158,7 +158,7 @@ def test_the_prefix_is_watched_also_where_it_is_as_wide_as_the_target():
 def test_the_command_writes_a_checkpoint_that_training_and_sampling_take(checkpoint, capsys):
     ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start", "--check"])
     model, tokenizer, state = load_model("start/ckpt.pt")
-    assert (model.cfg.paradigm, model.cfg.prefix_attention, model.cfg.shift) == ("diffusion", "joint", True)
+    assert (model.cfg.paradigm, model.cfg.prefix_attention, model.cfg.shift) == ("diffusion", "bidirectional", True)
     assert (state["step"], tokenizer.name, state["converted_from"]) == (0, "bytes", "ar.pt step 7")
     said = capsys.readouterr().out
     assert said.count("ok  ") == 8 and "FAIL" not in said
@@ -180,10 +180,9 @@ def test_the_command_stops_with_status_1_and_writes_nothing_where_a_claim_fails(
         load("start/ckpt.pt")
 
 
-def test_no_shift_drops_the_lookahead_with_it(checkpoint):
-    ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start", "--shift=false"])
-    cfg = load_model("start/ckpt.pt")[0].cfg
-    assert not cfg.shift and not cfg.lookahead
+def test_lookahead_without_shift_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="lookahead needs shift"):
+        ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start", "--shift=false", "--lookahead"])
 
 
 def test_a_diffusion_checkpoint_is_not_converted_again(checkpoint):
