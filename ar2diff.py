@@ -21,6 +21,7 @@ from configurator import configure, run
 from data.loader import build_if_missing, open_set
 from data.objectives import Batch
 from draws import draws_for
+from encdec import build_model
 from model import ADDED_BY_CONVERSION, ModelConfig, Transformer
 
 
@@ -48,7 +49,7 @@ def adapt(source: Transformer, **settings) -> Transformer:
     it sees the same tokens. Raises ValueError where a setting would need other parameters.
     """
     cfg = replace(source.cfg, **settings)
-    model = Transformer(cfg).to(source.tok.weight.device)
+    model = build_model(cfg).to(source.tok.weight.device)
     weights = source.state_dict()
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if name.split(".")[0] not in ADDED_BY_CONVERSION]
@@ -111,7 +112,7 @@ def check(source: Transformer, model: Transformer, batch: Batch, seed: int = 0) 
 
 def _as_source(model: Transformer, cfg: ModelConfig) -> Transformer:
     """The converted weights under the source's settings, without what the conversion added."""
-    back = Transformer(cfg).to(model.tok.weight.device)
+    back = build_model(cfg).to(model.tok.weight.device)
     back.load_state_dict({k: v for k, v in model.state_dict().items() if k.split(".")[0] not in ADDED_BY_CONVERSION})
     return back.eval()
 

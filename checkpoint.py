@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from data.tokenizer import Tokenizer, get_tokenizer
+from encdec import build_model
 from model import ModelConfig, Transformer
 
 FORMAT = 1  # raise when a field changes its meaning; load() refuses other numbers
@@ -64,7 +65,7 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[Transformer, Toke
     state = load(path, device)
     tokenizer = get_tokenizer(state["tokenizer"])
     try:
-        model = Transformer(ModelConfig(**state["model_config"]))
+        model = build_model(ModelConfig(**state["model_config"]))
         model.load_state_dict(state["model"])
     except (RuntimeError, TypeError) as error:
         raise ValueError(

@@ -21,6 +21,7 @@ class ModelConfig:
     """Every choice that fixes what the network computes. Stored in each checkpoint, checked once, here."""
 
     paradigm: str = "ar"  # ar: trained by autoregressive.loss | diffusion: by diffusion.loss
+    arch: str = "decoder_only"  # decoder_only | encoder_decoder (encdec.py: n_layer blocks in each half)
     n_layer: int = 4
     n_head: int = 4
     n_kv_head: int = 0  # heads of keys and values (grouped-query attention); 0: as many as n_head
@@ -40,9 +41,7 @@ class ModelConfig:
     target_attention: str = "causal"  # causal | bidirectional
     noise: str = "uniform"  # diffusion: uniform (any ordinary token or pad, as the paper) | mask
     shift: bool = False  # diffusion: slot i is predicted at position i - 1, as an AR model does
-    lookahead: bool = (
-        False  # with shift: position i - 1 also reads slot i's own token, through a zero-initialised layer
-    )
+    lookahead: bool = False  # with shift: position i - 1 also reads slot i's token, by a zero-initialised layer
     self_conditioning: bool = False  # diffusion: the last soft prediction is read through a zero-initialised layer
     vocab_size: int = 288  # the rest is the tokenizer's (bytes by default)
     n_ordinary: int = 256  # ids below this are text; noise draws them and pad, nothing else
@@ -53,6 +52,7 @@ class ModelConfig:
     def __post_init__(self):
         for name, allowed in (
             ("paradigm", PARADIGMS),
+            ("arch", ("decoder_only", "encoder_decoder")),
             ("norm", ("rmsnorm", "layernorm")),
             ("activation", ("swiglu", "gelu", "gelu_tanh")),
             ("position", ("rope", "learned")),
@@ -75,6 +75,8 @@ class ModelConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.prefix_attention == "joint" and self.target_attention == "causal":
             raise ValueError("a joint prefix needs target_attention='bidirectional', got 'causal'")
+        if self.arch == "encoder_decoder" and self.prefix_attention != "bidirectional":
+            raise ValueError(f"an encoder needs prefix_attention='bidirectional', got {self.prefix_attention!r}")
         if self.paradigm == "ar" and self.target_attention != "causal":
             raise ValueError(
                 "paradigm 'ar' needs target_attention='causal': a token that is predicted must not be seen"
@@ -180,7 +182,7 @@ class KVCache:
 
     def rows(self, index: Tensor) -> "KVCache":
         """The cache of some rows, in the order of index; a row may be asked for several times."""
-        other = KVCache(len(self.k), self.room)
+        other = type(self)(len(self.k), self.room)
         other.length = self.length
         other.k = [None if k is None else k[index] for k in self.k]
         other.v = [None if v is None else v[index] for v in self.v]
@@ -196,7 +198,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def _norm(cfg: ModelConfig) -> nn.Module:
+def make_norm(cfg: ModelConfig) -> nn.Module:
     return nn.LayerNorm(cfg.n_embd, bias=cfg.bias) if cfg.norm == "layernorm" else RMSNorm(cfg.n_embd, eps=1e-5)
 
 
@@ -247,8 +249,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.norm1, self.attn = _norm(cfg), Attention(cfg)
-        self.norm2, self.mlp = _norm(cfg), MLP(cfg)
+        self.norm1, self.attn = make_norm(cfg), Attention(cfg)
+        self.norm2, self.mlp = make_norm(cfg), MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, rope, mask, causal, cache, layer):
@@ -258,6 +260,8 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """Maps (prefix, target) to logits over the target, whose first token is a separator: given, not predicted."""
+
+    block = Block
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -270,8 +274,8 @@ class Transformer(nn.Module):
         else:
             self.register_buffer("rope", rope_table(cfg), persistent=False)  # (2, block_size, D)
         self.drop = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = _norm(cfg)
+        self.blocks = nn.ModuleList(self.block(cfg) for _ in range(cfg.n_layer))
+        self.norm = make_norm(cfg)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_weights:
             self.head.weight = self.tok.weight
@@ -359,6 +363,10 @@ class Transformer(nn.Module):
 
     def _read(self, x, cache, kind, real, opened=None):
         """x (B, T, C) through the stack; real (B, T) marks what is no padding, None: nothing is."""
+        return self._run_blocks(*self._place(x, cache, kind, real, opened), cache)
+
+    def _place(self, x, cache, kind, real, opened=None):
+        """What the blocks need to know of x (B, T, C): (x, rope, mask, is_causal), by where each token stands."""
         (B, T), S = x.shape[:2], cache.length if cache is not None else 0
         past = cache.real if cache is not None else None
         if S + T > self.cfg.block_size:
@@ -369,14 +377,13 @@ class Transformer(nn.Module):
             past = x.new_ones(B, S, dtype=torch.bool) if past is None else past
             real = x.new_ones(B, T, dtype=torch.bool) if real is None else real
             position = (past.sum(1, keepdim=True) + real.cumsum(1) - 1).clamp(min=0)  # (B, T)
-        mask, causal = _plan_mask(kind, past, real, opened, S, T, x.device)
         rope = None
         if self.cfg.position == "learned":
             x = x + self.pos(position)
         else:
             rope = self.rope[:, position].to(x.dtype)  # (2, T, D) or (2, B, T, D)
             rope = rope if position.dim() == 1 else rope[:, :, None]  # (2, B, 1, T, D)
-        return self._run_blocks(self.drop(x), rope, mask, causal, cache)
+        return self.drop(x), rope, *_plan_mask(kind, past, real, opened, S, T, x.device)
 
     def _run_blocks(self, x, rope, mask, causal, cache):
         for layer, block in enumerate(self.blocks):
@@ -392,9 +399,9 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         # What writes into the residual stream: smaller with depth (GPT-2, section 2.3), so that its variance stays put.
-        for block in self.blocks:
-            for layer in (block.attn.proj, block.mlp.down):
-                nn.init.normal_(layer.weight, std=std * (2 * self.cfg.n_layer) ** -0.5)
+        for name, weight in self.named_parameters():
+            if name.endswith(("proj.weight", "down.weight")):
+                nn.init.normal_(weight, std=std * (2 * self.cfg.n_layer) ** -0.5)
         # What a conversion adds: zero, so that the converted model starts as its source.
         for name in ADDED_BY_CONVERSION:
             if hasattr(self, name):
@@ -429,20 +436,3 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
-
-
-def num_params(model: nn.Module) -> int:
-    """Trainable numbers; a tied output layer counts once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def flops_per_token(cfg: ModelConfig, context: int) -> int:
-    """Multiply-adds x 2 of one forward pass, per token, with `context` keys to look at; lookups count nothing.
-
-    Causal attention looks at half of them on average but is counted whole, as is customary (PaLM, appendix B).
-    """
-    D = cfg.head_size
-    per_block = cfg.n_embd * (cfg.n_head + 2 * cfg.kv_heads) * D + cfg.n_embd**2
-    per_block += cfg.n_embd * cfg.hidden_size * (3 if cfg.activation == "swiglu" else 2)
-    added = cfg.n_embd**2 * (cfg.self_conditioning + cfg.lookahead)
-    return 2 * (cfg.n_layer * (per_block + 2 * context * cfg.n_embd) + cfg.vocab_size * cfg.n_embd + added)

@@ -24,20 +24,23 @@ import autoregressive
 import diffusion
 from checkpoint import load, save, write_atomically
 from configurator import describe, read_settings, refuse_changes, run
+from cost import num_params, train_flops
 from data.loader import build_if_missing, open_set
+from data.objectives import ObjectiveConfig
 from data.tokenizer import get_tokenizer
 from device import autocast, compile_or_say_why_not, measured_flops, pick_device
 from diffusion import LossConfig
 from draws import EDGES, draws_for
-from model import ModelConfig, Transformer, flops_per_token, model_settings, num_params
+from encdec import build_model
+from model import ModelConfig, Transformer, model_settings
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 RATES = [0.1, 0.3, 0.5, 0.7, 0.9]  # corruption rates of the held-out loss
 
 
 @dataclass
-class TrainConfig(ModelConfig, LossConfig):
-    """A run: the model's settings, the diffusion loss's, and these."""
+class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig):
+    """A run: the settings of the model, of the diffusion loss and of the objective, and these."""
 
     data: str = "out/data/mini"  # a folder as data/loader.py writes it; the generated sets are built when missing
     init_from: str = "scratch"  # scratch | resume | a checkpoint whose weights are the start
@@ -72,6 +75,7 @@ class TrainConfig(ModelConfig, LossConfig):
     def __post_init__(self):
         ModelConfig.__post_init__(self)
         LossConfig.__post_init__(self)
+        ObjectiveConfig.__post_init__(self)
         for name, allowed in (
             ("schedule", ("constant", "linear", "cosine")),
             ("optimizer", ("muon", "adamw")),
@@ -120,7 +124,7 @@ MAY_CHANGE |= {"log_interval", "eval_interval", "eval_batches", "sample_interval
 def main(argv: list[str]) -> dict:
     """Train as argv says; returns the last log entry."""
     cfg, model, state = start(argv)
-    train_set, valid_set = open_set(cfg.data, "train"), open_set(cfg.data, "valid")
+    train_set, valid_set = (open_set(cfg.data, split, cfg) for split in ("train", "valid"))
     device = model.tok.weight.device
     optimizers = make_optimizers(model, cfg)
     first, best = 0, math.inf
@@ -130,9 +134,6 @@ def main(argv: list[str]) -> dict:
         first, best = state["step"], state["best_loss"]
     out = Path(cfg.out_dir)
     log = Log(out / "log.jsonl", first)
-    per_token = (
-        flops_per_token(model.cfg, model.cfg.block_size) * 3 * (cfg.unroll_steps if cfg.paradigm == "diffusion" else 1)
-    )
     print(f"{num_params(model):,} parameters | {cfg.data} {len(train_set):,} | {device} {cfg.dtype} | {describe(cfg)}")
     if first >= cfg.max_steps:
         print(f"nothing to do: {out / 'ckpt.pt'} is at step {first} of max_steps {cfg.max_steps}")
@@ -151,7 +152,7 @@ def main(argv: list[str]) -> dict:
     peak = measured_flops(device, cfg.dtype)
     loss_fn = PARADIGMS[cfg.paradigm].losses
     bar = tqdm(total=cfg.max_steps, initial=first, unit="step", dynamic_ncols=True, disable=None, leave=False)
-    tokens, since = 0, time.perf_counter()
+    tokens, flops, since = 0, 0, time.perf_counter()
     if first == 0:
         checkpoint("ckpt.pt", 0)  # from here on a killed run resumes from its own start, whatever it began with
     with stop:
@@ -174,7 +175,8 @@ def main(argv: list[str]) -> dict:
                         term = term / cfg.grad_accum_steps
                         term.backward()  # each as it comes: its graph is freed before the next is built
                         total += term.detach()
-                tokens += batch.prefix.numel() + batch.target.numel()
+                (B, P), T = batch.prefix.shape, batch.target.shape[1]
+                tokens, flops = tokens + B * (P + T), flops + B * train_flops(model.cfg, P, T, cfg.unroll_steps)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             total, norm = float(total), float(norm)
             if not (math.isfinite(total) and math.isfinite(norm)):
@@ -193,13 +195,12 @@ def main(argv: list[str]) -> dict:
             entry = {"step": done, "loss": total, "grad_norm": norm, "lr": learning_rate_at(step, cfg)}
             if done % cfg.log_interval == 0 or last or stop.asked:
                 seconds = time.perf_counter() - since
-                rate = tokens / seconds
                 entry |= {
-                    "tokens_per_s": round(rate),
-                    "mfu": round(rate * per_token / peak, 3),
+                    "tokens_per_s": round(tokens / seconds),
+                    "mfu": round(flops / seconds / peak, 3),
                     "seconds": round(seconds, 3),
                 }
-                bar.set_postfix_str(f"loss {total:.3f}, {rate:,.0f} tokens/s, {entry['mfu']:.0%} MFU")
+                bar.set_postfix_str(f"loss {total:.3f}, {tokens / seconds:,.0f} tokens/s, {entry['mfu']:.0%} MFU")
             if done % cfg.eval_interval == 0 or last:
                 entry |= evaluate(model, valid_set, cfg)
                 tqdm.write(log.line(entry))
@@ -213,7 +214,7 @@ def main(argv: list[str]) -> dict:
             if done % cfg.save_interval == 0 or last or stopping:
                 checkpoint("ckpt.pt", done)
             if tokens and "seconds" in entry:
-                tokens, since = 0, time.perf_counter()
+                tokens, flops, since = 0, 0, time.perf_counter()
             if stopping and not last:
                 bar.close()
                 print(f"stopped by {stop.name} at step {done}; go on with --init_from=resume", file=sys.stderr)
@@ -256,7 +257,7 @@ def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
             raise ValueError(
                 f"{data} has changed since {last} was written; use another --out_dir, or bring the data back"
             )
-    model = Transformer(ModelConfig(**model_settings(asdict(cfg))))
+    model = build_model(ModelConfig(**model_settings(asdict(cfg))))
     if weights is None:
         torch.manual_seed(cfg.seed)
         model._init_weights()

@@ -1,6 +1,6 @@
 # The rival: a diffusion model from scratch, on the same data. 500 steps are as many as AR2Diff's adaptation has; going
-# on to 900 costs the FLOPs of AR pretraining and adaptation together (an unrolled step costs 1.5 AR steps here):
-#   python train.py config/scratch_diffusion.py --init_from=resume --max_steps=900
+# on to 800 costs the FLOPs of AR pretraining and adaptation together (an unrolled step costs two AR steps):
+#   python train.py config/scratch_diffusion.py --init_from=resume --max_steps=800
 data = "out/data/mini"
 out_dir = "out/scratch_diffusion"
 paradigm = "diffusion"

@@ -8,6 +8,7 @@ A batch is a function of (seed, step, batch_size) alone, so that resuming, accum
 change nothing. There is no loader position to save.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.objectives import Batch, Tokens, collate, prefix_lm, seq2seq
+from data.objectives import Batch, ObjectiveConfig, Tokens, collate, prefix_lm, seq2seq, span_corruption, span_counts
 from data.tokenizer import Tokenizer, get_tokenizer
 
 FORMAT = 1
@@ -46,8 +47,8 @@ SETS = {
 class _Set:
     """What a stream and pairs share: the folder's meta and the memory-mapped tokens of one split."""
 
-    def __init__(self, folder: Path, split: str, meta: dict):
-        self.folder, self.split, self.meta = folder, split, meta
+    def __init__(self, folder: Path, split: str, meta: dict, objective: ObjectiveConfig):
+        self.folder, self.split, self.meta, self.objective = folder, split, meta, objective
         self.tokenizer_name, self.target_length = meta["tokenizer"], meta["target_length"]
         self.block_size = meta["block_size"]  # longest prefix + target_length
         self.fingerprint = meta["sha256"][:16]  # of the content: two sets are equal if and only if this is
@@ -56,6 +57,30 @@ class _Set:
     @property
     def tokenizer(self) -> Tokenizer:
         return get_tokenizer(self.tokenizer_name)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of the longest text that prefix and target have room for under the objective."""
+        room, width = self.block_size - self.target_length, self.target_length - 1
+        if self.objective.objective != "span_corruption":
+            return room + width
+
+        def fits(length: int) -> bool:
+            hidden, spans = span_counts(length, self.objective.span_density, self.objective.mean_span)
+            return length - hidden + spans <= room and hidden + spans <= width
+
+        return max((length for length in range(2, 2 * self.block_size) if fits(length)), default=0)
+
+    def _cut(self, tokens: Tokens, rng: np.random.Generator) -> tuple[Tokens, Tokens]:
+        """Prefix and target from a text of at least 2 tokens, or a random part of it where it is too long."""
+        start = int(rng.integers(0, max(len(tokens) - self.longest, 0) + 1))
+        tokens = tokens[start : start + self.longest]
+        if self.objective.objective == "span_corruption":
+            sentinels = range(self.tokenizer.sentinel(0), self.tokenizer.vocab_size)
+            return span_corruption(tokens, rng, sentinels, self.objective.span_density, self.objective.mean_span)
+        first = max(1, len(tokens) - self.target_length + 1)
+        split = int(rng.integers(first, min(self.block_size - self.target_length, len(tokens) - 1) + 1))
+        return prefix_lm(tokens, split, self.target_length)
 
     def _collate(self, pairs: list, step: int, batch_size: int, rows: slice) -> Batch:
         examples = step * batch_size + np.arange(batch_size)[rows]
@@ -72,9 +97,17 @@ class TokenStream(_Set):
         """The part `rows` of the global batch of this step; the same for every process and micro-batch.
 
         The prefix length is drawn once per step, from 1 to block_size - target_length, so that no batch needs a mask
-        and bucket has nothing to do. A window may cross from one document into the next.
+        and bucket has nothing to do. A window may cross from one document into the next. Under span corruption all
+        windows have one length, and so have all prefixes.
         """
         rng = _rng("stream", seed, step)
+        if self.objective.objective == "span_corruption":
+            starts = rng.integers(0, len(self.tokens) - self.longest + 1, size=batch_size)
+            pairs = [
+                self._cut(self.tokens[starts[i] : starts[i] + self.longest], _rng("spans", seed, step * batch_size + i))
+                for i in range(batch_size)[rows]
+            ]
+            return self._collate(pairs, step, batch_size, rows)
         split = int(rng.integers(1, self.block_size - self.target_length + 1))
         width = split + self.target_length - 1
         starts = rng.integers(0, len(self.tokens) - width + 1, size=batch_size)[rows]
@@ -85,8 +118,8 @@ class TokenStream(_Set):
 class Pairs(_Set):
     """Given prefixes with given targets. len() counts pairs."""
 
-    def __init__(self, folder: Path, split: str, meta: dict):
-        super().__init__(folder, split, meta)
+    def __init__(self, folder: Path, split: str, meta: dict, objective: ObjectiveConfig):
+        super().__init__(folder, split, meta, objective)
         n = meta["splits"][split]["pairs"]
         self.index = _map(folder, f"{split}.idx", "int64", 3 * n, meta).reshape(n, 3)  # (N, 3) start, split, end
         self._plans = {}
@@ -110,14 +143,20 @@ class Pairs(_Set):
         An epoch is len // batch_size steps and shows no pair twice; the len % batch_size pairs it leaves out are
         another random few each time. With fewer pairs than batch_size every batch holds all of them, some more often
         than others. bucket: so many neighbouring rows have prefixes of one length where possible and, read together,
-        need no mask; it divides batch_size.
+        need no mask; it divides batch_size. Under another objective than auto each pair is one text, prefix, line end
+        and target, that is cut anew every time.
         """
         if bucket < 1 or batch_size % bucket:
             raise ValueError(f"bucket must divide batch_size, got {bucket} and {batch_size}")
         per_epoch = max(1, len(self) // batch_size)
         epoch, k = divmod(step, per_epoch)
         chosen = self._plan(seed, epoch, batch_size, bucket)[k, rows]
-        return self._collate([self._pair(i) for i in chosen], step, batch_size, rows)
+        if self.objective.objective == "auto":
+            return self._collate([self._pair(i) for i in chosen], step, batch_size, rows)
+        line_end, examples = self.tokenizer.encode("\n"), range(step * batch_size, (step + 1) * batch_size)[rows]
+        texts = [np.concatenate([prefix, line_end, target]) for prefix, target in map(self._pair, chosen)]
+        pairs = [self._cut(text, _rng("cut", seed, example)) for text, example in zip(texts, examples)]
+        return self._collate(pairs, step, batch_size, rows)
 
     def _pair(self, i: int) -> tuple[Tokens, Tokens]:
         if not 0 <= i < len(self):
@@ -152,8 +191,8 @@ def bucketed_epoch(lengths: np.ndarray, batch_size: int, bucket: int, rng: np.ra
     return order.reshape(n_batches, batch_size)
 
 
-def open_set(folder: str | Path, split: str) -> TokenStream | Pairs:
-    """The 'train' or 'valid' split of a set, memory-mapped.
+def open_set(folder: str | Path, split: str, objective: ObjectiveConfig | None = None) -> TokenStream | Pairs:
+    """The 'train' or 'valid' split of a set, memory-mapped. objective: what its batches ask for.
 
     Raises ValueError, naming the file and the command that builds it, if the set is missing, truncated or of another
     format.
@@ -162,7 +201,7 @@ def open_set(folder: str | Path, split: str) -> TokenStream | Pairs:
     meta = _read_meta(folder)
     if split not in meta["splits"]:
         raise ValueError(f"{folder} has the splits {', '.join(map(repr, meta['splits']))}, got {split!r}")
-    return {"stream": TokenStream, "pairs": Pairs}[meta["kind"]](folder, split, meta)
+    return {"stream": TokenStream, "pairs": Pairs}[meta["kind"]](folder, split, meta, objective or ObjectiveConfig())
 
 
 def build_if_missing(folder: str | Path) -> Path:

@@ -28,11 +28,12 @@ from torch import nn
 import autoregressive
 import diffusion
 from configurator import configure, run
+from cost import forward_flops
 from data.objectives import Batch
 from device import autocast
 from draws import draws_for
 from eval.common import environment, write_json
-from model import ModelConfig, Transformer, flops_per_token, model_settings
+from model import ModelConfig, Transformer, model_settings
 from train import PARADIGMS, TrainConfig, make_optimizers
 
 
@@ -210,7 +211,7 @@ def prefix_lines(cfg: SpeedConfig, shapes: Shapes) -> Iterator[Line]:
         prefix = batch_of(shapes.gpt2, 1, length, 1, cfg.seed).prefix
 
         systems[f"prefix {length}"] = partial(one_step, model, prefix, sampler)
-        flops[length] = flops_per_token(model.cfg, length + shapes.new)
+        flops[length] = forward_flops(model.cfg, length, shapes.new) - forward_flops(model.cfg, length, 0)
     ratio = flops[shapes.long_prompt] / flops[shapes.prompt]
     note = dict(network_calls=steps, target_tokens=shapes.new, flops_ratio=ratio)
     yield Line("prefix", "gpt2 frozen", *systems, "<= 1.35", *in_turn(systems, cfg.runs), note=note)

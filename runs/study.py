@@ -24,9 +24,6 @@ SCRATCH = [
     "--target_attention=bidirectional",
     "--self_conditioning",
 ]
-# What an unrolled step costs in AR steps: a frozen prefix is read once, the target twice, and the two are about as long
-# in these sets. (With a joint prefix, the paper's, it is two; on the Python stream 1.7: the longer run gets more there.)
-STEP_COST = 1.5
 
 
 @dataclass
@@ -131,8 +128,8 @@ def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job
         jobs[-1].commands.insert(0, copy_once(out / source, out / name))
         return out / name / "ckpt.pt", jobs[-1].name
 
-    # As many FLOPs as A AR steps and N diffusion steps.
-    equal = N + round(A / STEP_COST)
+    # As many FLOPs as A AR steps and N diffusion steps: an unrolled step passes over everything twice.
+    equal = N + A // 2
     rows["diffusion, equal FLOPs"] = longer("scratch_longer", "scratch", equal, scratch, *size.flags, *SCRATCH)
     twice = {}  # on the first of several tasks: how the two grow with N
     if len(size.tasks) > 1:

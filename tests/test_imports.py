@@ -20,19 +20,21 @@ MAY_IMPORT = {
     # level 1
     "autoregressive": "draws",
     "diffusion": "draws",
+    "encdec": "model",
+    "cost": "model",
     "data.loader": "data.objectives data.tokenizer",
-    "checkpoint": "model data.tokenizer",
+    "checkpoint": "model encdec data.tokenizer",
     # level 2
     "data.*": "configurator data.loader data.tokenizer data.syntax",
-    "ar2diff": "configurator draws model autoregressive diffusion checkpoint "
+    "ar2diff": "configurator draws model encdec autoregressive diffusion checkpoint "
     "data.loader data.tokenizer data.objectives",
     # level 3
-    "train": "configurator device draws model autoregressive diffusion checkpoint "
+    "train": "configurator device draws model encdec cost autoregressive diffusion checkpoint "
     "data.loader data.tokenizer data.objectives",
     "sample": "configurator device draws model autoregressive diffusion checkpoint data.tokenizer data.objectives",
     "eval.common": "configurator device autoregressive diffusion checkpoint data.objectives",
     # level 4
-    "eval.*": "configurator device draws model autoregressive diffusion checkpoint ar2diff train sample data.* "
+    "eval.*": "configurator device draws model cost autoregressive diffusion checkpoint ar2diff train sample data.* "
     "eval.common eval.exact_match",
     # level 5
     "runs.*": "*",

@@ -10,6 +10,7 @@ import torch
 
 from data import loader
 from data.loader import bucketed_epoch, build_if_missing, join_documents, open_set, write_pairs, write_stream
+from data.objectives import ObjectiveConfig, splice
 from data.tokenizer import get_tokenizer
 
 BYTES = get_tokenizer("bytes")
@@ -289,3 +290,48 @@ def test_meta_can_be_read_by_people_and_other_programs(pairs_folder):
         "block_size": 12,
     }
     assert meta["splits"]["valid"] == {"tokens": 5 * 3 + 1 + 2 + 3 + 4 + 5, "pairs": 5}
+
+
+# Objectives
+
+SPANS = ObjectiveConfig(objective="span_corruption", span_density=0.3, mean_span=2.0)
+SENTINELS = range(BYTES.sentinel(0), BYTES.vocab_size)
+
+
+def spliced(batch, row: int) -> str:
+    sides = [[t for t in side[row].tolist() if t != BYTES.pad_id] for side in (batch.prefix, batch.target[:, 1:])]
+    return BYTES.decode(splice(*sides, SENTINELS))
+
+
+def test_spans_of_a_stream_are_cut_from_its_text(stream_folder):
+    """Each row, put together again, is a piece of the text; its length is the most that fits 12 + 7 slots."""
+    batch, text = open_set(stream_folder, "train", SPANS).batch(0, 3, 6), BYTES.decode(TEXT + TEXT)
+    pieces = {spliced(batch, row) for row in range(6)}
+    assert len(pieces) > 1 and all(piece in text for piece in pieces)
+    # 14 tokens: 4 hidden in 2 spans, prefix 12 and target 6 of 7. 15: round(4.5) = 4 hidden, a prefix of 13.
+    assert {len(piece) for piece in pieces} == {14}
+    assert batch.prefix.shape == (6, 12) and batch.target.shape == (6, 8)
+
+
+@pytest.mark.parametrize("objective", [ObjectiveConfig(objective="prefix_lm"), SPANS], ids=lambda o: o.objective)
+def test_under_another_objective_a_pair_is_one_text(pairs_folder, objective):
+    """aaa + xyz becomes "aaa", line end, "xyz", whole or in part."""
+    data, texts = open_set(pairs_folder, "train", objective), []
+    whole = {f"{prefix}\n{target}" for prefix, target in map(data.text, range(len(data)))}
+    for step in range(30):
+        batch = data.batch(0, step, 4)
+        for row in range(4):
+            if objective is SPANS:
+                texts.append(spliced(batch, row))
+            else:
+                texts.append(BYTES.decode(batch.prefix[row]) + BYTES.decode(batch.target[row]))
+            assert any(texts[-1] in text for text in whole)
+        assert batch.prefix.shape[1] <= 7 and batch.target.shape[1] == 5
+
+
+@pytest.mark.parametrize("objective", [ObjectiveConfig(objective="prefix_lm"), SPANS], ids=lambda o: o.objective)
+def test_objectives_depend_on_the_example_and_not_on_its_neighbours(folder, objective):
+    data = open_set(folder, "train", objective)
+    whole, part = data.batch(5, 2, 8), data.batch(5, 2, 8, slice(4, 8))
+    assert torch.equal(whole.target[4:], part.target)
+    assert torch.equal(whole.prefix[4:, : part.prefix.shape[1]], part.prefix)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import model as model_file
-from model import ADDED_BY_CONVERSION, ModelConfig, Transformer, attention_mask, flops_per_token, num_params, rope_table
+from model import ADDED_BY_CONVERSION, ModelConfig, Transformer, attention_mask, rope_table
 
 PAD = 15
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, target_length=6)
@@ -255,36 +255,6 @@ def test_with_shift_what_is_known_of_a_slot_enters_where_the_slot_is_predicted(s
 def test_soft_embedding_of_certainty_is_the_embedding():
     model, token = build(), ids(2, 3)
     close(model.soft_embedding(nn.functional.one_hot(token, 19) * 100.0), model.tok(token))
-
-
-# Sizes
-
-
-GPT2 = dict(vocab_size=50257, n_ordinary=50256, pad_id=50256, sep_id=50256, mask_id=50256, block_size=1024)
-GPT2 |= dict(norm="layernorm", activation="gelu_tanh", position="learned", qk_norm=False, bias=True)
-LLAMA = dict(vocab_size=128256, n_ordinary=128000, pad_id=128001, sep_id=128002, mask_id=128003, qk_norm=False)
-PUBLISHED = {
-    "gpt2": (GPT2 | dict(n_layer=12, n_head=12, n_embd=768), 124_439_808),
-    "gpt2-medium": (GPT2 | dict(n_layer=24, n_head=16, n_embd=1024), 354_823_168),
-    "llama-3.2-1b": (LLAMA | dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_hidden=8192), 1_235_814_400),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_count_is_the_published_one(name, monkeypatch):
-    settings, count = PUBLISHED[name]
-    monkeypatch.setattr(Transformer, "_init_weights", lambda _: None)
-    with torch.device("meta"):
-        assert num_params(Transformer(ModelConfig(**dict(block_size=64) | settings))) == count
-
-
-def test_flops_are_counted_as_by_hand():
-    """n_embd 4, heads of 2, one shared: qkv 4 x 8, proj 4 x 4, swiglu 3 x 4 x 6, attention 2 x 10 x 4, head 5 x 4."""
-    sizes = dict(vocab_size=5, n_ordinary=2, pad_id=2, sep_id=3, mask_id=4, n_layer=2, n_head=2, n_kv_head=1, n_embd=4)
-    cfg = ModelConfig(**sizes, n_hidden=6)
-    assert flops_per_token(cfg, context=10) == 2 * (2 * (32 + 16 + 72 + 80) + 20)
-    cfg = ModelConfig(**sizes, n_hidden=6, activation="gelu", paradigm="diffusion", self_conditioning=True)
-    assert flops_per_token(cfg, context=10) == 2 * (2 * (32 + 16 + 48 + 80) + 20 + 16)
 
 
 # transformers as the oracle

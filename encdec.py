@@ -1,0 +1,108 @@
+"""The encoder-decoder of the paper's architecture study (arXiv 2401.17181, section 4.3), on model.py's parts.
+
+The encoder reads the prefix both ways, once. The decoder reads the target, causal (AR) or bidirectional (diffusion),
+and looks at what the encoder made of the prefix through cross-attention. `encode`, `decode` and `forward` are those
+of the decoder-only network, so the losses, the samplers and the conversion do not know the difference.
+"""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+from model import Block, KVCache, ModelConfig, Transformer, make_norm, rotate
+
+
+class CrossCache(KVCache):
+    """A KVCache of the target, with what each decoder layer sees of the prefix."""
+
+    cross: list[tuple[Tensor, Tensor]]  # keys and values per layer, 2 x (B, G, P, D)
+    prefix_mask: Tensor | None = None  # (B, 1, 1, P) bool, False at padding; None where nothing is padding
+
+    def rows(self, index: Tensor) -> "CrossCache":
+        other = super().rows(index)
+        other.cross = [(k[index], v[index]) for k, v in self.cross]
+        other.prefix_mask = None if self.prefix_mask is None else self.prefix_mask[index]
+        return other
+
+
+class CrossAttention(nn.Module):
+    """Attention from target to prefix. Differs from T5, which tells it no positions: queries and keys are rotated, so
+    that a slot of a canvas of pure noise knows where in the prefix it might look."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.n_head, self.kv_heads, self.head_size, self.dropout = cfg.n_head, cfg.kv_heads, cfg.head_size, cfg.dropout
+        self.q = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.kv = nn.Linear(cfg.n_embd, 2 * cfg.kv_heads * cfg.head_size, bias=cfg.bias)
+        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+
+    def read(self, memory: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, P, D) of the encoder's output (B, P, C)."""
+        B, P, _ = memory.shape
+        k, v = self.kv(memory).view(B, P, 2, self.kv_heads, self.head_size).permute(2, 0, 3, 1, 4)  # 2 x (B, G, P, D)
+        return (k if rope is None else rotate(k, rope)), v
+
+    def forward(self, x: Tensor, rope: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        B, T, C = x.shape
+        q = self.q(x).view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, H, T, D)
+        q = q if rope is None else rotate(q, rope)
+        k, v = (t.repeat_interleave(self.n_head // self.kv_heads, dim=1) for t in (k, v))  # (B, H, P, D)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout)  # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+
+
+class DecoderBlock(Block):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__(cfg)
+        self.norm_cross, self.cross = make_norm(cfg), CrossAttention(cfg)
+
+    def forward(self, x, rope, mask, causal, cache, layer):
+        x = x + self.drop(self.attn(self.norm1(x), rope, mask, causal, cache, layer))
+        x = x + self.drop(self.cross(self.norm_cross(x), rope, *cache.cross[layer], cache.prefix_mask))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class EncoderDecoder(Transformer):
+    """Maps (prefix, target) to logits over the target. n_layer blocks in the encoder and as many in the decoder.
+
+    One embedding serves both. With tie_weights=False, as in T5 1.1, the output layer has a table of its own: only then
+    do the parameters of the paper's Base add up to its 590M.
+    """
+
+    block = DecoderBlock
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__(cfg)
+        self.encoder = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.encoder_norm = make_norm(cfg)
+        self._init_weights()
+
+    def encode(self, prefix: Tensor, room: int = 0) -> CrossCache:
+        """Read the prefix (B, P) once: keys and values for every decoder layer. See Transformer.encode."""
+        cache, padded = CrossCache(len(self.blocks), room), bool((prefix == self.cfg.pad_id).any())
+        real = prefix != self.cfg.pad_id if padded else None
+        cache.prefix_mask = real[:, None, None] if padded else None
+        x, rope, mask, causal = self._place(self.tok(prefix), None, "bidirectional", real)
+        memory = self._run_encoder(x, rope, mask)
+        cache.cross = [block.cross.read(memory, rope) for block in self.blocks]
+        return cache
+
+    def forward(self, prefix, target, estimate=None, opened=None) -> Tensor:
+        """Logits (B, T, V): decode(encode(prefix), target)."""
+        return self.decode(self.encode(prefix), target, estimate=estimate, opened=opened)
+
+    def compile_(self) -> None:
+        super().compile_()
+        self._run_encoder = torch.compile(self._run_encoder)
+
+    def _run_encoder(self, x, rope, mask):
+        for block in self.encoder:
+            x = block(x, rope, mask, False, None, 0)
+        return self.encoder_norm(x)
+
+
+def build_model(cfg: ModelConfig) -> Transformer:
+    """The network of cfg.arch, freshly initialised."""
+    return (EncoderDecoder if cfg.arch == "encoder_decoder" else Transformer)(cfg)

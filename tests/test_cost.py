@@ -1,0 +1,104 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from cost import forward_flops, num_params, train_flops, training_memory
+from encdec import EncoderDecoder, build_model
+from model import ModelConfig, Transformer
+
+GPT2 = dict(
+    norm="layernorm", activation="gelu_tanh", position="learned", bias=True, qk_norm=False,
+    vocab_size=50257, n_ordinary=50254, pad_id=50254, sep_id=50255, mask_id=50256, block_size=1024,
+)  # fmt: skip
+LLAMA = dict(vocab_size=128256, n_ordinary=128000, pad_id=128001, sep_id=128002, mask_id=128003, qk_norm=False)
+PAPER = dict(vocab_size=256000, n_ordinary=255900, pad_id=255997, sep_id=255998, mask_id=255999)  # PaLM's 256K
+BASE = PAPER | dict(n_layer=12, n_head=12, n_embd=768, n_hidden=2048)  # T5 1.1's shape
+ENCDEC = dict(arch="encoder_decoder", prefix_attention="bidirectional")
+PUBLISHED = {
+    "gpt2": (GPT2 | dict(n_layer=12, n_head=12, n_embd=768), 124_439_808),
+    "gpt2-medium": (GPT2 | dict(n_layer=24, n_head=16, n_embd=1024), 354_823_168),
+    "llama-3.2-1b": (LLAMA | dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_hidden=8192), 1_235_814_400),
+}
+IN_MILLIONS = {  # arXiv 2401.17181, section 4.1 and 4.3; "Large (270M)" there is taken for a misprint of 570M
+    "paper Base": (BASE, 280, 2),
+    "paper Large": (PAPER | dict(n_layer=24, n_head=16, n_embd=1024, n_hidden=2816), 570, 1),
+    "paper XL": (PAPER | dict(n_layer=24, n_head=32, n_embd=2048, n_hidden=5120), 1700, 20),
+    "paper Base, encoder-decoder": (BASE | ENCDEC | dict(tie_weights=False), 590, 2),
+}
+
+
+def counted(settings: dict, monkeypatch) -> int:
+    for cls in (Transformer, EncoderDecoder):
+        monkeypatch.setattr(cls, "_init_weights", lambda _: None)
+    with torch.device("meta"):
+        return num_params(build_model(ModelConfig(**dict(block_size=64) | settings)))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_count_is_the_published_one(name, monkeypatch):
+    settings, count = PUBLISHED[name]
+    assert counted(settings, monkeypatch) == count
+
+
+@pytest.mark.parametrize("name", IN_MILLIONS)
+def test_parameter_count_is_the_papers_to_its_rounding(name, monkeypatch):
+    settings, millions, tolerance = IN_MILLIONS[name]
+    assert counted(settings, monkeypatch) / 1e6 == pytest.approx(millions, abs=tolerance)
+
+
+TINY = dict(vocab_size=24, n_ordinary=20, pad_id=20, sep_id=21, mask_id=22, n_layer=2, n_head=4, n_embd=16)
+TINY |= dict(block_size=32, n_hidden=24)
+DIFFUSION = dict(paradigm="diffusion", target_attention="bidirectional")
+CASES = {
+    "causal": dict(),
+    "prefix LM": dict(prefix_attention="bidirectional"),
+    "joint": DIFFUSION | dict(prefix_attention="joint"),
+    "frozen": DIFFUSION | dict(prefix_attention="bidirectional"),
+    "gelu": dict(activation="gelu", tie_weights=False),
+    "encoder-decoder": ENCDEC,
+    "encoder-decoder, diffusion": ENCDEC | DIFFUSION,
+}
+
+
+def counted_by_torch(settings: dict, backward: bool) -> int:
+    """FLOPs of all matrix products that run, by torch's own counter; it has 3 rows, we one."""
+    model = build_model(ModelConfig(**TINY | settings))
+    prefix, target = torch.randint(20, (3, 7)), torch.randint(20, (3, 5))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits = model(prefix, target)
+        if backward:
+            logits.sum().backward()
+    return counter.get_total_flops() // 3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flops_are_those_that_torch_counts(case):
+    assert counted_by_torch(CASES[case], False) == forward_flops(ModelConfig(**TINY | CASES[case]), 7, 5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_step_costs_three_forward_passes(case):
+    """Each matrix product has two backwards. Only what the last block makes of a prefix that is read by itself, but
+    for keys and values, ends nowhere and has none: it is counted all the same."""
+    cfg, spared = ModelConfig(**TINY | CASES[case]), 0
+    if case in ("prefix LM", "frozen"):
+        spared = 2 * 2 * 7 * (16 * 16 + 3 * 16 * 24 + 2 * 7 * 16)  # projection, MLP, attention of 7 tokens
+    passes = 2 if cfg.paradigm == "diffusion" else 1
+    assert train_flops(cfg, 7, 5, unroll_steps=2) == passes * (counted_by_torch(CASES[case], True) + spared)
+
+
+def test_grouped_heads_and_added_layers_are_counted_as_by_hand():
+    """n_embd 4, heads of 2, one shared: qkv 4 x 8, proj 4 x 4, swiglu 3 x 4 x 6; a prefix of 3, a target of 2."""
+    sizes = dict(vocab_size=5, n_ordinary=2, pad_id=2, sep_id=3, mask_id=4, n_layer=2, n_head=2, n_kv_head=1, n_embd=4)
+    block, head = 32 + 16 + 72, 5 * 4
+    adds = 5 * (block + 2 * 5 * 4)
+    assert forward_flops(ModelConfig(**sizes, n_hidden=6), 3, 2) == 2 * (2 * adds + 2 * head)
+    frozen = dict(prefix_attention="bidirectional", self_conditioning=True, **DIFFUSION)
+    cfg, adds = ModelConfig(**sizes, n_hidden=6, **frozen), 3 * (block + 2 * 3 * 4) + 2 * (block + 2 * 5 * 4)
+    assert forward_flops(cfg, 3, 2) == 2 * (2 * adds + 2 * head + 2 * 16)
+
+
+def test_adamw_in_float32_takes_sixteen_bytes_a_parameter():
+    parts = training_memory(ModelConfig(), params=1000, rows=1, length=1)
+    assert parts["weights"] + parts["gradients"] + parts["optimizer"] == 16_000
