@@ -4,14 +4,22 @@ Multiply-adds count 2, lookups and norms nothing, causal attention as if it saw 
 appendix B). A backward pass costs two forward passes.
 """
 
+import torch
 from torch import nn
 
+from encdec import build_model
 from model import ModelConfig
 
 
 def num_params(model: nn.Module) -> int:
     """Trainable numbers; a tied output layer counts once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def count_params(m: ModelConfig) -> int:
+    """The same of a network that is not made: a billion parameters take no memory here."""
+    with torch.device("meta"):
+        return num_params(build_model(m))
 
 
 def forward_flops(m: ModelConfig, prefix: int, target: int) -> int:

@@ -38,6 +38,9 @@ SETS = {
     "toy_sort": "data.toy",
     "python_code": "data.python_code",
     "python_pairs": "data.python_code",
+    "squad": "data.squad",  # from here on fetched
+    "mbpp": "data.mbpp",
+    "multi30k": "data.parallel",
 }
 
 

@@ -182,6 +182,43 @@ def _expression(steps: tuple[str, ...]) -> str:
     return text
 
 
+DOES = {
+    "add": lambda x, n: x + n,
+    "subtract": lambda x, n: x - n,
+    "times": lambda x, n: x * n,
+    "double": lambda x: x * 2,
+    "triple": lambda x: x * 3,
+    "square": lambda x: x * x,
+    "negate": lambda x: -x,
+}  # what a step does to a number
+KEEPS = {"odd": lambda x: x % 2 == 1, "above": lambda x, n: x > n, "below": lambda x, n: x < n}
+INPUTS = range(-3, 12)  # a step from a filter's bound on either side, and more than the degree of any program
+
+
+def code_tests(example: dict) -> str:
+    """Unit tests of a program: Python that raises where f is wrong. From the sentence, never from a program.
+
+    Of a list each number alone, so that a filter cannot hide, and all together.
+    """
+    head, colon, steps = example["prefix"].removeprefix("py ").rpartition(": ")
+    if not colon:
+        return f"for x, y in {[(x, _apply(steps, x)) for x in INPUTS]}:\n    assert f(x) == y\n"
+    outer, *kept = head.split()
+    cases = []
+    for numbers in [*([x] for x in INPUTS), [*INPUTS][::-1]]:
+        answers = [_apply(steps, x) for x in numbers if not kept or KEEPS[kept[0]](x, *map(int, kept[1:]))]
+        if answers or outer != "max":  # nothing has no greatest
+            cases.append((numbers, {"each": list, "sum": sum, "max": max}[outer](answers)))
+    return f"for a, y in {cases}:\n    assert f(a) == y\n"
+
+
+def _apply(steps: str, x: int) -> int:
+    """("add 7 then double", 1) -> 16."""
+    for verb, *numbers in map(str.split, steps.split(" then ")):
+        x = DOES[verb](x, *map(int, numbers))
+    return x
+
+
 def score_code(prediction: str, example: dict) -> bool:
     """Equal syntax trees: spaces, comments and redundant brackets do not count. Nothing is run."""
     return same_code(prediction, example["target"])

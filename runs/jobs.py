@@ -25,12 +25,12 @@ class Job:
 def work(jobs: list[Job], logs: Path, lanes: int = 2, threads: int = 1, show: bool = False) -> None:
     """Run the jobs in order of the list, `lanes` at a time, `threads` cores each; output goes to logs/NAME.log.
 
-    show: also print each command as it starts and the last line it wrote. Raises ValueError where a job fails; what
-    does not depend on it is still done.
+    threads=0: as many as each command takes by itself. show: also print each command as it starts and the last line it
+    wrote. Raises ValueError where a job fails; what does not depend on it is still done.
     """
     lock, by_name = threading.Condition(), {job.name: job for job in jobs}
     logs.mkdir(parents=True, exist_ok=True)
-    cores = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    cores = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if threads}
     environment, begun = {**os.environ, **cores}, time.time()
 
     def pick() -> Job | None:
@@ -50,10 +50,12 @@ def work(jobs: list[Job], logs: Path, lanes: int = 2, threads: int = 1, show: bo
                     print(f"$ python {' '.join(argv)}", flush=True)
                 print(f"$ python {' '.join(argv)}", file=log, flush=True)
                 ok = ok and subprocess.call([sys.executable, *argv], stdout=log, stderr=log, env=environment) == 0
-        left = sum(other.state == "waiting" for other in jobs)
+        left, ended = sum(other.state == "waiting" for other in jobs), sum(other.state == "done" for other in jobs) + 1
+        minutes = (time.time() - begun) / 60
         how = f"done in {time.time() - start:3.0f} s" if ok else f"FAILED, see {path}"
         said = path.read_text(encoding="utf-8").strip().rsplit("\n", 1)[-1][:100] if show and ok else f"{left} left"
-        print(f"{(time.time() - begun) / 60:5.1f} min  {job.name:<40} {how}  {said}", flush=True)
+        said += "" if show else f", about {minutes / ended * left:.0f} min"
+        print(f"{minutes:5.1f} min  {job.name:<40} {how}  {said}", flush=True)
         return ok
 
     def lane() -> None:

@@ -14,9 +14,8 @@ from pathlib import Path
 from checkpoint import load_model
 from configurator import configure, run
 from eval import exact_match, plots, python_code
-from eval.common import environment, write_json
+from eval.common import environment, markdown, write_json
 from runs.jobs import Job, copy_once, work
-from runs.tables import markdown
 
 STEPS = [1, 2, 4, 10, 20]  # of the picture "quality against steps"
 SCRATCH_N, SCRATCH_EQUAL = 500, 800  # AR2Diff's N, and N + A / 2: an unrolled diffusion step costs two AR steps

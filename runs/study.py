@@ -1,20 +1,27 @@
-"""The study: every row of the main table on every task, with seeds, and the table of what was tried for the defaults.
+"""The study: every row of the paper's tables on every task, with seeds, and what was tried for the defaults.
 
-    python -m runs.study                       # everything; two jobs at a time, one core each
+    python -m runs.study                       # all that a laptop can pay; two jobs at a time, one core each
     python -m runs.study --part=mini --seeds=1 # one part
     python -m runs.study --table               # only print the tables from results/study/*.json
 
 Jobs are resumed one by one: what has its JSON is not run again, and a training that was cut off goes on from its last
-checkpoint. As in the paper a row is pretraining (AR for A steps, or diffusion), conversion and N steps of adaptation
-where named, then the same F fine-tuning steps on the task with the row's own loss.
+checkpoint. As in the paper a row of Table 2 is pretraining (AR for A steps, or diffusion), conversion and N steps of
+adaptation where named, then the same F fine-tuning steps on the task with the row's own loss. Table 1 is diffusion
+from scratch by two architectures with two objectives, Table 3 one fine-tuned model sampled in more ways than one.
+`python -m eval.tables` asks for whole scales and sets the paper's numbers beside ours.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from configurator import configure, nearest, run
+from ar2diff import ConvertConfig
+from configurator import configure, nearest, read_settings, run
+from data import mbpp, parallel, squad
 from data.loader import build_if_missing
 from runs.jobs import Job, at_step, copy_once, plain, work
+from train import TrainConfig
 
 PAPER = {"prefix_attention": "joint", "shift": "false", "self_conditioning": "false"}
 # From scratch nothing has to line up with AR weights, so the slot's own position is read.
@@ -24,128 +31,226 @@ SCRATCH = [
     "--target_attention=bidirectional",
     "--self_conditioning",
 ]
+SAMPLER = ["--steps=10", "--candidates=1"]  # of every diffusion row but those of Table 3
+ARCHITECTURES = ["encoder_decoder", "decoder_only"]
+OBJECTIVES = ["prefix_lm", "span_corruption"]
+STEPS_AND_SAMPLES = [(5, 8), (10, 8), (20, 8), (10, 4), (10, 16)]  # the paper's Table 3
 
 
-@dataclass
+@dataclass(frozen=True)
 class Size:
-    """How long each stage is, in steps, and what it reads."""
+    """What is trained and for how long, in steps."""
 
-    pretrain_data: str
-    tasks: list[str]
-    flags: list[str]  # of every pretraining: the model, the batch, the number format
-    small: list[str]  # of every training after a checkpoint
-    A: int
-    N: int
-    F: int
+    pretrain: str  # the set that is pretrained on
+    tasks: dict[str, list[str]]  # set -> the evaluation of a model that was fine-tuned on it
+    network: list[str]  # flags of every model that starts from nothing
+    every: list[str]  # flags of every training
+    A: int  # AR pretraining
+    N: int  # adaptation
+    F: int | dict[str, int]  # fine-tuning, on all tasks alike or on each
+    long: int = 2  # the longer adaptation is so many N
+    P: int = 0  # diffusion pretraining of Table 1; 0: no Table 1
     folder: str = "out/data"
+    table_3: tuple = ()  # tasks whose AR2Diff_N is sampled in the ways of Table 3
+
+    def tuning(self, task: str) -> int:
+        return self.F if isinstance(self.F, int) else self.F[task]
+
+
+LAPTOP = ["--n_layer=3", "--n_embd=96"]
+GPT2_SMALL = ["--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=1024"]
+BF16 = ["--dtype=bfloat16", "--compile"]
+MBPP = ["-m", "eval.code", "--source={mbpp}", "--split=validation", "--run_code"]
+# The paper's (sections 4.1 and 4.2), with GPT-2's vocabulary for its 256,000 and AdamW for what it does not name.
+PAPER_EVERY = ["--batch_size=128", "--optimizer=adamw", "--learning_rate=1e-3", "--schedule=constant", *BF16]
+PAPER_TASKS = {
+    "wmt14": ["-m", "eval.translation", "--source={wmt14_source}", "--target_source={wmt14_target}"],
+    "squad": ["-m", "eval.qa", "--source={squad}"],
+    "mbpp": [*MBPP, "--samples=80", "--k=1,80"],
+}
+PAPER_STEPS = dict(A=1_000_000, N=10_000, long=10, F={"wmt14": 500_000, "squad": 250_000, "mbpp": 5_000})
+
+
+def paper_size(layers: int, heads: int, width: int, hidden: int, P: int = 0) -> Size:
+    """One of the paper's sizes: T5 1.1's shape, decoder-only."""
+    network = [f"--n_layer={layers}", f"--n_head={heads}", f"--n_embd={width}", f"--n_hidden={hidden}"]
+    network.append("--block_size=1024")
+    return Size("paper", PAPER_TASKS, network, PAPER_EVERY, **PAPER_STEPS, P=P, folder="out/paper/data")
 
 
 SIZES = {
     "mini": Size(
-        "mini", ["mini_translation", "mini_qa", "mini_code"], ["--n_layer=3", "--n_embd=96"], [], 600, 200, 200
+        pretrain="mini",
+        tasks={
+            "mini_translation": ["-m", "eval.translation", "--n=500", "--items=false"],
+            "mini_qa": ["-m", "eval.qa", "--n=500", "--items=false"],
+            "mini_code": ["-m", "eval.code", "--n=500", "--items=false", "--run_code"],
+        },
+        network=LAPTOP,
+        every=[],
+        A=600, N=200, F=200, P=400,
+        table_3=("mini_translation", "mini_qa", "mini_code"),
     ),
     "python": Size(
-        "python_code",
-        ["python_pairs"],
-        ["--n_layer=3", "--n_embd=96", "--block_size=384"],
-        ["--batch_size=16"],
-        400,
-        200,
-        100,
+        pretrain="python_code",
+        tasks={"python_pairs": ["-m", "eval.python_code", "--n=100"]},
+        network=[*LAPTOP, "--block_size=384"],
+        every=["--batch_size=16"],
+        A=400, N=200, F=100,
     ),
-    # GPT-2 small on all the Python source of the machine: for one GPU, by runs/ar2diff.sh.
-    "gpu": Size(
-        "python_code",
-        ["python_pairs"],
-        ["--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=512"],
-        ["--batch_size=128", "--dtype=bfloat16", "--compile"],
-        6000,
-        3000,
-        500,
-        "out/gpu/data",
+    # One GPU: GPT-2 small, pretrained on all the Python source of the machine.
+    "small": Size(
+        pretrain="python_code",
+        tasks={
+            "multi30k": [
+                "-m", "eval.translation", "--source={multi30k_source}", "--target_source={multi30k_target}"
+            ],
+            "squad": ["-m", "eval.qa", "--source={squad}", "--n=1000"],
+            "mbpp": [*MBPP, "--samples=10", "--k=1,10"],
+            "python_pairs": ["-m", "eval.python_code", "--n=400"],
+        },
+        network=GPT2_SMALL,
+        every=["--batch_size=64", *BF16],
+        A=4000, N=1000, F=1000, P=2000,
+        folder="out/small/data",
+        table_3=("squad", "mbpp"),
     ),
-}
-EVALUATE = {"mini": ["-m", "eval.exact_match", "--n=500"], "python": ["-m", "eval.python_code", "--n=100"]}
-EVALUATE["gpu"] = ["-m", "eval.python_code", "--n=400"]
+    "paper_base": replace(paper_size(12, 12, 768, 2048, P=1_000_000), table_3=("squad", "mbpp")),
+    "paper_large": paper_size(24, 16, 1024, 2816),
+    "paper_xl": paper_size(24, 32, 2048, 5120),
+}  # fmt: skip
 
 
 @dataclass
 class StudyConfig:
-    part: str = "all"  # all (what a laptop can pay) | mini | python | tried | gpu
+    part: str = "all"  # all (what a laptop can pay) | mini | python | tried | another of SIZES
     seeds: int = 3
     lanes: int = 2  # jobs at a time
     threads: int = 1  # of each job
     scale: float = 1.0  # of all step counts; below 1 only to see that everything runs
     out: str = "out/study"
     results: str = "results/study"
+    sources: str = ""  # a folder with copies of the real data sets (see sources_of); "": they are fetched
     table: bool = False  # print the tables of what there is, run nothing
 
 
-def jobs_of_size(part: str, size: Size, seed: int, cfg: StudyConfig) -> list[Job]:
-    """All jobs of one part and seed: pretraining, conversions, adaptation, fine-tuning of each row on each task."""
-    out, jobs = Path(cfg.out) / part / f"seed{seed}", []
-    A, N, F = (max(2, round(steps * cfg.scale)) for steps in (size.A, size.N, size.F))
-    data, small = Path(size.folder), size.small
+def sources_of(folder: str) -> dict[str, str]:
+    """The raw files that the evaluations of real tasks read, below a folder or at their official addresses."""
+    if not folder:
+        test = "test_2016_flickr"
+        multi30k = {f"multi30k_{side}": parallel.MULTI30K[f"{test}.{language}"].url for side, language in LANGUAGES}
+        wmt14 = {f"wmt14_{side}": f"{NEWSTEST}.{language}" for side, language in LANGUAGES}
+        return {"squad": squad.DEV.url, "mbpp": mbpp.MBPP.url} | multi30k | wmt14
+    found = {"squad": "squad/dev-v1.1.json.gz", "mbpp": "mbpp/mbpp.jsonl"}
+    for side, language in LANGUAGES:
+        found |= {f"multi30k_{side}": f"multi30k/test_2016_flickr.{language}.gz"}
+        found |= {f"wmt14_{side}": f"wmt14/newstest2014.{language}"}
+    return {name: f"{folder}/{path}" for name, path in found.items()}
 
-    def train(name, steps, *flags, after=(), source=None):
-        target = out / name
-        argv = [
-            "train.py",
-            f"--out_dir={target}",
-            f"--max_steps={steps}",
-            f"--seed={seed}",
-            *flags,
-            "--init_from=resume",
-        ]
-        if source:
-            argv.insert(1, f"--init_from={source}")
-        jobs.append(Job(f"{part}/{seed}/{name}", [argv], list(after), lambda: at_step(target, steps)))
-        return f"{part}/{seed}/{name}"
 
-    def convert(name, settings, source, after):
-        target = out / name
-        argv = ["ar2diff.py", f"--init_from={source}", f"--out_dir={target}", "--check", "--overwrite"]
-        argv += [f"--{key}={value}" for key, value in settings.items()]
-        jobs.append(Job(f"{part}/{seed}/{name}", [argv], [after], lambda: (target / "ckpt.pt").exists()))
-        return f"{part}/{seed}/{name}"
+LANGUAGES = (("source", "en"), ("target", "fr"))
+NEWSTEST = "out/paper/data/newstest2014"  # where eval.tables puts what data.wmt14 reads
 
-    pretrain = [f"--data={data / size.pretrain_data}", "--schedule=constant", *small]
-    ar = train("ar", A, *size.flags, *pretrain)
-    rows = {"AR": (out / "ar/ckpt.pt", ar)}
+
+class Model(NamedTuple):
+    """A checkpoint that some job makes."""
+
+    checkpoint: Path
+    job: str
+    settings: dict  # of its training, as far as they are not the defaults
+
+
+class Plan:
+    """The jobs of one part and seed, as they are asked for."""
+
+    def __init__(self, part: str, size: Size, seed: int, cfg: StudyConfig):
+        self.part, self.size, self.seed, self.cfg = part, size, seed, cfg
+        self.out, self.jobs = Path(cfg.out) / part / f"seed{seed}", []
+        self.trainings: dict[str, tuple[dict, Path, int]] = {}  # job -> settings, set, steps
+
+    def job(self, name: str, commands: list[list[str]], after: list[str], done: Callable[[], bool]) -> str:
+        self.jobs.append(Job(f"{self.part}/{self.seed}/{name}", commands, after, done))
+        return self.jobs[-1].name
+
+    def train(self, name: str, data: str, steps: int, *flags: str, source: Model | None = None, copy_of: str = ""):
+        """A training from scratch, from a source or, with copy_of, the training of the source, longer."""
+        folder, steps, data = self.out / name, max(2, round(steps * self.cfg.scale)), Path(self.size.folder) / data
+        argv = ["train.py", *([f"--init_from={source.checkpoint}"] if source and not copy_of else [])]
+        argv += [f"--out_dir={folder}", f"--data={data}", f"--max_steps={steps}"]
+        argv += [f"--seed={self.seed}", *self.size.every, *flags, "--init_from=resume"]
+        commands = [copy_once(self.out / copy_of, folder), argv] if copy_of else [argv]
+        job = self.job(name, commands, [source.job] if source else [], lambda: at_step(folder, steps))
+        settings = (source.settings if source else {}) | read_settings(TrainConfig, [*self.size.every, *flags])[0]
+        self.trainings[job] = settings, data, steps
+        return Model(folder / "ckpt.pt", job, settings)
+
+    def convert(self, name: str, settings: dict[str, str], source: Model) -> Model:
+        """The diffusion model that an AR model becomes."""
+        path, flags = self.out / name / "ckpt.pt", [f"--{key}={value}" for key, value in settings.items()]
+        argv = ["ar2diff.py", f"--init_from={source.checkpoint}", f"--out_dir={path.parent}", "--check", "--overwrite"]
+        cfg = configure(ConvertConfig, flags)
+        made = {"paradigm": "diffusion", "target_attention": "bidirectional"}
+        made |= {name: getattr(cfg, name) for name in ("prefix_attention", "shift", "lookahead", "self_conditioning")}
+        return Model(path, self.job(name, [[*argv, *flags]], [source.job], path.exists), source.settings | made)
+
+    def judge(self, name: str, task: str, model: Model, *sampler: str) -> None:
+        """Evaluate a fine-tuned model; `name` is the row in the result's file name."""
+        result = Path(self.cfg.results) / f"{self.part}_{self.seed}_{task}_{name}.json"
+        evaluate = [arg.format(**sources_of(self.cfg.sources)) for arg in self.size.tasks[task]]
+        argv = [*evaluate, f"--init_from={model.checkpoint}", f"--json={result}", "--seed=0", *sampler]
+        self.job(f"{task}_{name}_eval", [argv], [model.job], result.exists)
+
+
+def table_2(plan: Plan) -> dict[str, dict[str, Model]]:
+    """Rows x tasks of the main table; returns the fine-tuned model of each row and task."""
+    size, tuned = plan.size, {}
+    pretrain = [*size.network, "--schedule=constant"]
+    ar = plan.train("ar", size.pretrain, size.A, *pretrain)
+    scratch = plan.train("scratch", size.pretrain, size.N, *pretrain, *SCRATCH)
+    # As many FLOPs as A AR steps and N diffusion steps: an unrolled step passes over everything twice.
+    longer = dict(source=scratch, copy_of="scratch")
+    equal = plan.train("scratch_longer", size.pretrain, size.N + size.A // 2, *pretrain, *SCRATCH, **longer)
+    rows = {"AR": ar, "diffusion, N steps": scratch, "diffusion, equal FLOPs": equal}
     for label, settings in (("", {}), (" (paper's settings)", PAPER)):
         tag = "paper_" if label else ""
-        start = convert(f"{tag}start", settings, out / "ar/ckpt.pt", ar)
-        if not label:
-            rows["AR2Diff_0"] = (out / "start/ckpt.pt", start)
-        adapted = train(f"{tag}adapt", N, *pretrain, after=[start], source=out / f"{tag}start/ckpt.pt")
-        rows[f"AR2Diff_N{label}"] = (out / f"{tag}adapt/ckpt.pt", adapted)
-    scratch = train("scratch", N, *size.flags, *SCRATCH, *pretrain)
-    rows["diffusion, N steps"] = (out / "scratch/ckpt.pt", scratch)
-
-    def longer(name, source, steps, after, *flags):
-        """The same run, longer: it goes on from a copy."""
-        train(name, steps, *flags, *pretrain, after=[after])
-        jobs[-1].commands.insert(0, copy_once(out / source, out / name))
-        return out / name / "ckpt.pt", jobs[-1].name
-
-    # As many FLOPs as A AR steps and N diffusion steps: an unrolled step passes over everything twice.
-    equal = N + A // 2
-    rows["diffusion, equal FLOPs"] = longer("scratch_longer", "scratch", equal, scratch, *size.flags, *SCRATCH)
-    twice = {}  # on the first of several tasks: how the two grow with N
-    if len(size.tasks) > 1:
-        twice["diffusion, 2N steps"] = longer("scratch_twice", "scratch", 2 * N, scratch, *size.flags, *SCRATCH)
-        twice["AR2Diff_2N"] = longer("adapt_twice", "adapt", 2 * N, rows["AR2Diff_N"][1])
-
+        start = plan.convert(f"{tag}start", settings, ar)
+        adapted = plan.train(f"{tag}adapt", size.pretrain, size.N, "--schedule=constant", source=start)
+        rows |= {f"AR2Diff_0{label}": start, f"AR2Diff_N{label}": adapted}
+    del rows["AR2Diff_0 (paper's settings)"]
+    on = dict(source=rows["AR2Diff_N"], copy_of="adapt")
+    steps = size.long * size.N
+    rows[f"AR2Diff_{size.long}N"] = plan.train("adapt_longer", size.pretrain, steps, "--schedule=constant", **on)
     for task in size.tasks:
-        for row, (checkpoint, after) in (rows | twice if task == size.tasks[0] else rows).items():
-            name = f"{task}_{plain(row)}"
-            tune = train(name, F, f"--data={data / task}", *small, after=[after], source=checkpoint)
-            result = Path(cfg.results) / f"{part}_{seed}_{name}.json"
-            argv = [*EVALUATE[part], f"--init_from={out / name / 'ckpt.pt'}", f"--json={result}", "--seed=0"]
-            argv += [] if row == "AR" else ["--steps=10", "--candidates=1"]
+        for row, model in rows.items():
+            tuned.setdefault(row, {})[task] = plan.train(f"{task}_{plain(row)}", task, size.tuning(task), source=model)
+            plan.judge(plain(row), task, tuned[row][task], *([] if row == "AR" else SAMPLER))
+    return tuned
 
-            jobs.append(Job(f"{part}/{seed}/{name}_eval", [argv], [tune], result.exists))
-    return jobs
+
+def table_1(plan: Plan) -> None:
+    """Architecture x objective: diffusion from scratch for P steps, then F on each task."""
+    size = plan.size
+    for arch in ARCHITECTURES:
+        for objective in OBJECTIVES:
+            name = f"table1_{arch}_{objective}"
+            flags = [*size.network, *SCRATCH, f"--arch={arch}", f"--objective={objective}", "--schedule=constant"]
+            model = plan.train(name, size.pretrain, size.P, *flags)
+            for task in size.tasks:
+                model_of_task = plan.train(f"{task}_{name}", task, size.tuning(task), source=model)
+                plan.judge(name, task, model_of_task, *SAMPLER)
+
+
+def plan_of(part: str, size: Size, seed: int, cfg: StudyConfig) -> Plan:
+    """All jobs of one part and seed."""
+    plan = Plan(part, size, seed, cfg)
+    tuned = table_2(plan)
+    for task in size.table_3:
+        for steps, samples in STEPS_AND_SAMPLES:
+            name, sampler = f"table3_{steps}_{samples}", [f"--steps={steps}", f"--candidates={samples}", "--n=200"]
+            plan.judge(name, task, tuned["AR2Diff_N"][task], *sampler)
+    if size.P:
+        table_1(plan)
+    return plan
 
 
 # What was tried for the defaults: one change each from a row of the main table, on its first task.
@@ -170,50 +275,49 @@ TRIED = {
 }
 # Which of them run on Python source, too, and which with a second seed: what fixes the network.
 READOUTS = list(TRIED)[:4]
-NETWORKS = list(TRIED)[:8]
-
-
-def turn(name: str) -> tuple:
-    """Where a job stands in line: what was tried and what it starts from, translation over all seeds, the rest."""
-    part, seed, rest = name.split("/")
-    if part == "tried":
-        return (0 if "python" not in rest else 2), int(seed), 1
-    if part == "mini" and "mini_qa" not in rest and "mini_code" not in rest:
-        first = seed in "12" and rest in ("ar", "start", "adapt", "scratch")
-        return (0 if first else 1), int(seed), 0
-    return 2, int(seed), {"mini": 0, "python": 1, "gpu": 3}[part]
+NETWORKS = list(TRIED)[:9]
 
 
 def jobs_tried(part: str, labels: list[str], seed: int, cfg: StudyConfig) -> list[Job]:
     """Each of these lines of TRIED: convert, N steps of adaptation, F on the first task of the part, evaluate."""
-    size, base, jobs = SIZES[part], Path(cfg.out) / part / f"seed{seed}", []
-    task, folder = size.tasks[0], Path(size.folder)
+    size, plan = SIZES[part], Plan("tried", SIZES[part], seed, cfg)
+    network = read_settings(TrainConfig, [*size.every, *size.network])[0]
+    ar = Model(Path(cfg.out) / part / f"seed{seed}" / "ar" / "ckpt.pt", f"{part}/{seed}/ar", network)
+    task = next(iter(size.tasks))
     for label in labels:
-        settings, flags = TRIED[label]
-        name = f"{task}_{plain(label)}"
-        out = Path(cfg.out) / "tried" / f"seed{seed}" / name
-        result = Path(cfg.results) / f"tried_{seed}_{name}.json"
-        commands, start, stage_2, stage_3 = [], [], [*size.small, "--schedule=constant", *flags], [*size.small]
+        (settings, flags), name = TRIED[label], f"{task}_{plain(label)}"
         if settings is None:
-            stage_2 = [*size.flags, *stage_2]
+            start, stage_2, stage_3 = None, [*size.network, "--schedule=constant", *flags], []
         else:
-            convert = ["ar2diff.py", f"--init_from={base / 'ar/ckpt.pt'}", f"--out_dir={out / 'start'}", "--overwrite"]
-            commands.append([*convert, *(f"--{key}={value}" for key, value in settings.items())])
-            start = [f"--init_from={out / 'start/ckpt.pt'}"]
-            stage_3 += [flag for flag in flags if not flag.startswith(("--anneal", "--schedule"))]
-        stages = [
-            ["adapt", size.pretrain_data, size.N, start, stage_2],
-            ["tune", task, size.F, [f"--init_from={out / 'adapt/ckpt.pt'}"], stage_3],
-        ]
-        for stage, data, steps, source, extra in stages:
-            steps = max(2, round(steps * cfg.scale))
-            argv = ["train.py", *source, f"--out_dir={out / stage}", f"--data={folder / data}"]
-            commands.append([*argv, f"--max_steps={steps}", f"--seed={seed}", *extra, "--init_from=resume"])
-        argv = [*EVALUATE[part], f"--init_from={out / 'tune/ckpt.pt'}", f"--json={result}", "--seed=0"]
-        commands.append([*argv, "--steps=10", "--candidates=1"])
+            start, stage_2 = plan.convert(f"{name}_start", settings, ar), ["--schedule=constant", *flags]
+            stage_3 = [flag for flag in flags if not flag.startswith(("--anneal", "--schedule"))]
+        model = plan.train(f"{name}_adapt", size.pretrain, size.N, *stage_2, source=start)
+        plan.judge(
+            plain(label), task, plan.train(f"{name}_tune", task, size.tuning(task), *stage_3, source=model), *SAMPLER
+        )
+    return plan.jobs
 
-        jobs.append(Job(f"tried/{seed}/{name}", commands, [f"{part}/{seed}/ar"], result.exists))
-    return jobs
+
+def turn(job: Job) -> tuple:
+    """Where a job stands in line: what was tried and what it starts from, then Table 2, then the rest."""
+    part, seed, rest = job.name.split("/")
+    if part == "tried":
+        return (0 if "python" not in rest else 1), int(seed)
+    if part == "mini" and seed in "12" and (rest in ("ar", "start", "adapt") or "translation_ar2diff_n" in rest):
+        return 0, int(seed)
+    return 3 if "table" in rest else 2, int(seed)
+
+
+def run_jobs(jobs: list[Job], cfg: StudyConfig) -> None:
+    """Do what is missing: the evaluations without a result, and what they need."""
+    by_name = {job.name: job for job in jobs}
+    missing = [job for job in jobs if job.name.endswith("_eval") and not job.done()]
+    needed = {job.name for job in missing}
+    while missing:
+        before = [by_name[name] for name in missing.pop().after if name in by_name and name not in needed]
+        needed |= {job.name for job in before}
+        missing += before
+    work([job for job in jobs if job.name in needed], Path(cfg.out) / "logs", cfg.lanes, cfg.threads)
 
 
 def main(argv: list[str]) -> None:
@@ -223,19 +327,17 @@ def main(argv: list[str]) -> None:
     if cfg.part not in parts:
         raise ValueError(f"part must be one of {', '.join(parts)}; got {cfg.part!r}{nearest(cfg.part, parts)}")
     if not cfg.table:
-        seeds, jobs = range(1, cfg.seeds + 1), []
+        jobs = []
         wanted = [cfg.part] if cfg.part in SIZES else ["mini", "python"]
         for size in (SIZES[part] for part in wanted):
-            build_if_missing(Path(size.folder) / size.pretrain_data)
-        for seed in seeds:
+            build_if_missing(Path(size.folder) / size.pretrain)
+        for seed in range(1, cfg.seeds + 1):
             for part in wanted:
-                rows = jobs_of_size(part, SIZES[part], seed, cfg)
-                jobs += rows if cfg.part != "tried" else []
+                rows = plan_of(part, SIZES[part], seed, cfg).jobs
                 labels = {("mini", 1): list(TRIED), ("mini", 2): NETWORKS, ("python", 1): READOUTS}.get((part, seed))
-                if labels and cfg.part in ("all", "tried"):
-                    jobs += ([] if rows[0] in jobs else rows[:1]) + jobs_tried(part, labels, seed, cfg)
-        jobs.sort(key=lambda job: turn(job.name))  # the first task over all seeds, then the breadth
-        work(jobs, Path(cfg.out) / "logs", cfg.lanes, cfg.threads)
+                tried = jobs_tried(part, labels, seed, cfg) if labels and cfg.part in ("all", "tried") else []
+                jobs += (rows if cfg.part != "tried" else rows[:1]) + tried
+        run_jobs(sorted(jobs, key=turn), cfg)
     from runs.tables import print_tables  # they read this file's rows
 
     print_tables(Path(cfg.results).parent)

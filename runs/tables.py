@@ -7,10 +7,12 @@ python -m runs.tables --into=README.md      # or write them behind their markers
 import json
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import configure, run
+from eval.common import markdown
 from runs.jobs import plain
 from runs.study import TRIED
 
@@ -24,60 +26,59 @@ class TablesConfig:
 ROWS = [
     "AR",
     "diffusion, N steps",
-    "diffusion, 2N steps",
     "diffusion, equal FLOPs",
     "AR2Diff_0",
     "AR2Diff_N",
     "AR2Diff_2N",
     "AR2Diff_N (paper's settings)",
 ]
-TASKS = ["mini_translation", "mini_qa", "mini_code"]
+# Set -> (metric, its column).
+TASKS = {
+    "mini_translation": [("exact_match", "translation EM %"), ("bleu", "BLEU")],
+    "mini_qa": [("exact_match", "QA EM %"), ("f1", "F1 %")],
+    "mini_code": [("pass@1", "code pass@1 %")],
+}
 
 
 def spread(values: list[float], unit: str = "%") -> str:
     """'91.2 (89.0 to 93.1)': mean and range over seeds, in percent or as it is."""
     scale = 100 if unit == "%" else 1
     mean = statistics.mean(values) * scale
-    digits = 1 if unit == "%" else 3
+    digits = 1 if unit == "%" or mean >= 10 else 3
     if len(values) == 1:
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ({min(values) * scale:.{digits}f} to {max(values) * scale:.{digits}f})"
 
 
-def found(folder: Path, pattern: str) -> list[dict]:
-    """Every result whose file name fits, by name."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table that reads well as text, too."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in [header, *rows]]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in lines)
+def results_of(folder: Path, part: str, task: str, row: str) -> list[dict]:
+    """The results of a row on a task, one a seed, as far as they are there."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{part}_?_{task}_{row}.json"))]
 
 
 def mini_table(folder: Path) -> str:
-    """Rows x mini tasks: exact match over seeds, then network calls and seconds per sample of translation."""
+    """Rows x mini tasks over seeds, then network calls and time per sample of translation."""
     rows = []
     for row in ROWS:
+        found = {task: results_of(folder, "mini", task, plain(row)) for task in TASKS}
         cells = [row]
-        results = [found(folder, f"mini_?_{task}_{plain(row)}.json") for task in TASKS]
-        for seeds in results:
-            cells.append(spread([r["exact_match"] for r in seeds]) if seeds else "-")
-        first = next((seeds for seeds in results if seeds), [])
+        for task, metrics in TASKS.items():
+            for metric, _ in metrics:
+                values = [result[metric] for result in found[task] if metric in result]
+                cells.append(spread(values, "" if metric == "bleu" else "%") if values else "-")
+        first = found["mini_translation"]
         cells.append(f"{statistics.mean(r['calls_per_sample'] for r in first):.1f}" if first else "-")
         cells.append(f"{1000 * statistics.median(r['seconds_per_sample'] for r in first):.1f}" if first else "-")
-        cells.append("/".join(str(len(seeds)) for seeds in results))
+        cells.append("/".join(str(len(seeds)) for seeds in found.values()))
         rows.append(cells)
-    return markdown(["row", *(f"{task} EM %" for task in TASKS), "calls", "ms / sample", "seeds"], rows)
+    columns = [column for metrics in TASKS.values() for _, column in metrics]
+    return markdown(["row", *columns, "calls", "ms / sample", "seeds"], rows)
 
 
 def python_table(folder: Path) -> str:
     """Rows of the Python source part. Bits per byte compare among diffusion rows, or with AR rows, never across."""
     rows = []
     for row in ROWS:
-        seeds = found(folder, f"python_?_python_pairs_{plain(row)}.json")
+        seeds = results_of(folder, "python", "python_pairs", plain(row))
         if not seeds:
             continue
         kind = "exact NLL" if row == "AR" else "L(1), mean over rates"
@@ -123,7 +124,7 @@ def _bits(result: dict) -> float:
 def speed_table(folder: Path) -> str:
     """The lines of eval.speed, from speed_*.json: ratios of neighbours in time, median and range."""
     rows, origins = [], []
-    for result in found(folder, "speed_*.json"):
+    for result in (json.loads(path.read_text()) for path in sorted(folder.glob("speed_*.json"))):
         for line in result["lines"]:
             r, systems = line["ratio"], (line["system"], line["base"])
             pair = ", ".join(f"{name} {line['seconds'][name]['median']:.3g} s" for name in systems)
@@ -149,7 +150,21 @@ def origin(folder: Path) -> str:
     return "; ".join(f"{name} {', '.join(sorted({str(r[name]) for r in results}))}" for name in names)
 
 
+def grid(number: int) -> Callable[[Path], str]:
+    """One of the paper's tables at toy scale."""
+
+    def table(results: Path) -> str:
+        from eval.tables import tables  # it reads this file's cells
+
+        return tables("toy", results / "study")[f"Table {number}"]
+
+    return table
+
+
 TABLES = {
+    "table1": grid(1),
+    "table2": grid(2),
+    "table3": grid(3),
     "mini": lambda results: mini_table(results / "study"),
     "python": lambda results: python_table(results / "study"),
     "tried": lambda results: tried_table(results / "study"),

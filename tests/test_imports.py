@@ -21,10 +21,15 @@ MAY_IMPORT = {
     "autoregressive": "draws",
     "diffusion": "draws",
     "encdec": "model",
-    "cost": "model",
+    "cost": "model encdec",
     "data.loader": "data.objectives data.tokenizer",
     "checkpoint": "model encdec data.tokenizer",
     # level 2
+    "data.sources": "data.loader data.tokenizer",
+    "data.squad": "configurator data.sources data.text_file",
+    "data.mbpp": "configurator data.sources data.text_file",
+    "data.parallel": "configurator data.sources",
+    "data.wmt14": "configurator data.parallel data.sources",
     "data.*": "configurator data.loader data.tokenizer data.syntax",
     "ar2diff": "configurator draws model encdec autoregressive diffusion checkpoint "
     "data.loader data.tokenizer data.objectives",
