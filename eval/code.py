@@ -36,8 +36,8 @@ from eval.common import (
     write_text,
 )
 from eval.metrics import Metric, edit_similarity, mean, pass_at_k
+from eval.python_code import BROKEN, is_python
 
-BROKEN = "\ufffd"  # what the tokenizer decodes a broken byte to
 MAX_EXAMPLES = 1 << 20  # a draw is keyed by example and number in one word of 32 bits ...
 MAX_SAMPLES = 1 << 12  # ... which these two fill
 
@@ -76,7 +76,7 @@ def examples(cfg: CodeConfig) -> list[dict]:
     found = held_out(cfg.data, "code")
     if is_mini(cfg.data):
         found = [e | {"tests": mini.code_tests(e)} for e in found]
-    return [e | {"continues": not _is_python(e["target"]) and _is_python(e["prefix"] + e["target"])} for e in found]
+    return [e | {"continues": not _is_program(e["target"]) and is_python(e["prefix"], e["target"])} for e in found]
 
 
 def prompt(example: dict) -> str:
@@ -91,11 +91,16 @@ def program(prediction: str, example: dict) -> str:
 
 def score(prediction: str, example: dict) -> tuple[bool, float]:
     """(whether it parses as Python, edit similarity to the reference). Nothing is run. A blank text never parses."""
-    parses = bool(prediction.strip()) and BROKEN not in prediction and _is_python(program(prediction, example))
-    return parses, edit_similarity(prediction, example["target"])
+    return _parses(prediction, example), edit_similarity(prediction, example["target"])
 
 
-def _is_python(text: str) -> bool:
+def _parses(prediction: str, example: dict) -> bool:
+    if example["continues"] and "tests" not in example:  # a body: one function with it, as eval.python_code counts
+        return is_python(example["prefix"], prediction)
+    return bool(prediction.strip()) and BROKEN not in prediction and _is_program(program(prediction, example))
+
+
+def _is_program(text: str) -> bool:
     return parse_python(text + "\n") is not None
 
 
@@ -172,9 +177,10 @@ def main(argv: list[str]) -> dict:
     if not cfg.predictions:
         _check_k(cfg.ks, cfg.samples)
     asked, other, spent = choose(examples(cfg), cfg.n), None, {}
-    _check_run(cfg, asked)
+    theirs = read_items(cfg.against, "code", asked) if cfg.against else None
+    _check_run(cfg, asked, is_ours=cfg.reference and (not cfg.against or theirs is not None))
     if cfg.against:
-        theirs = read_items(cfg.against, "code", asked) or items_of(read_predictions(cfg.against, asked), asked)[0]
+        theirs = theirs or items_of(read_predictions(cfg.against, asked), asked)[0]
         _check_k(cfg.ks, min(item["samples"] for item in theirs))
         other = metrics_of(theirs, cfg.ks)
     if model:
@@ -202,13 +208,13 @@ def _check_k(ks: list[int], samples: int) -> None:
         raise ValueError(f"pass@{max(ks)} needs as many draws of a problem, there are {samples}; set --samples or --k")
 
 
-def _check_run(cfg: CodeConfig, asked: list[dict]) -> None:
-    """Say what will be run, or raise ValueError where it may not be."""
+def _check_run(cfg: CodeConfig, asked: list[dict], is_ours: bool) -> None:
+    """Say what will be run, or raise ValueError where it may not be. is_ours: only references are to run."""
     if "tests" not in asked[0]:
         print("these problems have no unit tests, so nothing is run: parse rate and edit similarity only")
     elif cfg.run_code:
         print(f"--run_code: each program is run, in a process of its own, then its unit tests; {sandbox.isolation()}")
-    elif not cfg.reference:
+    elif not is_ours:
         raise ValueError(f"pass@k runs programs that a model wrote: allow it with --run_code; {sandbox.isolation()}")
 
 

@@ -347,8 +347,10 @@ def read_items(path: str, task: str, examples: list[dict]) -> list | None:
         found = json.loads(read_text(path))
     except json.JSONDecodeError:
         return None
-    if not isinstance(found, dict) or not isinstance(found.get("items"), dict):
+    if not isinstance(found, dict) or not {"task", "examples"} <= found.keys():
         return None
+    if not isinstance(found.get("items"), dict):
+        raise ValueError(f"{path}: keeps no answers to compare with; it was made with --items=false")
     if (found.get("task"), found.get("examples")) != (task, fingerprint(examples)):
         raise ValueError(f"{path}: holds {found.get('task')} on {found.get('n')} other examples; want the same ones")
     return [found["items"][example["id"]] for example in examples]

@@ -62,9 +62,8 @@ class Limits:
         for name, value in vars(self).items():
             whole = type(value) is int or name == "seconds" and type(value) is float
             if not whole or not 0 < value < 1 << 40:
-                raise ValueError(
-                    f"{name} must be a positive {'' if name == 'seconds' else 'whole '}number, got {value!r}"
-                )
+                kind = "" if name == "seconds" else "whole "
+                raise ValueError(f"{name} must be a positive {kind}number, got {value!r}")
 
 
 class Outcome(NamedTuple):
@@ -177,10 +176,10 @@ def _judged(program: str, tests: str, modules: list[str], limits: Limits) -> tup
     finally:
         _remove(folder)
     first, _, rest = out.decode(errors="replace").partition("\n")
-    if not first.startswith("ready"):
-        said = trouble.decode(errors="replace").strip().rpartition("\n")[2] or f"nothing within {START_SECONDS} s"
-        raise OSError(f"the sandbox does not start here: {said}")
     status, _, detail = rest.partition("\n")
+    if trouble or not first.startswith("ready"):  # ours, not the program's, which cannot write there
+        said = _line(trouble.decode(errors="replace").strip().rpartition("\n")[2])
+        raise OSError(f"the sandbox does not work here: {said or f'it said nothing for {START_SECONDS} s'}")
     if not status:  # the program, as our own user, killed or stopped its judge, and may have outlived it
         try:
             os.killpg(child.pid, signal.SIGKILL)

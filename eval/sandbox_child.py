@@ -71,8 +71,6 @@ def isolate(limits: list[int]) -> list[str]:
     if sys.platform != "linux":
         return []
     libc = load_libc()
-    libc.prctl(DIE_WITH_PARENT, 9)
-    libc.prctl(ADOPT_ORPHANS, 1)
     write_file("/proc/self/oom_score_adj", "1000")  # if the machine runs out of memory, this goes before anything else
     facts, user, group = [], os.geteuid(), os.getegid()
     flags = NEW_MOUNTS | NEW_IPC | NEW_PIDS | NEW_NETWORK | (NEW_USER if user else 0)
@@ -90,6 +88,8 @@ def isolate(limits: list[int]) -> list[str]:
         if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", NO_SUID | NO_DEVICES, size.encode()) == 0:
             facts.append("memory_folder")
             os.chdir(folder)  # the name leads to the new folder, but we still stand in the one below it
+    libc.prctl(DIE_WITH_PARENT, 9)  # a new user namespace resets it
+    libc.prctl(ADOPT_ORPHANS, 1)
     libc.prctl(DUMPABLE, 0)  # who has our user id may not look into us through /proc or a debugger
     return facts
 
@@ -195,9 +195,7 @@ def set_limits(limits: list[int], processes: int) -> list[str]:
         try:
             kind = getattr(resource, f"RLIMIT_{name}")
             _, top = resource.getrlimit(kind)
-            hard = (
-                value + 1 if name == "CPU" else value
-            )  # a second later the signal that can be caught is one that cannot
+            hard = value + (name == "CPU")  # its signal can be caught; a second later comes one that cannot
             hard = hard if top == resource.RLIM_INFINITY else min(hard, top)
             resource.setrlimit(kind, (min(value, hard), hard))
         except (AttributeError, OSError, ValueError):
@@ -238,8 +236,10 @@ def judge(player, down, up, said, messages, passwords, seconds, limits) -> tuple
             poll.register(down, select.POLLOUT)
         if length > limits[2]:
             reason = "output"
-        elif time.monotonic() > deadline or len(answer) > 2 * CLIP:
-            reason = "timeout" if len(answer) <= 2 * CLIP else "failed"
+        elif len(answer) > 2 * CLIP:
+            reason = "failed"  # no answer of ours is so long
+        elif time.monotonic() > deadline:
+            reason = "timeout"
     if not ended[0]:
         os.kill(player, 9)
         ended = os.wait4(player, 0)

@@ -11,6 +11,7 @@ it they are fetched. --tiny: every job of a scale for 20 steps of a network of t
 Cells are the mean over training seeds and, in brackets, the lowest and the highest; what has not been run is empty.
 """
 
+import functools
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -204,10 +205,15 @@ def price(settings: dict, data: Path, steps: int) -> dict:
     sized = {"block_size": max(block, settings.get("block_size", 0)), "target_length": T}
     cfg = TrainConfig(**(settings | ids | sized))
     m, rows = ModelConfig(**model_settings(asdict(cfg))), cfg.batch_size // cfg.grad_accum_steps
-    params = count_params(m)
+    params = _params(tuple(model_settings(asdict(cfg)).items()))
     memory = training_memory(m, params, rows, block, 2 if cfg.dtype == "bfloat16" else 4)
     flops = steps * cfg.batch_size * train_flops(m, block - T, T, cfg.unroll_steps)
     return {"params": params, "tokens": steps * cfg.batch_size * block, "flops": flops, "bytes": sum(memory.values())}
+
+
+@functools.cache
+def _params(settings: tuple) -> int:
+    return count_params(ModelConfig(**dict(settings)))  # a plan asks for the same few networks again and again
 
 
 def plan_table(cfg: TablesConfig) -> str:

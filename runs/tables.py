@@ -92,7 +92,7 @@ def python_table(folder: Path) -> str:
 
 
 # The rows of the main table that the changes start from, and one that is a change itself.
-STARTS = {"ours": "AR2Diff_N", "from scratch": "diffusion, N steps"}
+STARTS = {"ours: mask opened edge by edge": "AR2Diff_N", "from scratch": "diffusion, N steps"}
 STARTS["paper: joint prefix, no shift, no self-conditioning"] = "AR2Diff_N (paper's settings)"
 
 

@@ -59,20 +59,26 @@ def test_a_training_is_done_when_its_log_says_so(tmp_path, log, done):
     assert at_step(tmp_path, 3) == done
 
 
-def test_every_row_of_the_study_has_its_place_in_the_table():
-    cfg = study.StudyConfig(seeds=1)
-    jobs = study.jobs_of_size("mini", study.SIZES["mini"], 1, cfg)
-    results = {arg for job in jobs for argv in job.commands for arg in argv if arg.startswith("--json=")}
-    names = {f"--json=results/study/mini_1_{t}_{tables.plain(row)}.json" for t in tables.TASKS for row in tables.ROWS}
-    names = {name for name in names if "2n" not in name or "translation" in name}  # 2N: one task
-    assert results == names
+def jobs_of(part: str, seed: int = 1, **settings) -> list[Job]:
+    return study.plan_of(part, study.SIZES[part], seed, study.StudyConfig(**settings)).jobs
+
+
+def results_of(jobs: list[Job]) -> set[str]:
+    commands = [argv for job in jobs for argv in job.commands]
+    return {arg.removeprefix("--json=") for argv in commands for arg in argv if arg.startswith("--json=")}
+
+
+def test_every_row_of_the_study_has_its_place_in_the_tables():
+    rows = {f"mini_1_{task}_{tables.plain(row)}" for task in tables.TASKS for row in tables.ROWS}
+    grid = {f"table1_{arch}_{objective}" for arch in study.ARCHITECTURES for objective in study.OBJECTIVES}
+    grid |= {f"table3_{steps}_{samples}" for steps, samples in study.STEPS_AND_SAMPLES}
+    rows |= {f"mini_1_{task}_{name}" for task in tables.TASKS for name in grid}
+    assert results_of(jobs_of("mini")) == {f"results/study/{row}.json" for row in rows}
 
 
 def test_every_job_of_the_study_comes_after_what_it_needs_and_has_its_own_folder():
+    jobs = [job for part in study.SIZES for seed in (1, 2) for job in jobs_of(part, seed)]
     cfg = study.StudyConfig()
-    jobs = [
-        j for part in ("mini", "python") for s in (1, 2) for j in study.jobs_of_size(part, study.SIZES[part], s, cfg)
-    ]
     jobs += study.jobs_tried("mini", list(study.TRIED), 1, cfg) + study.jobs_tried("python", study.READOUTS, 1, cfg)
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
@@ -83,12 +89,22 @@ def test_every_job_of_the_study_comes_after_what_it_needs_and_has_its_own_folder
     assert len(set(folders)) == len(folders)
 
 
+def test_only_what_a_missing_result_needs_is_run(tmp_path, monkeypatch):
+    """In a clone that has all results but one: its evaluation, its fine-tuning, its pretraining."""
+    jobs, ran = jobs_of("python", results=str(tmp_path)), []
+    for name in results_of(jobs):
+        if "diffusion__n_steps" not in name:
+            (tmp_path / name).touch()
+    monkeypatch.setattr(study, "work", lambda jobs, *_: ran.extend(job.name for job in jobs))
+    study.run_jobs(jobs, study.StudyConfig())
+    tuned = "python/1/python_pairs_diffusion__n_steps"
+    assert ran == ["python/1/scratch", tuned, f"{tuned}_eval"]
+
+
 def test_equal_flops_counts_two_passes_a_diffusion_step():
     """A AR steps and N diffusion steps of two passes cost as much as N + A / 2 diffusion steps."""
     size = study.SIZES["mini"]
-    argv = next(
-        j for j in study.jobs_of_size("mini", size, 1, study.StudyConfig()) if j.name.endswith("longer")
-    ).commands[1]
+    argv = next(job for job in jobs_of("mini") if job.name.endswith("scratch_longer")).commands[1]
     steps = next(int(a.split("=")[1]) for a in argv if a.startswith("--max_steps="))
     assert 2 * steps == size.A + 2 * size.N
     assert 2 * quickstart.SCRATCH_EQUAL == size.A + 2 * quickstart.SCRATCH_N
@@ -102,7 +118,7 @@ def test_the_mini_table_says_mean_and_range_over_seeds(tmp_path):
         (tmp_path / f"mini_{seed}_mini_translation_ar2diff_n.json").write_text(json.dumps(result))
     row = next(line for line in tables.mini_table(tmp_path).splitlines() if line.startswith("| AR2Diff_N  "))
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        *("AR2Diff_N", "93.0 (90.0 to 95.0)", "-", "-", "10.0", "20.0", "3/0/0"),
+        *("AR2Diff_N", "93.0 (90.0 to 95.0)", "-", "-", "-", "-", "10.0", "20.0", "3/0/0"),
     ]
 
 

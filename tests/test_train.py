@@ -538,7 +538,7 @@ def test_the_device_is_what_is_asked_for_and_there():
 
 
 def test_the_speed_of_a_matmul_is_a_number_of_operations_a_second():
-    assert 1e6 < measured_flops(torch.device("cpu"), "float32", size=128) < 1e14
+    assert 1e6 < measured_flops(torch.device("cpu"), "float32") < 1e14
 
 
 @pytest.mark.slow
