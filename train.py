@@ -2,7 +2,7 @@
 
     python train.py config/ar2diff_1_ar.py                         # pretrain an AR model
     python ar2diff.py --init_from=out/ar2diff_1_ar/ckpt.pt         # convert it
-    python train.py config/ar2diff_2_adapt.py --max_steps=500      # go on as a diffusion model
+    python train.py config/ar2diff_2_adapt.py --max_steps=300      # go on as a diffusion model
     python train.py config/ar2diff_2_adapt.py --init_from=resume   # after an interruption: the same run, bit for bit
 
 Every draw is a function of (seed, step, global example index): micro-batches, resuming and evaluation change nothing.

@@ -6,3 +6,4 @@ out_dir = "out/python_2_adapt"
 batch_size = 16
 max_steps = 80
 schedule = "constant"
+anneal_steps = 40

@@ -144,14 +144,11 @@ STEPS = (
     | {f"times {n}": (f"{{}} * {n}", 2, 2) for n in range(2, 10)}
     | {"double": ("{} * 2", 2, 2), "triple": ("{} * 3", 2, 2), "square": ("{} ** 2", 4, 5), "negate": ("-{}", 3, 5)}
 )
-OUTERS = {"each": "[{} for x in a{}]", "sum": "sum({} for x in a{})", "max": "max({} for x in a{})"}
-FILTERS = {"": "", " odd": " if x % 2"} | {
-    f" {word} {n}": f" if x {sign} {n}" for word, sign in (("above", ">"), ("below", "<")) for n in range(1, 10)
-}
+OUTERS = {"each": "[{} for x in a]", "sum": "sum({} for x in a)", "max": "max({} for x in a)"}
 
 
 def code_examples(split: str) -> list[dict]:
-    """One to three steps on a number, or one or two on every number of a list, with a filter or without.
+    """One to three steps on a number, or one or two on every number of a list.
 
     Split by the program and not by the sentence: "double" and "times 2" ask for the same one.
     """
@@ -160,10 +157,9 @@ def code_examples(split: str) -> list[dict]:
         sentence = " then ".join(steps)
         if len(steps) < 3 or _percent(f"long {sentence}") < LONG_PROGRAMS:
             programs.append((sentence, f"def f(x): return {_expression(steps)}"))
-    for outer, kept, steps in product(OUTERS, FILTERS, [s for n in (1, 2) for s in product(STEPS, repeat=n)]):
-        if len(steps) == 1 or kept == "":
-            body = OUTERS[outer].format(_expression(steps), FILTERS[kept])
-            programs.append((f"{outer}{kept}: {' then '.join(steps)}", f"def f(a): return {body}"))
+    for outer, steps in product(OUTERS, [s for n in (1, 2) for s in product(STEPS, repeat=n)]):
+        body = OUTERS[outer].format(_expression(steps))
+        programs.append((f"{outer}: {' then '.join(steps)}", f"def f(a): return {body}"))
     return _shuffled(
         [
             {"prefix": f"py {sentence}", "target": code}
@@ -191,24 +187,21 @@ DOES = {
     "square": lambda x: x * x,
     "negate": lambda x: -x,
 }  # what a step does to a number
-KEEPS = {"odd": lambda x: x % 2 == 1, "above": lambda x, n: x > n, "below": lambda x, n: x < n}
-INPUTS = range(-3, 12)  # a step from a filter's bound on either side, and more than the degree of any program
+INPUTS = range(-3, 12)  # more than the degree of any program
 
 
 def code_tests(example: dict) -> str:
     """Unit tests of a program: Python that raises where f is wrong. From the sentence, never from a program.
 
-    Of a list each number alone, so that a filter cannot hide, and all together.
+    Of a list each number alone, and all together.
     """
-    head, colon, steps = example["prefix"].removeprefix("py ").rpartition(": ")
+    outer, colon, steps = example["prefix"].removeprefix("py ").rpartition(": ")
     if not colon:
         return f"for x, y in {[(x, _apply(steps, x)) for x in INPUTS]}:\n    assert f(x) == y\n"
-    outer, *kept = head.split()
     cases = []
     for numbers in [*([x] for x in INPUTS), [*INPUTS][::-1]]:
-        answers = [_apply(steps, x) for x in numbers if not kept or KEEPS[kept[0]](x, *map(int, kept[1:]))]
-        if answers or outer != "max":  # nothing has no greatest
-            cases.append((numbers, {"each": list, "sum": sum, "max": max}[outer](answers)))
+        answers = [_apply(steps, x) for x in numbers]
+        cases.append((numbers, {"each": list, "sum": sum, "max": max}[outer](answers)))
     return f"for a, y in {cases}:\n    assert f(a) == y\n"
 
 

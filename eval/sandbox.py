@@ -51,8 +51,8 @@ CLIP = 200  # characters of Outcome.detail
 class Limits:
     """What one program may use."""
 
-    seconds: float = 10.0  # wall clock, program and tests together
-    cpu_seconds: int = 4  # of computation; stays fair when the machine is busy, so it is the one to be hit
+    seconds: float = 30.0  # wall clock, program and tests together
+    cpu_seconds: int = 8  # stays fair on a busy machine, so it is the one to be hit; one gold answer of MBPP takes 2.5
     memory_mb: int = 1024  # MiB of address space, of each process
     output_bytes: int = 1 << 20  # standard output and standard error together
     file_bytes: int = 1 << 24  # of one file; of all together where the folder is in memory (see isolation)
@@ -140,10 +140,12 @@ def isolation() -> str:
 
 
 def check_tests(tests: str) -> list[str]:
-    """The modules that tests import, and names that may be some. Raises ValueError where they are empty or no Python."""
+    """Modules that tests import, and names that may be some. Raises ValueError where they are empty or no Python."""
     try:
         tree = ast.parse(tests)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+    except TypeError:
+        raise ValueError(f"the tests must be text, got {type(tests).__name__}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"the tests are no Python: {error}") from None
     if not tree.body:
         raise ValueError("the tests are empty, so every program would pass them")

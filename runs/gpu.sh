@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 mkdir -p results/gpu out/gpu
 
 cuda() { # CUDA agrees with the CPU: same draws, same greedy texts; compiled and bf16 training run and learn
-  python -m pytest -q tests/test_draws.py tests/test_model.py
+  python -m pytest -q tests/test_draws.py tests/test_model.py tests/test_encdec.py
   python train.py config/toy_copy_ar.py --device=cuda --out_dir=out/gpu/toy_ar --overwrite
   python train.py config/toy_copy_diffusion.py --device=cuda --compile --dtype=bfloat16 --out_dir=out/gpu/toy --overwrite
   for device in cpu cuda; do
@@ -20,7 +20,7 @@ cuda() { # CUDA agrees with the CPU: same draws, same greedy texts; compiled and
 }
 
 mfu() { # training speed of GPT-2 small, AR and unrolled diffusion, compiled and not: tokens/s and MFU from the log
-  python -m data.mini --out=out/gpu/data
+  python -m data.mini --out=out/gpu/data # MFU counts FLOPs as cost.py does, against a matmul measured in the same run
   local shape="--data=out/gpu/data/mini --n_layer=12 --n_head=12 --n_embd=768 --batch_size=256 --max_steps=60 --eval_interval=60"
   local diffusion="--paradigm=diffusion --prefix_attention=joint --target_attention=bidirectional --self_conditioning"
   for compile in false true; do
@@ -30,7 +30,7 @@ mfu() { # training speed of GPT-2 small, AR and unrolled diffusion, compiled and
   for run in out/gpu/mfu_*; do cp "$run/log.jsonl" "results/gpu/$(basename "$run").jsonl"; done
 }
 
-study() { # nine minutes of the study; repeat until it says that everything is done
+study() { # nine minutes of the three tables at small scale; repeat until the status is 0
   bash runs/ar2diff.sh
 }
 

@@ -18,7 +18,7 @@ from eval.common import environment, markdown, write_json
 from runs.jobs import Job, copy_once, work
 
 STEPS = [1, 2, 4, 10, 20]  # of the picture "quality against steps"
-SCRATCH_N, SCRATCH_EQUAL = 500, 800  # AR2Diff's N, and N + A / 2: an unrolled diffusion step costs two AR steps
+SCRATCH_N, SCRATCH_EQUAL = 300, 600  # AR2Diff's N, and N + A / 2: an unrolled diffusion step costs two AR steps
 
 
 @dataclass

@@ -168,15 +168,6 @@ def test_references_of_mini_code_pass_their_tests_and_equal_programs_and_no_othe
             assert passes(other["target"], item) == same, (item, other)
 
 
-def test_a_filter_in_a_sentence_is_tested():
-    tests = mini.code_tests({"prefix": "py sum above 3: double", "target": "never looked at"})
-    scope = {"f": lambda a: sum(x * 2 for x in a if x > 3)}
-    exec(tests, scope)  # noqa: S102
-    for wrong in (lambda a: sum(x * 2 for x in a if x >= 3), lambda a: sum(x * 2 for x in a), lambda a: 0):
-        with pytest.raises(AssertionError):
-            exec(tests, {"f": wrong})  # noqa: S102
-
-
 def test_mini_code_is_scored_by_running_it(place):
     result = code.main(["--reference", f"--data={place / 'mini_code'}"])
     assert (result["pass@1"], result["n"], result["outcomes"]) == (1, 3, {"passed": 3})

@@ -28,6 +28,10 @@ SHORT = {
     "data.python_code": [],
     "data.text_file": [],
     "eval.exact_match": ["--n=4"],
+    "eval.translation": ["--n=4", "--resamples=100"],
+    "eval.qa": ["--n=4"],
+    "eval.code": ["--n=4"],
+    "eval.bound": ["--n=2"],
     "eval.python_code": ["--n=4", "--steps=2"],
     "eval.plots": [],
     "runs.study": ["--table"],
@@ -39,11 +43,12 @@ LONG = {
     "python -m pytest": "that is who is asking",
     "python -m runs.quickstart": "8 minutes; .ci/run plays it whole",
     "python -m eval.speed": "minutes; tests/test_speed.py measures smaller shapes",
+    "python -m eval.tables": "hours; tests/test_tables.py starts every job of it",
     "bash quickstart.sh": "8 minutes; .ci/run plays it whole",
     "ruff": "lint is no test; .ci/run runs both",
     ".ci/run": "runs these tests",
 }
-SETTINGS = {"runs.quickstart": "QuickstartConfig", "eval.speed": "SpeedConfig"}
+SETTINGS = {"runs.quickstart": "QuickstartConfig", "eval.speed": "SpeedConfig", "eval.tables": "TablesConfig"}
 
 
 def commands() -> list[str]:
