@@ -315,6 +315,32 @@ def plot_quality(data: dict, path: str | Path) -> None:
     _save(figure, path)
 
 
+def plot_study(panels: list[dict], path: str | Path) -> None:
+    """Panels side by side, a line for each task: the mean over seeds, a bar from the lowest to the highest seed.
+
+    panels: {"title", "x", "ticks": names in order, "series": {name: {tick: values of the seeds}}, "levels": {name: y}}.
+    A level is drawn dashed in the colour of the series of that name. Values are shares in [0, 1].
+    """
+    figure = _figure(WIDTH, 4.6)
+    for panel, data in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for i, (name, points) in enumerate(data["series"].items()):
+            xs = [data["ticks"].index(tick) for tick in points]
+            means = [sum(values) / len(values) for values in points.values()]
+            below = [mean - min(values) for mean, values in zip(means, points.values())]
+            above = [max(values) - mean for mean, values in zip(means, points.values())]
+            look = dict(color=COLOURS[i % 6], marker=MARKERS[i % len(MARKERS)], lw=2, ms=6, label=name)
+            panel.errorbar(xs, means, yerr=[below, above], capsize=3, elinewidth=1.2, **look)
+            if name in data.get("levels", {}):
+                panel.axhline(data["levels"][name], color=COLOURS[i % 6], ls="--", lw=1.2)
+        panel.set(ylim=(-0.03, 1.03), xlabel=data["x"])
+        panel.set_xticks(range(len(data["ticks"])), data["ticks"])
+        panel.set_yticks([k / 5 for k in range(6)], [f"{k / 5:.0%}" for k in range(6)])
+        panel.set_title(data["title"], loc="left", fontsize=12, color=INK)
+        _plain(panel)
+        panel.legend(frameon=False, fontsize=10)
+    _save(figure, path)
+
+
 def _checked(data: dict) -> tuple[dict, list[dict]]:
     """(ar or {}, series) of a quality file. Raises ValueError, one line that says what is missing."""
     try:

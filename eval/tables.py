@@ -23,6 +23,7 @@ from data.loader import build_if_missing, open_set
 from data.tokenizer import get_tokenizer
 from device import measured_flops, pick_device
 from eval.common import environment, markdown, write_text
+from eval.plots import plot_study
 from model import ModelConfig, model_settings
 from runs.jobs import plain
 from runs.study import (
@@ -95,6 +96,7 @@ class TablesConfig:
     peak_tflops: float = 0.0  # of the plan; 0: measured here at toy scale, else an H100's
     out: str = "out/study"
     results: str = "results/study"
+    picture: str = ""  # where quality against N and against steps is drawn; "": OUT/tables_SCALE.png
 
     def __post_init__(self):
         if self.scale not in PARTS:
@@ -283,6 +285,26 @@ def tables(scale: str, results: Path) -> dict[str, str]:
     return found
 
 
+def picture(scale: str, results: Path) -> list[dict]:
+    """Quality against N (AR dashed) and against steps at eight samples: what plots.plot_study draws."""
+    long, by_n, ar, by_steps = SIZES[TASKS[scale][0][0]].long, {}, {}, {}
+    for part, task, metric, label in TASKS[scale]:
+        share = {"bleu": 100}.get(metric, 1)  # BLEU has 100 points
+        for row, of, tick in (
+            *((f"AR2Diff_{n}", by_n, n) for n in ("0", "N", f"{long}N")),
+            ("AR", ar, "AR"),
+            *((f"table3_{steps}_8", by_steps, str(steps)) for steps, samples in STEPS_AND_SAMPLES if samples == 8),
+        ):
+            values = [r[metric] / share for r in results_of(results, part, task, plain(row)) if metric in r]
+            if values:
+                of.setdefault(label, {})[tick] = values
+    levels = {label: sum(found["AR"]) / len(found["AR"]) for label, found in ar.items()}
+    n = {"title": "AR2Diff_N after fine-tuning (dashed: AR)", "x": "N, steps of adaptation", "levels": levels}
+    n |= {"ticks": ["0", "N", f"{long}N"], "series": by_n}
+    steps = {"title": "AR2Diff_N, best of 8 samples", "x": "denoising steps", "ticks": ["5", "10", "20"]}
+    return [n, steps | {"series": by_steps}]
+
+
 def main(argv: list[str]) -> dict:
     """Run what is missing of the scale, or print what it would cost; returns the tables."""
     cfg = configure(TablesConfig, argv)
@@ -297,6 +319,12 @@ def main(argv: list[str]) -> dict:
         found = tables(cfg.scale, Path(study.results))
         for name, text in found.items():
             print(f"\n### {name}\n\n{text}")
+    path = cfg.picture or f"{cfg.out}/tables_{cfg.scale}.png"
+    try:
+        plot_study(picture(cfg.scale, Path(study.results)), path)
+        print(f"\npicture: {path}")
+    except ValueError as error:  # no matplotlib
+        print(f"\nno picture: {error}")
     print(json.dumps({"scale": cfg.scale, "results": study.results, "tables": list(found)} | environment()))
     return found
 

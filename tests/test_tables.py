@@ -14,6 +14,7 @@ from data import mini
 from data.loader import write_pairs, write_stream
 from data.tokenizer import get_tokenizer
 from eval import tables
+from eval.plots import plot_study
 from model import ModelConfig
 from runs import study
 
@@ -53,6 +54,20 @@ def test_the_cells_of_table_1_and_table_3_are_the_papers():
         "13.3",
         *[""] * 3,
     ] in three
+
+
+def test_the_picture_shows_the_seeds_by_n_and_by_steps(tmp_path):
+    for seed, bleu in ((1, 30.0), (2, 34.0)):
+        result(tmp_path, f"mini_{seed}_mini_translation_ar2diff_0", bleu=bleu / 2)
+        result(tmp_path, f"mini_{seed}_mini_translation_ar2diff_n", bleu=bleu)
+        result(tmp_path, f"mini_{seed}_mini_translation_ar", bleu=50.0)
+        result(tmp_path, f"mini_{seed}_mini_translation_table3_20_8", bleu=bleu)
+    by_n, by_steps = tables.picture("toy", tmp_path)
+    name = "mini translation BLEU"
+    assert by_n["series"] == {name: {"0": [0.15, 0.17], "N": [0.3, 0.34]}} and by_n["levels"] == {name: 0.5}
+    assert by_steps["series"] == {name: {"20": [0.3, 0.34]}}
+    plot_study([by_n, by_steps], tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_training_is_priced_by_hand(tmp_path):
