@@ -16,7 +16,7 @@ may read, are open to it. And as tests of any kind in one process, these can be 
 - code of the program that runs while the tests do, be it the function under test, a signal handler, a finalizer, an
   audit hook or, where Limits.processes allows it, a thread: it can read the tests and the password from frames and the
   pipe, and patch what they use
-- a change inside a class of the standard library, such as its __eq__ (names in modules are put back, classes are not)
+- a change inside a class or function of the standard library (names in modules are put back, what they name is not)
 - ctypes, which can write anywhere in the process
 
 So look at what passed before you believe a surprising number.
