@@ -76,6 +76,7 @@ PAPER_2 = {
     "AR2Diff_0": (29.62, 64.77, 1.1),
     "AR2Diff_N": (29.41, 68.12, 4.4),
     "AR2Diff_long": (29.92, 71.87, 7.7),
+    "AR2Diff_N, no self-conditioning": None,
     "AR2Diff_N (paper's settings)": None,
 }
 PAPER_3 = {(5, 8): (77.41, 5.5), (10, 8): (77.41, 12.2), (20, 8): (77.72, 16.7), (10, 4): (77.51, 11.1)}

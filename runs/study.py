@@ -88,7 +88,7 @@ SIZES = {
         },
         network=LAPTOP,
         every=[],
-        A=600, N=200, F=200, P=400,
+        A=600, N=200, F=200, P=300,
         table_3=("mini_translation", "mini_qa", "mini_code"),
     ),
     "python": Size(
@@ -211,17 +211,19 @@ def table_2(plan: Plan) -> dict[str, dict[str, Model]]:
     longer = dict(source=scratch, copy_of="scratch")
     equal = plan.train("scratch_longer", size.pretrain, size.N + size.A // 2, *pretrain, *SCRATCH, **longer)
     rows = {"AR": ar, "diffusion, N steps": scratch, "diffusion, equal FLOPs": equal}
-    for label, settings in (("", {}), (" (paper's settings)", PAPER)):
-        tag = "paper_" if label else ""
-        start = plan.convert(f"{tag}start", settings, ar)
-        anneal = [] if label else [f"--anneal_steps={size.N // 2}"]
-        adapted = plan.train(f"{tag}adapt", size.pretrain, size.N, "--schedule=constant", *anneal, source=start)
-        rows |= {f"AR2Diff_0{label}": start, f"AR2Diff_N{label}": adapted}
-    del rows["AR2Diff_0 (paper's settings)"]
-    on = dict(source=rows["AR2Diff_N"], copy_of="adapt")
-    steps = size.long * size.N
-    flags = ["--schedule=constant", f"--anneal_steps={size.N // 2}"]
-    rows[f"AR2Diff_{size.long}N"] = plan.train("adapt_longer", size.pretrain, steps, *flags, **on)
+
+    def adapt(name: str, steps: int, *flags: str, **source) -> Model:
+        return plan.train(name, size.pretrain, steps, "--schedule=constant", *flags, **source)
+
+    opening = f"--anneal_steps={size.N // 2}"
+    rows["AR2Diff_0"] = start = plan.convert("start", {}, ar)
+    rows["AR2Diff_N"] = adapted = adapt("adapt", size.N, opening, source=start)
+    longer = dict(source=adapted, copy_of="adapt")
+    rows[f"AR2Diff_{size.long}N"] = adapt("adapt_longer", size.long * size.N, opening, **longer)
+    hard = plan.convert("hard_start", {"self_conditioning": "false"}, ar)
+    rows["AR2Diff_N, no self-conditioning"] = adapt("hard_adapt", size.N, opening, source=hard)
+    papers = plan.convert("paper_start", PAPER, ar)
+    rows["AR2Diff_N (paper's settings)"] = adapt("paper_adapt", size.N, source=papers)
     for task in size.tasks:
         for row, model in rows.items():
             tuned.setdefault(row, {})[task] = plan.train(f"{task}_{plain(row)}", task, size.tuning(task), source=model)
