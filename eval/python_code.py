@@ -42,7 +42,7 @@ COMPARABLE = {
 
 @dataclass
 class PythonCodeConfig(EvalConfig):
-    data: str = "out/data/python_pairs"
+    data: str = ""  # by default the set the checkpoint was trained on
     n: int = 200  # held-out functions, evenly spaced over the set, which is in order of files
 
 
@@ -154,6 +154,11 @@ def main(argv: list[str]) -> dict:
     cfg, model, tokenizer, state = load_for_eval(argv, PythonCodeConfig)
     if cfg.n < 1 or cfg.batch_size < 1:
         raise ValueError(f"n and batch_size must be at least 1, got {cfg.n} and {cfg.batch_size}")
+    trained = {"step": state["step"], "data": state.get("train_config", {}).get("data")}
+    trained["fingerprint"] = state.get("fingerprint")
+    cfg.data = cfg.data or trained["data"] or ""
+    if not cfg.data:
+        raise ValueError(f"{cfg.init_from} does not say what it was trained on; name a set of pairs with --data=FOLDER")
     held_out = open_pairs(cfg, model, state)
     n = min(cfg.n, len(held_out))
     chosen = [i * len(held_out) // n for i in range(n)]
@@ -163,8 +168,6 @@ def main(argv: list[str]) -> dict:
     bodies, cost = generate_texts(model, tokenizer, [prefix for prefix, _ in pairs], cfg)
     shares, yardstick = parse_shares(prefixes, bodies), parse_shares(prefixes, targets)
     dataset = {"folder": str(held_out.folder), "fingerprint": held_out.fingerprint, "items": chosen} | held_out.meta
-    trained = {"step": state["step"], "data": state.get("train_config", {}).get("data")}
-    trained["fingerprint"] = state.get("fingerprint")
     result = {"paradigm": model.cfg.paradigm, "loss": loss, "generated": shares, "held_out": yardstick, **cost}
     result |= {"examples": [{"prefix": a, "body": b} for a, b in zip(prefixes[:3], bodies)]}
     result |= {"settings": asdict(cfg), "seed": cfg.seed, "command": f"python -m eval.python_code {' '.join(argv)}"}

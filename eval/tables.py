@@ -126,7 +126,7 @@ def tiny(size: Size) -> Size:
     for argv in tasks.values():
         argv[:] = ["--samples=1" if a.startswith("--samples") else "--k=1" if a.startswith("--k=") else a for a in argv]
     steps = dict(A=20, N=20, F=20, long=2, P=20 if size.P else 0)
-    return replace(size, network=network, every=every, tasks=tasks, **steps)
+    return replace(size, network=network, every=every, tasks=tasks, table_3=size.table_3[:1], **steps)
 
 
 def study_config(cfg: TablesConfig) -> StudyConfig:
