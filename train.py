@@ -285,6 +285,8 @@ def new_run(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
                 f"{train_set.tokenizer_name!r}; prepare the data with --tokenizer={state['tokenizer']}"
             )
         hint = "convert it with python ar2diff.py, or drop the setting"
+        if given.get("anneal_steps") and state["model_config"]["paradigm"] == "ar":
+            raise ValueError(f"{source} is an AR model and anneal_steps opens a diffusion model's mask; {hint}")
         refuse_changes(given, state["model_config"], f"{source} is a model with", hint, except_for={"dropout"})
         kept = state["model_config"] | {"dropout": given.get("dropout", state["model_config"]["dropout"])}
         cfg, weights = TrainConfig(**(given | kept | of_data)), state["model"]

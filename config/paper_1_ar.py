@@ -1,5 +1,6 @@
-# The paper's choices at laptop size, stage 1 of 3: AR pretraining. Beside config/ar2diff_1_ar.py only the optimizer
-# differs (the paper names none; AdamW stands for T5X's Adafactor). Rate and step counts are not tuned.
+# The paper's choices at laptop size, stage 1 of 3: AR pretraining. The network is that of
+# config/ar2diff_1_ar.py; the optimizer differs (the paper names none; AdamW stands for T5X's Adafactor), and so do rate
+# and step counts, which are not tuned.
 data = "out/data/mini"
 out_dir = "out/paper_1_ar"
 n_layer = 3

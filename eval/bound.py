@@ -38,8 +38,9 @@ Read as leave_one_out, a network of the first kind counts that token twice: raw,
 
 Our network is not told t. It learns p(x_0 | x_t) over all rates that may have made its canvas, and the mixture takes it
 for the one at t. Where a canvas does not tell its rate this costs something, and the more the finer the steps: uniform
-noise has a best noise_steps, of the order of ten, while mask noise as a rule only gains. All are bounds, the lowest is
-the tightest; what chooses it should be other data than what is reported.
+noise may have a best noise_steps, of ten or so, to be found by trying, and with very many the mixture may even be the
+looser reading, while mask noise as a rule gains from more. All are bounds, the lowest is the tightest; what chooses it
+should be other data than what is reported.
 """
 
 import json

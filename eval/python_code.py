@@ -65,7 +65,8 @@ def item_nats(model, pairs: list, cfg, rate: float | None = None) -> tuple[list[
     for start in range(0, len(order), cfg.batch_size):
         group = order[start : start + cfg.batch_size]
         batch = collate([pairs[i] for i in group], group, m.pad_id, m.sep_id, m.target_length)
-        nats, is_pad = slot_nats(model, batch, cfg.seed, rate).double(), batch.target[:, 1:] == m.pad_id
+        batch = type(batch)(*(part.to(model.tok.weight.device) for part in batch))
+        nats, is_pad = slot_nats(model, batch, cfg.seed, rate).cpu().double(), (batch.target[:, 1:] == m.pad_id).cpu()
         for i, of_text, of_pads in zip(group, (nats * ~is_pad).sum(1).tolist(), (nats * is_pad).sum(1).tolist()):
             text[i], pads[i] = of_text, of_pads
     return text, pads
@@ -137,7 +138,7 @@ def open_pairs(cfg, model, state: dict) -> Pairs:
     """The held-out pairs of cfg.data. Raises ValueError where the checkpoint was not made for them."""
     held_out, m = open_set(build_if_missing(cfg.data), "valid"), model.cfg
     if not isinstance(held_out, Pairs):
-        raise ValueError(f"{cfg.data} is a stream of text; bodies are generated for pairs, such as python_pairs")
+        raise ValueError(f"{cfg.data} is a stream of text; this needs pairs, such as python_pairs")
     if held_out.tokenizer_name != state["tokenizer"]:
         names = f"{held_out.tokenizer_name!r}, the model with {state['tokenizer']!r}"
         raise ValueError(f"{cfg.data} is made with tokenizer {names}")

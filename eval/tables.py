@@ -20,7 +20,6 @@ from configurator import configure, nearest, run
 from cost import count_params, train_flops, training_memory
 from data import mbpp, parallel, squad, wmt14
 from data.loader import build_if_missing, open_set
-from data.tokenizer import get_tokenizer
 from device import measured_flops, pick_device
 from eval.common import environment, markdown, write_text
 from eval.plots import plot_study
@@ -201,10 +200,10 @@ def price(settings: dict, data: Path, steps: int) -> dict:
     """
     if (data / "meta.json").exists():
         held = open_set(data, "train")
-        tokenizer, T, block = held.tokenizer, held.target_length, held.block_size
+        T, block = held.target_length, held.block_size
+        ids = {name: getattr(held.tokenizer, name) for name in GPT2_IDS}
     else:
-        tokenizer, T, block = get_tokenizer("gpt2"), 512, 1024
-    ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "n_ordinary", "pad_id", "sep_id", "mask_id")}
+        T, block, ids = 512, 1024, GPT2_IDS
     sized = {"block_size": max(block, settings.get("block_size", 0)), "target_length": T}
     cfg = TrainConfig(**(settings | ids | sized))
     m, rows = ModelConfig(**model_settings(asdict(cfg))), cfg.batch_size // cfg.grad_accum_steps
@@ -214,6 +213,9 @@ def price(settings: dict, data: Path, steps: int) -> dict:
     return {"params": params, "tokens": steps * cfg.batch_size * block, "flops": flops, "bytes": sum(memory.values())}
 
 
+GPT2_IDS = dict(vocab_size=50304, n_ordinary=50257, pad_id=50257, sep_id=50258, mask_id=50259)  # data/tokenizer.py's
+
+
 @functools.cache
 def _params(settings: tuple) -> int:
     return count_params(ModelConfig(**dict(settings)))  # a plan asks for the same few networks again and again
@@ -221,6 +223,8 @@ def _params(settings: tuple) -> int:
 
 def plan_table(cfg: TablesConfig) -> str:
     """One line a training of the first seed, then the sum over all seeds. Evaluations are not in it."""
+    if cfg.scale == "toy":
+        prepare(cfg)  # takes seconds, and the prices are then exact
     device = pick_device("auto")
     peak = cfg.peak_tflops * 1e12 or (measured_flops(device, "float32") if cfg.scale == "toy" else GPU_TFLOPS * 1e12)
     rows, total = [], 0.0

@@ -88,12 +88,20 @@ SCRATCH = dict(paradigm="diffusion", prefix_attention="bidirectional", target_at
 @pytest.mark.parametrize("scale", tables.PARTS)
 def test_the_plan_prices_every_training_of_a_seed(scale, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tables, "get_tokenizer", lambda name: get_tokenizer("bytes"))  # GPT-2's may not be there
+    monkeypatch.setattr(tables, "prepare", lambda cfg: None)
     tables.main([f"--scale={scale}", "--plan", "--peak_tflops=100"])
     said = capsys.readouterr().out
     parts = [study.plan_of(part, study.SIZES[part], 1, study.StudyConfig()) for part in tables.PARTS[scale]]
     assert said.count("\n| ") - 1 == sum(len(plan.trainings) for plan in parts)  # less the line under the header
     assert "hours a seed" in said
+
+
+def test_gpt2s_ids_are_those_of_its_tokenizer():
+    try:
+        tokenizer = get_tokenizer("gpt2")
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert {name: getattr(tokenizer, name) for name in tables.GPT2_IDS} == tables.GPT2_IDS
 
 
 def test_the_papers_sizes_are_trained_as_long_as_it_says():

@@ -368,6 +368,7 @@ def test_a_resumed_run_may_not_change_what_makes_it(flag, says, run, copy_set, t
         ("--n_layer=2", "is a model with n_layer=1, but n_layer=2 is asked for"),
         ("--paradigm=diffusion", "paradigm=ar, but paradigm=diffusion is asked for; convert it with python ar2diff.py"),
         ("--target_attention=bidirectional", "convert it"),
+        ("--anneal_steps=5", "is an AR model and anneal_steps opens a diffusion model's mask; convert it"),
         ("--block_size=64", "is a model with block_size=11, but block_size=64"),
     ],
 )
