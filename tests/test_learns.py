@@ -70,7 +70,7 @@ def test_diffusion_learns_from_scratch(task, out):
     assert exact(trained(out, "diffusion", task, DIFFUSION), *SAMPLER) >= 0.99
 
 
-ENCODER_DECODER = ["--arch=encoder_decoder", "--prefix_attention=bidirectional", "--max_steps=800"]
+ENCODER_DECODER = ["--arch=encoder_decoder", "--prefix_attention=bidirectional", "--max_steps=1000"]
 
 
 @pytest.mark.parametrize("config, sampler", [(AR, []), (DIFFUSION, SAMPLER)], ids=["ar", "diffusion"])
