@@ -121,11 +121,11 @@ def tiny(size: Size) -> Size:
     block = [flag for flag in size.network if flag.startswith("--block_size")]
     network = ["--n_layer=2", "--n_head=2", "--n_embd=32", *block]
     every = ["--batch_size=4", "--eval_batches=1", "--eval_interval=20", "--log_interval=1", "--sample_interval=0"]
-    tasks = {task: [*argv, "--n=4", "--batch_size=4"] for task, argv in size.tasks.items()}
+    tasks = {task: [*argv, "--n=2", "--batch_size=2"] for task, argv in size.tasks.items()}
     for argv in tasks.values():
         argv[:] = ["--samples=1" if a.startswith("--samples") else "--k=1" if a.startswith("--k=") else a for a in argv]
     steps = dict(A=20, N=20, F=20, long=2, P=20 if size.P else 0)
-    return replace(size, network=network, every=every, tasks=tasks, table_3=size.table_3[:1], **steps)
+    return replace(size, network=network, every=every, tasks=tasks, table_3=size.table_3[:1], table_3_n=2, **steps)
 
 
 def study_config(cfg: TablesConfig) -> StudyConfig:

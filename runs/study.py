@@ -52,6 +52,7 @@ class Size:
     P: int = 0  # diffusion pretraining of Table 1; 0: no Table 1
     folder: str = "out/data"
     table_3: tuple = ()  # tasks whose AR2Diff_N is sampled in the ways of Table 3
+    table_3_n: int = 200  # held-out items there: an item at 20 steps and 8 samples costs 160 network calls
 
     def tuning(self, task: str) -> int:
         return self.F if isinstance(self.F, int) else self.F[task]
@@ -250,7 +251,10 @@ def plan_of(part: str, size: Size, seed: int, cfg: StudyConfig) -> Plan:
     tuned = table_2(plan)
     for task in size.table_3:
         for steps, samples in STEPS_AND_SAMPLES:
-            name, sampler = f"table3_{steps}_{samples}", [f"--steps={steps}", f"--candidates={samples}", "--n=200"]
+            name, sampler = (
+                f"table3_{steps}_{samples}",
+                [f"--steps={steps}", f"--candidates={samples}", f"--n={size.table_3_n}"],
+            )
             plan.judge(name, task, tuned["AR2Diff_N"][task], *sampler)
     if size.P:
         table_1(plan)
