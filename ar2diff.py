@@ -27,7 +27,7 @@ from model import ADDED_BY_CONVERSION, ModelConfig, Transformer
 
 @dataclass
 class ConvertConfig:
-    """What the diffusion model is to be. The defaults measured best: results/README.md, what was tried."""
+    """What the diffusion model is to be. The defaults did best on translation (results/README.md, what was tried)."""
 
     init_from: str = "out/ar2diff_1_ar/ckpt.pt"  # an AR checkpoint
     out_dir: str = "out/ar2diff_start"

@@ -89,10 +89,6 @@ class EncoderDecoder(Transformer):
         cache.cross = [block.cross.read(memory, rope) for block in self.blocks]
         return cache
 
-    def forward(self, prefix, target, estimate=None, opened=None) -> Tensor:
-        """Logits (B, T, V): decode(encode(prefix), target)."""
-        return self.decode(self.encode(prefix), target, estimate=estimate, opened=opened)
-
     def compile_(self) -> None:
         super().compile_()
         self._run_encoder = torch.compile(self._run_encoder)

@@ -154,7 +154,7 @@ def drop_user(judge_id: int) -> int:
 
 
 def keep_library(folders: list[tuple[str, int]]) -> None:
-    """Import the standard library through open folders if it lies where only root may go, as in /root/.pyenv."""
+    """Import the standard library through open folders if it lies where only root may go, as in root's home."""
     if os.access(os.__file__, os.R_OK):
         for _, fd in folders:
             os.close(fd)

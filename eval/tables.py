@@ -27,6 +27,7 @@ from model import ModelConfig, model_settings
 from runs.jobs import plain
 from runs.study import (
     ARCHITECTURES,
+    LAPTOP_PARTS,
     NEWSTEST,
     OBJECTIVES,
     SIZES,
@@ -59,7 +60,7 @@ TASKS = {
         ("paper_base", "mbpp", "pass@80", "MBPP pass@80"),
     ],
 }
-PARTS = {"toy": ["mini", "python"], "small": ["small"], "paper": ["paper_base", "paper_large", "paper_xl"]}
+PARTS = {"toy": LAPTOP_PARTS, "small": ["small"], "paper": ["paper_base", "paper_large", "paper_xl"]}
 PAPER_COLUMNS = ["WMT14 En-Fr BLEU", "SQuAD F1", "MBPP pass@80 %"]
 PAPER_1 = {
     ("encoder_decoder", "prefix_lm"): (27.6, 75.8, 0.0),

@@ -122,9 +122,12 @@ SIZES = {
 }  # fmt: skip
 
 
+LAPTOP_PARTS = ["mini", "python"]
+
+
 @dataclass
 class StudyConfig:
-    part: str = "all"  # all (what a laptop can pay) | mini | python | tried | another of SIZES
+    part: str = "all"  # all (what a laptop can pay) | mini | python | tried; the other SIZES are eval.tables'
     seeds: int = 3
     lanes: int = 2  # jobs at a time
     threads: int = 1  # of each job
@@ -251,11 +254,8 @@ def plan_of(part: str, size: Size, seed: int, cfg: StudyConfig) -> Plan:
     tuned = table_2(plan)
     for task in size.table_3:
         for steps, samples in STEPS_AND_SAMPLES:
-            name, sampler = (
-                f"table3_{steps}_{samples}",
-                [f"--steps={steps}", f"--candidates={samples}", f"--n={size.table_3_n}"],
-            )
-            plan.judge(name, task, tuned["AR2Diff_N"][task], *sampler)
+            sampler = [f"--steps={steps}", f"--candidates={samples}", f"--n={size.table_3_n}"]
+            plan.judge(f"table3_{steps}_{samples}", task, tuned["AR2Diff_N"][task], *sampler)
     if size.P:
         table_1(plan)
     return plan
@@ -301,9 +301,8 @@ def jobs_tried(part: str, labels: list[str], seed: int, cfg: StudyConfig) -> lis
             start, stage_2 = plan.convert(f"{name}_start", settings, ar), ["--schedule=constant", *flags]
             stage_3 = [flag for flag in flags if not flag.startswith("--schedule")]
         model = plan.train(f"{name}_adapt", size.pretrain, size.N, *stage_2, source=start)
-        plan.judge(
-            plain(label), task, plan.train(f"{name}_tune", task, size.tuning(task), *stage_3, source=model), *SAMPLER
-        )
+        tuned = plan.train(f"{name}_tune", task, size.tuning(task), *stage_3, source=model)
+        plan.judge(plain(label), task, tuned, *SAMPLER)
     return plan.jobs
 
 
@@ -332,12 +331,12 @@ def run_jobs(jobs: list[Job], cfg: StudyConfig) -> None:
 def main(argv: list[str]) -> None:
     """Run the parts that argv names, then print the tables."""
     cfg = configure(StudyConfig, argv)
-    parts = ["all", *SIZES, "tried"]
+    parts = ["all", *LAPTOP_PARTS, "tried"]  # the others need sets that eval.tables prepares
     if cfg.part not in parts:
         raise ValueError(f"part must be one of {', '.join(parts)}; got {cfg.part!r}{nearest(cfg.part, parts)}")
     if not cfg.table:
         jobs = []
-        wanted = [cfg.part] if cfg.part in SIZES else ["mini", "python"]
+        wanted = [cfg.part] if cfg.part in LAPTOP_PARTS else LAPTOP_PARTS
         for size in (SIZES[part] for part in wanted):
             build_if_missing(Path(size.folder) / size.pretrain)
         for seed in range(1, cfg.seeds + 1):

@@ -101,6 +101,13 @@ def test_only_what_a_missing_result_needs_is_run(tmp_path, monkeypatch):
     assert ran == ["python/1/scratch", tuned, f"{tuned}_eval"]
 
 
+@pytest.mark.parametrize("part", ["small", "paper_base", "min"])
+def test_the_study_refuses_a_part_whose_sets_it_would_build_wrongly(part):
+    """Bytes of the standard library stood in for GPT-2 tokens of all packages, and no line said so."""
+    with pytest.raises(ValueError, match=f"part must be one of all, mini, python, tried; got '{part}'"):
+        study.main([f"--part={part}"])
+
+
 def test_equal_flops_counts_two_passes_a_diffusion_step():
     """A AR steps and N diffusion steps of two passes cost as much as N + A / 2 diffusion steps."""
     size = study.SIZES["mini"]
