@@ -1,5 +1,6 @@
 """Autoregressive language modelling: loss and generate, left to right. Lay it beside diffusion.py: same verbs."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from device import Late
 from draws import SAMPLE, Draws, Generated, draw_tokens, draws_for, forbidden_ids
 
 
@@ -58,9 +60,9 @@ def generate(
     tokens = torch.full((B, length), m.pad_id, device=prefix.device)
     score, calls = torch.zeros(B, device=prefix.device), torch.zeros(B, dtype=torch.long, device=prefix.device)
     last, open_rows = torch.full((B, 1), m.sep_id, device=prefix.device), torch.ones_like(calls, dtype=torch.bool)
-    forbidden = forbidden_ids(m, prefix.device)
+    closed, left = forbidden_ids(m, prefix.device), Late()
     for step in range(length):
-        logits = model.decode(cache, last, append=True)[:, -1].float() + forbidden  # (B, V)
+        logits = model.decode(cache, last, append=True)[:, -1].float().index_fill_(-1, closed, -math.inf)  # (B, V)
         drawn = draw_next(logits, cfg, draws.at(step))  # (B,)
         drawn = torch.where(open_rows, drawn, m.pad_id)
         nll = F.cross_entropy(logits, drawn, reduction="none")
@@ -69,7 +71,7 @@ def generate(
         last = drawn[:, None]
         if on_step is not None:
             on_step(step + 1, tokens, logits[:, None], torch.arange(B, device=prefix.device))
-        if not bool(open_rows.any()):
+        if left.read(open_rows.sum()) == 0:  # on CUDA a call late, which changes no text
             break
     return Generated(tokens, score / calls, calls)
 

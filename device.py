@@ -4,7 +4,7 @@ import time
 from contextlib import nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def pick_device(name: str) -> torch.device:
@@ -20,6 +20,29 @@ def pick_device(name: str) -> torch.device:
 def autocast(device: torch.device, dtype: str):
     """bfloat16 where it is asked for; weights, softmax and loss stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+class Late:
+    """Reads a number off the device without stopping it: on CUDA each read gets the number of the read before.
+
+    To wait for a number at every step would leave the GPU idle while the next step is being queued.
+    """
+
+    def __init__(self):
+        self.before = None
+
+    def read(self, number: Tensor) -> int | None:
+        """number () of this read on a CPU, of the last one on CUDA; None where there was none."""
+        if number.device.type != "cuda":
+            return int(number)
+        copy = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
+        event, before = torch.cuda.Event(), self.before
+        event.record()
+        self.before = copy, event
+        if before is None:
+            return None
+        before[1].synchronize()  # it is over already, but for a device that lags by a whole step
+        return int(before[0])
 
 
 def compile_or_say_why_not(model: nn.Module) -> None:

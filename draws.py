@@ -79,19 +79,47 @@ def draw_tokens(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """
     if temperature == 0:
         return logits.argmax(-1)
-    cdf = (logits / temperature).softmax(-1).cumsum(-1)  # (B, S, V)
-    drawn = torch.searchsorted(cdf, uniform[..., None] * cdf[..., -1:], right=True)[..., 0]  # (B, S)
+    mass = (logits / temperature).softmax(-1)  # (B, S, V)
+    if logits.shape[-1] <= 4 * BLOCK:
+        return _invert(mass, uniform)[0]
+    # First a block of ids, then one of its ids: a running sum over all ids costs more than the rest of a step.
+    whole = mass.shape[-1] // BLOCK * BLOCK
+    blocks = torch.cat(
+        [mass[..., :whole].unflatten(-1, (-1, BLOCK)).sum(-1), mass[..., whole:].sum(-1, keepdim=True)], dim=-1
+    )
+    block, within = _invert(blocks, uniform)  # 2 x (B, S)
+    ids = block[..., None] * BLOCK + torch.arange(BLOCK, device=mass.device)  # (B, S, BLOCK)
+    there = ids < mass.shape[-1]
+    inside = mass.gather(-1, ids.clamp(max=mass.shape[-1] - 1)) * there
+    return block * BLOCK + _invert(inside, within)[0]
+
+
+BLOCK = 256  # ids that are summed together
+
+
+def _invert(mass: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(choice (B, S) with probability in proportion to mass (B, S, K), the uniform number that is left within it)."""
+    cdf = mass.cumsum(-1)
+    u = uniform[..., None] * cdf[..., -1:]
+    drawn = torch.searchsorted(cdf, u, right=True)  # (B, S, 1)
     # Rounding may put a number past the last token that can be drawn: take the likeliest there.
-    lost = drawn >= cdf.shape[-1]
-    return torch.where(lost, logits.argmax(-1), drawn)
+    drawn = torch.where(drawn < mass.shape[-1], drawn, mass.argmax(-1, keepdim=True))
+    share = mass.gather(-1, drawn)
+    left = (u - cdf.gather(-1, drawn) + share) / share
+    return drawn[..., 0], left[..., 0].clamp(0, 1 - 2**-24)
+
+
+def noise_tokens(uniform: Tensor, m) -> Tensor:
+    """Noise for each number in [0, 1): an ordinary token or pad, all equally likely, or always the mask token."""
+    if m.noise == "mask":
+        return torch.full(uniform.shape, m.mask_id, device=uniform.device)
+    token = (uniform * (m.n_ordinary + 1)).long()
+    return torch.where(token == m.n_ordinary, m.pad_id, token)
 
 
 def forbidden_ids(m, device) -> Tensor:
-    """(V,) to add to logits: -inf at ids no text may hold (separator, mask, sentinels), 0 at ordinary ids and pad."""
-    wall = torch.full((m.vocab_size,), float("-inf"), device=device)
-    wall[: m.n_ordinary] = 0.0
-    wall[m.pad_id] = 0.0
-    return wall
+    """(F,) ids no text may hold: separator, mask, sentinels and what fills up the vocabulary."""
+    return torch.tensor([i for i in range(m.n_ordinary, m.vocab_size) if i != m.pad_id], device=device)
 
 
 class Generated(NamedTuple):

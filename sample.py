@@ -211,7 +211,7 @@ class Show:
         self.last, self.age, self.height, self.calls, self.seconds = [], [], 0, 0, 0.0
 
     def __call__(self, step: int, canvas: Tensor, logits: Tensor | None, rows: Tensor) -> None:
-        self.calls += 0 if logits is None else int((rows < self.candidates).sum())
+        self.calls += 0 if logits is None else int(((rows >= 0) & (rows < self.candidates)).sum())
         row = (rows == 0).nonzero().flatten().tolist()
         if not row or (self.growing and self.last[-1:] == [self.tokenizer.pad_id]):
             return  # it has settled or ended; the others go on

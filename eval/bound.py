@@ -86,7 +86,8 @@ def step_nats(logits: Tensor, clean: Tensor, noisy: Tensor, t: int, cfg: BoundCo
     logits (S, V): what the network says of each slot; clean (S,) is x_0 and noisy (S,) is x_t. t from 1 to noise_steps.
     Probability is spread over the K ids that a text may hold, the ordinary ones and pad.
     """
-    ids = (forbidden_ids(m, logits.device) == 0).nonzero()[:, 0]  # (K,) ascending
+    every = torch.arange(m.vocab_size, device=logits.device)
+    ids = every[~torch.isin(every, forbidden_ids(m, logits.device))]  # (K,) ascending
     K, T = len(ids), cfg.noise_steps
     said = logits[:, ids].double().log_softmax(-1)  # (S, K)
     at_clean = torch.searchsorted(ids, clean)  # (S,)

@@ -10,14 +10,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import diffusion
+import samplers
 from data.objectives import Batch
-from diffusion import SAMPLERS, LossConfig, SamplerConfig, State, corrupt, generate, loss, losses, noise_tokens
-from draws import CANVAS, CONDITION, SAMPLE, UNROLL, Draws, draw_tokens, draws_for
+from diffusion import LossConfig, SamplerConfig, corrupt, generate, loss, losses, readout
+from draws import CANVAS, CONDITION, SAMPLE, UNROLL, Draws, draw_tokens, draws_for, noise_tokens
 from model import ModelConfig, Transformer
+from samplers import SAMPLERS, State
 
 ORDINARY, PAD, SEP, MASK, V, S = 10, 10, 11, 12, 15, 8  # 13 and 14 are sentinels; S slots after the separator
 SIZES = dict(vocab_size=V, n_ordinary=ORDINARY, pad_id=PAD, sep_id=SEP, mask_id=MASK, target_length=S + 1)
 DEFAULTS = SIZES | dict(noise="uniform", shift=False, self_conditioning=False)
+DEFAULTS |= dict(prefix_attention="bidirectional", block_size=64)
 ALL = list(SAMPLERS)
 FEW = dict(steps=6, candidates=1)
 
@@ -447,8 +450,8 @@ def test_entropy_bound_accepts_the_set_of_a_worked_example():
 
 def test_the_temperature_of_entropy_bound_falls_along_its_ramp(monkeypatch):
     seen = []
-    draw = diffusion.draw_tokens
-    monkeypatch.setattr(diffusion, "draw_tokens", lambda logits, t, u: seen.append(t) or draw(logits, t, u))
+    draw = samplers.draw_tokens
+    monkeypatch.setattr(samplers, "draw_tokens", lambda logits, t, u: seen.append(t) or draw(logits, t, u))
     generate(Fake(babble), ids(1, 2), SamplerConfig(sampler="entropy_bound", steps=5, candidates=1, settle_entropy=0.0))
     assert seen == pytest.approx([0.8, 0.7, 0.6, 0.5, 0.4])
 
@@ -466,6 +469,13 @@ def test_a_converged_text_is_a_fixed_point_and_settles_at_once(sampler):
     assert found.score.max() < 1e-6
 
 
+def mend(prefix, canvas):
+    """A denoiser that reads the canvas: it mends one slot a step, so rows settle at different steps."""
+    right = (canvas[:, 1:] == TEXTS[prefix[:, 0]]).cumprod(1).sum(1)  # slots that are right already, from the left
+    known = torch.arange(S) <= right[:, None]
+    return 60.0 * F.one_hot(torch.where(known, TEXTS[prefix[:, 0]], canvas[:, 1:].clamp(max=PAD)), V).float()
+
+
 def without_leaving(monkeypatch, sampler: str):
     step = SAMPLERS[sampler]
     stay = lambda *args: (lambda state: state._replace(settled=state.settled & False))(step(*args))  # noqa: E731
@@ -474,13 +484,6 @@ def without_leaving(monkeypatch, sampler: str):
 
 @pytest.mark.parametrize("sampler", ["resample", "argmax_unrolled"])
 def test_rows_that_settle_cost_nothing_more_and_answer_as_if_they_had_stayed(sampler, monkeypatch):
-    """A denoiser that reads the canvas: it mends one slot a step, so rows settle at different steps."""
-
-    def mend(prefix, canvas):
-        right = (canvas[:, 1:] == TEXTS[prefix[:, 0]]).cumprod(1).sum(1)  # slots that are right already, from the left
-        known = torch.arange(S) <= right[:, None]
-        return 60.0 * F.one_hot(torch.where(known, TEXTS[prefix[:, 0]], canvas[:, 1:].clamp(max=PAD)), V).float()
-
     cfg = SamplerConfig(sampler=sampler, temperature=0.0, steps=25, candidates=2)
     prefix = torch.arange(6)[:, None]
     leaving = generate(Fake(mend), prefix, cfg)
@@ -555,3 +558,150 @@ def test_the_defaults_are_those_of_the_paper():
 def test_a_bad_setting_is_refused_with_what_would_do(cls, bad, says):
     with pytest.raises(ValueError, match=says):
         cls(**bad)
+
+
+# Block by block
+
+
+def by_definition(model, prefix: torch.Tensor, done: list[torch.Tensor], canvas: torch.Tensor) -> torch.Tensor:
+    """Logits (S, V) of a canvas (S,), everything read anew in one pass without a cache, by a mask written out here.
+
+    prefix (P,), done: the blocks before, each with the token ahead of it and without its own last one.
+    """
+    parts = [prefix, *done, canvas]
+    causal = [model.cfg.prefix_attention == "causal"] * (1 + len(done)) + [False]
+    mask, start = torch.zeros(sum(map(len, parts)), sum(map(len, parts)), dtype=torch.bool), 0
+    for part, one_way in zip(parts, causal):
+        end = start + len(part)
+        mask[start:end, :start] = True
+        square = torch.ones(len(part), len(part), dtype=torch.bool)
+        mask[start:end, start:end] = square.tril() if one_way else square
+        start = end
+    x = model._embed(torch.cat(parts)[None], len(mask) - len(canvas), None)
+    x = model._run_blocks(x, model.rope[:, : len(mask)], mask[None, None], False, None)
+    return readout(model.head(x[:, -len(canvas) :]), model.cfg.shift)[0]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("prefix_attention", ["causal", "bidirectional"])
+def test_each_block_reads_what_stands_before_it_as_if_nothing_were_cached(prefix_attention, shift):
+    model = network(prefix_attention=prefix_attention, shift=shift)
+    prefix, seen = ids(2, 3), []
+    cfg = SamplerConfig(steps=2, candidates=1, block_length=3)
+    free = torch.full((2, S), -1)  # a template of free slots: no pad ends it
+    found = generate(model, prefix, cfg, on_step=lambda *args: seen.append(args), given=free)
+    for row in range(2):
+        text, done, before = found.tokens[row], [], torch.tensor([SEP])
+        for block in range(3):
+            hook = seen[3 * block : 3 * block + 3]  # the canvas, then each of two calls
+            for (_, canvas, _, _), (_, _, logits, _) in zip(hook, hook[1:]):
+                expected = by_definition(model, prefix[row], done, torch.cat([before, canvas[row]]))
+                torch.testing.assert_close(logits[row][:, :SEP], expected[:, :SEP].float(), atol=1e-5, rtol=1e-5)
+            own = text[3 * block : 3 * block + 3]
+            done.append(torch.cat([before, own[:-1]]))
+            before = own[-1:]
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+@pytest.mark.parametrize("prefix_attention", ["causal", "bidirectional"])
+def test_texts_in_blocks_are_the_same_alone_and_in_a_padded_batch(prefix_attention, candidates):
+    model = network(prefix_attention=prefix_attention, self_conditioning=True, shift=True)
+    prefix = torch.tensor([[1, 2, 3], [4, 5, PAD], [6, PAD, PAD]])
+    cfg = SamplerConfig(steps=3, candidates=candidates, block_length=3, temperature=1.5)
+    together = generate(model, prefix, cfg)
+    assert len(together.calls.unique()) > 1  # one text ends before the others
+    for i in range(3):
+        alone = generate(model, prefix[i : i + 1], cfg, example=torch.tensor([i]))
+        assert torch.equal(alone.tokens[0], together.tokens[i]) and alone.calls[0] == together.calls[i]
+        torch.testing.assert_close(alone.score[0], together.score[i])
+
+
+@pytest.mark.parametrize("sampler", ALL)
+def test_one_block_as_wide_as_the_target_is_no_block(sampler):
+    cfg = SamplerConfig(sampler=sampler, steps=3, candidates=2)
+    for one, other in zip(
+        generate(network(), ids(2, 3), cfg), generate(network(), ids(2, 3), replace(cfg, block_length=S))
+    ):
+        assert torch.equal(one, other)
+
+
+def test_blocks_go_on_past_the_target_until_a_text_ends_and_every_call_is_counted():
+    """Eight-slot model, twelve tokens in blocks of four. Prompt 0 never ends, prompt 1 ends in its second block."""
+
+    class Writer(Fake):
+        def encode(self, prefix, room=0):
+            self.filed = []
+            return Cache(prefix=prefix)
+
+        def decode(self, cache, target, estimate=None, append=False, opened=None):
+            if append:
+                self.filed.append((target.clone(), opened))
+                return None
+            return super().decode(cache, target, estimate)
+
+    def write(prefix, canvas):
+        ends = (prefix[:, :1] == 1) & (canvas[:, :1] != SEP)
+        says = torch.where(ends, PAD, torch.arange(canvas.shape[1] - 1)[None])
+        return 60.0 * F.one_hot(says, V).float()
+
+    model = Writer(write, prefix_attention="causal")
+    cfg = SamplerConfig(steps=3, candidates=2, block_length=4, max_new_tokens=12)
+    found = generate(model, torch.tensor([[0], [1]]), cfg)
+    assert found.tokens.tolist() == [[0, 1, 2, 3] * 3, [0, 1, 2, 3] + [PAD] * 8]
+    assert found.calls.tolist() == [3 * 2 * 3 + 2, 2 * 2 * 3 + 1]  # blocks x candidates x steps, and one to file each
+    assert [target.tolist() for target, _ in model.filed] == [[[SEP, 0, 1, 2]] * 2, [[3, 0, 1, 2]]]
+    assert all(not opened.any() for _, opened in model.filed)  # by the causal mask
+
+
+def test_blocks_that_cannot_be_had_are_refused():
+    with pytest.raises(ValueError, match="read once.*joint"):
+        generate(network(prefix_attention="joint"), ids(1, 2), SamplerConfig(block_length=4))
+    with pytest.raises(ValueError, match=r"2 \+ 1 \+ 900 tokens .* block_size"):
+        generate(network(prefix_attention="causal"), ids(1, 2), SamplerConfig(block_length=4, max_new_tokens=900))
+
+
+# On a GPU the host learns a step late how many rows are left
+
+
+class StepBehind:
+    """device.Late as it is on CUDA."""
+
+    def __init__(self):
+        self.before = None
+
+    def read(self, number):
+        before, self.before = self.before, int(number)
+        return before
+
+
+@pytest.mark.parametrize("sampler", ALL)
+def test_a_host_that_is_a_step_behind_gets_the_same_texts_scores_and_calls(sampler, monkeypatch):
+    model = network()
+    for p in model.parameters():
+        p.data /= 2
+    cold = dict(temperature=0.0, ramp_from=0.0, ramp_to=0.0, entropy_bound=99.0, settle_entropy=9.0)
+    cfg = SamplerConfig(sampler=sampler, steps=12, candidates=2, **cold)
+    at_once = generate(model, ids(30, 3), cfg)
+    assert len(at_once.calls.unique()) > 1
+    monkeypatch.setattr(diffusion, "Late", StepBehind)
+    late = generate(model, ids(30, 3), cfg)
+    assert torch.equal(at_once.tokens, late.tokens) and torch.equal(at_once.calls, late.calls)
+    torch.testing.assert_close(at_once.score, late.score)
+
+
+def test_the_batch_shrinks_by_powers_of_two_and_settled_rows_are_not_named():
+    """Prompt p is written by an answer that comes p // 4 steps after the first."""
+    seen, cfg = [], SamplerConfig(temperature=0.0, steps=25, candidates=1)
+
+    def late(prefix, canvas):
+        wait = prefix[:, :1] // 4 > len(seen)
+        return 60.0 * F.one_hot(torch.where(wait, (canvas[:, 1:] + 1) % ORDINARY, TEXTS[prefix[:, 0]]), V).float()
+
+    found = generate(Fake(late), torch.arange(30)[:, None], cfg, on_step=lambda *args: seen.append(args))
+    sizes = [len(canvas) for _, canvas, _, _ in seen]
+    assert sizes[0] == 30 and set(sizes[1:]) <= {30, 16, 8, 4, 2, 1} and len(set(sizes)) > 3
+    counted = torch.zeros(30, dtype=torch.long)
+    for _, canvas, _, rows in seen[1:]:
+        assert len(rows) == len(canvas)
+        counted[rows[rows >= 0]] += 1
+    assert torch.equal(counted, found.calls)

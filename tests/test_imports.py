@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "data.objectives": "",
     "data.syntax": "",
     # level 1
-    "autoregressive": "draws",
-    "diffusion": "draws",
+    "autoregressive": "device draws",
+    "samplers": "draws",
+    "diffusion": "device draws samplers",
     "encdec": "model",
     "cost": "model encdec",
     "data.loader": "data.objectives data.tokenizer",
