@@ -68,9 +68,7 @@ def losses(model, batch, cfg, draws: Draws, rate: Tensor | None = None, opened: 
         logits = readout(logits, m.shift)  # (B, T - 1, V)
         if k + 1 < cfg.unroll_steps:
             with torch.no_grad():
-                answer = draw_tokens(
-                    logits.float(), cfg.unroll_temperature, draws.uniform(UNROLL, logits.shape[1], k)[0]
-                )
+                answer = draw_tokens(logits, cfg.unroll_temperature, draws.uniform(UNROLL, logits.shape[1], k)[0])
                 canvas = torch.cat([target[:, :1], answer], dim=1)
                 if m.self_conditioning:
                     told = draws.uniform(CONDITION, 1, k)[0] < cfg.self_conditioning_prob  # (B, 1)
@@ -211,7 +209,7 @@ def denoise(
         logits = readout(logits, m.shift)
         if m.self_conditioning and not last:
             estimate = soft_estimate(model, logits)
-        logits = logits.float().index_fill_(-1, closed, -math.inf)  # (R, S, V), in place: the network's are used up
+        logits = logits.index_fill_(-1, closed, -math.inf)  # (R, S, V), in place: the network's own are used up
         state = sampler(logits, state, step, cfg, draws.at(draws.step + step), m)
         calls[rows] += moving
         if on_step is not None:

@@ -6,6 +6,8 @@ training, and there is no random state to save. The generator is Philox4x32-10 (
 numbers: as easy as 1, 2, 3"), written in torch integers: the same numbers on every device.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -72,29 +74,69 @@ def draws_for(seed: int, example: Tensor, step: int = 0) -> Draws:
     return Draws(seed, example, torch.zeros_like(example), step)
 
 
+def row_by_row(f: Callable, logits: Tensor, high: Tensor) -> Tensor:
+    """f(logits (.., V), high (.., 1)) -> (..) or (.., K), of logits (B, S, V) and high (B, S, 1), for all B x S rows.
+
+    f gets a float32 copy and may write into it. A large vocabulary is read a few slots at a time on a CPU: what fits
+    its cache comes from memory once, not in each pass, and no array of the size of all logits is made.
+    """
+    few = max(1, (1 << 18) // logits.shape[-1])  # a megabyte of float32
+    if logits.device.type != "cpu" or logits.shape[-1] <= 4 * BLOCK or few >= logits.shape[:-1].numel():
+        return f(logits.to(torch.float32, copy=True), high)
+    room = torch.empty(few, logits.shape[-1])  # one for all: memory that is new costs more than what is done in it
+    rows = [
+        torch.cat([f(room[: len(a)].copy_(a), b) for a, b in zip(one.split(few), other.split(few))])
+        for one, other in zip(logits, high)
+    ]
+    return torch.stack(rows)
+
+
 def draw_tokens(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """Token ids (B, S) from logits (B, S, V): the likeliest at temperature 0, else by inverse CDF.
 
     uniform (B, S): one number a slot; noise of shape (S, V) would cost more than the network at a large vocabulary.
     """
     if temperature == 0:
-        return logits.argmax(-1)
-    mass = (logits / temperature).softmax(-1)  # (B, S, V)
+        return likeliest(logits)
     if logits.shape[-1] <= 4 * BLOCK:
-        return _invert(mass, uniform)[0]
-    # First a block of ids, then one of its ids: a running sum over all ids costs more than the rest of a step.
-    whole = mass.shape[-1] // BLOCK * BLOCK
-    blocks = torch.cat(
-        [mass[..., :whole].unflatten(-1, (-1, BLOCK)).sum(-1), mass[..., whole:].sum(-1, keepdim=True)], dim=-1
-    )
-    block, within = _invert(blocks, uniform)  # 2 x (B, S)
-    ids = block[..., None] * BLOCK + torch.arange(BLOCK, device=mass.device)  # (B, S, BLOCK)
-    there = ids < mass.shape[-1]
-    inside = mass.gather(-1, ids.clamp(max=mass.shape[-1] - 1)) * there
+        return _invert((logits.float() / temperature).softmax(-1), uniform)[0]
+    # First a block of ids, then one of its ids.
+    high = logits.amax(-1, keepdim=True).float()  # (B, S, 1)
+    mass = row_by_row(lambda part, high: _blocks(exp_(part, high, temperature), Tensor.sum), logits, high)
+    block, within = _invert(mass, uniform)  # 2 x (B, S)
+    inside = exp_(_inside(logits, block, -math.inf).float(), high, temperature)
     return block * BLOCK + _invert(inside, within)[0]
 
 
-BLOCK = 256  # ids that are summed together
+def exp_(logits: Tensor, high: Tensor, temperature: float) -> Tensor:
+    """exp((logits - high) / temperature), in place: what softmax divides by its sum, where high is the largest."""
+    return logits.sub_(high).div_(temperature).exp_()
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """argmax (B, S) of logits (B, S, V), the first one of equals: also by blocks, for argmax is not vectorised."""
+    if logits.device.type != "cpu" or logits.shape[-1] <= 4 * BLOCK:
+        return logits.argmax(-1)
+    block = _blocks(logits, Tensor.amax).argmax(-1)  # (B, S)
+    return block * BLOCK + _inside(logits, block, -math.inf).argmax(-1)
+
+
+BLOCK = 256  # ids that are taken together: a running sum over all ids costs more than the rest of a step
+
+
+def _blocks(x: Tensor, reduce: Callable) -> Tensor:
+    """x (.., V) reduced over each BLOCK of ids, the rest at the end for one more: (.., V // BLOCK + 1)."""
+    whole = x.shape[-1] // BLOCK * BLOCK
+    parts = [reduce(x[..., :whole].unflatten(-1, (-1, BLOCK)), -1)]
+    if whole < x.shape[-1]:
+        parts.append(reduce(x[..., whole:], -1, keepdim=True))
+    return torch.cat(parts, dim=-1)
+
+
+def _inside(x: Tensor, block: Tensor, fill: float) -> Tensor:
+    """The ids of one block (..) of each row of x (.., V): (.., BLOCK), filled up past the last id."""
+    ids = block[..., None] * BLOCK + torch.arange(BLOCK, device=x.device)
+    return x.gather(-1, ids.clamp(max=x.shape[-1] - 1)).masked_fill(ids >= x.shape[-1], fill)
 
 
 def _invert(mass: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

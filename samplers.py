@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from draws import RENOISE, SAMPLE, SELECT, Draws, draw_tokens, noise_tokens
+from draws import RENOISE, SAMPLE, SELECT, Draws, draw_tokens, exp_, likeliest, noise_tokens, row_by_row
 
 
 @dataclass
@@ -80,8 +80,8 @@ def argmax_unrolled(logits: Tensor, state: State, step: int, cfg: SamplerConfig,
 
     memory: how sure the last pass was of each slot.
     """
-    best, drawn = logits.max(-1)  # 2 x (R, S)
-    best = best - logits.logsumexp(-1)
+    drawn = likeliest(logits)
+    best = -nll(logits, drawn)  # (R, S)
     if step == 0:
         chosen = state.free
     else:
@@ -117,7 +117,7 @@ def entropy_bound(logits: Tensor, state: State, step: int, cfg: SamplerConfig, d
     share = step / max(cfg.steps - 1, 1)
     temperature = cfg.ramp_from + (cfg.ramp_to - cfg.ramp_from) * share
     drawn = draw_tokens(logits, temperature, draws.uniform(SAMPLE, logits.shape[1])[0])
-    entropy = _entropy(logits / max(temperature, 1e-6))  # (R, S)
+    entropy = _entropy(logits, max(temperature, 1e-6))  # (R, S)
     ordered, order = entropy.masked_fill(~state.free, math.inf).sort(1)
     accept = torch.zeros_like(state.free).scatter(1, order, ordered.cumsum(1) - ordered <= cfg.entropy_bound)
     return _commit(logits, entropy, accept, drawn, state, cfg, draws, m)
@@ -140,21 +140,27 @@ def _commit(logits, entropy, keep, drawn, state, cfg, draws, m) -> State:
     # Kept slots hold their drawn token, the others fresh noise; the answer is the argmax of every slot.
     noise = noise_tokens(draws.uniform(RENOISE, keep.shape[1])[0], m)
     canvas = torch.where(state.free, torch.where(keep, drawn, noise), state.canvas)
-    answer = torch.where(state.free, logits.argmax(-1), state.canvas)
+    answer = torch.where(state.free, likeliest(logits), state.canvas)
     doubt = entropy.masked_fill(~state.free, 0.0).sum(1) / state.free.sum(1).clamp(min=1)
     settled = (answer == state.memory.long()).all(1) & (doubt < cfg.settle_entropy)
     return state._replace(canvas=canvas, answer=answer, judged=answer, memory=answer.float(), settled=settled)
 
 
 def nll(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Negative log-likelihood (R, S) of tokens (R, S): a sum and a lookup, no second array of the vocabulary's size."""
-    return logits.logsumexp(-1) - logits.gather(-1, tokens[..., None])[..., 0]
+    """Negative log-likelihood (R, S) of tokens (R, S) under logits (R, S, V)."""
+    high = logits.amax(-1, keepdim=True).float()  # (R, S, 1)
+    log_z = row_by_row(lambda part, high: exp_(part, high, 1.0).sum(-1), logits, high).log()
+    return log_z + high[..., 0] - logits.gather(-1, tokens[..., None])[..., 0].float()
 
 
-def _entropy(logits: Tensor) -> Tensor:
-    p = logits.softmax(-1)
-    # log Z - E[logit]; what is walled off has p = 0, and 0 times minus infinity would be NaN.
-    return logits.logsumexp(-1) - torch.linalg.vecdot(p, logits.clamp(min=torch.finfo(logits.dtype).min))
+def _entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    def entropy(part, high):
+        x = part.sub_(high).div_(temperature).clamp_(min=-1e4)  # 0 where p is 0: minus infinity times 0 would be NaN
+        p = x.exp()
+        total = p.sum(-1)
+        return total.log() - p.mul_(x).sum(-1) / total  # log Z - E[x]
+
+    return row_by_row(entropy, logits, logits.amax(-1, keepdim=True).float())
 
 
 def _rank(score: Tensor) -> Tensor:

@@ -596,7 +596,7 @@ def test_each_block_reads_what_stands_before_it_as_if_nothing_were_cached(prefix
             hook = seen[3 * block : 3 * block + 3]  # the canvas, then each of two calls
             for (_, canvas, _, _), (_, _, logits, _) in zip(hook, hook[1:]):
                 expected = by_definition(model, prefix[row], done, torch.cat([before, canvas[row]]))
-                torch.testing.assert_close(logits[row][:, :SEP], expected[:, :SEP].float(), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(logits[row][:, :SEP], expected[:, :SEP], atol=1e-5, rtol=1e-5)
             own = text[3 * block : 3 * block + 3]
             done.append(torch.cat([before, own[:-1]]))
             before = own[-1:]
