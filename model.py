@@ -180,6 +180,10 @@ class KVCache:
         old[:, :, start:end] = new
         return old, old[:, :, :end]
 
+    @staticmethod
+    def attend(q, k, v, mask, dropout, causal, layer) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+
     def rows(self, index: Tensor) -> "KVCache":
         """The cache of some rows, in the order of index; a row may be asked for several times."""
         other = type(self)(len(self.k), self.room)
@@ -226,7 +230,8 @@ class Attention(nn.Module):
         if G != H:
             k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))             # (B, H, S + T, D)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)  # (B, H, T, D)
+        attend = KVCache.attend if cache is None else cache.attend
+        y = attend(q, k, v, mask, dropout, causal, layer)                           # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))                        # (B, T, C)
     # fmt: on
 

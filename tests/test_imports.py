@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "data.syntax": "",
     # level 1
     "autoregressive": "device draws",
+    "fast": "model encdec",
     "samplers": "draws",
     "diffusion": "device draws samplers",
     "encdec": "model",

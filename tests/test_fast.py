@@ -1,0 +1,196 @@
+"""fast.py changes no output: everything here is compared with the network it was made from."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import autoregressive
+import diffusion
+import fast
+from encdec import build_model
+from fast import Fast, RowsTimesVector, speed_up
+from model import KVCache, ModelConfig, Transformer
+from samplers import SAMPLERS
+
+PAD, SEP = 20, 21
+SIZES = dict(vocab_size=23, n_ordinary=20, pad_id=PAD, sep_id=SEP, mask_id=22, target_length=9, block_size=32)
+SIZES |= dict(n_layer=2, n_head=2, n_embd=16)
+CANVAS = dict(paradigm="diffusion", prefix_attention="bidirectional", target_attention="bidirectional", shift=True)
+PREFIX = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+PADDED = torch.tensor([[1, 2, 3], [4, 5, PAD], [6, PAD, PAD]])
+
+
+def network(**settings) -> Transformer:
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(**SIZES | settings)).eval()
+    for p in model.parameters():
+        p.data *= 2  # so that what is likeliest depends on what was said
+    if model.cfg.self_conditioning:
+        torch.nn.init.normal_(model.condition.weight)
+    return model
+
+
+def same(model, prefix, module, cfg, quick=None):
+    one, other = (module.generate(m, prefix, cfg) for m in (model, quick or speed_up(model)))
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.calls, other.calls)
+    torch.testing.assert_close(one.score, other.score, atol=1e-5, rtol=1e-5)
+    return one
+
+
+@pytest.fixture
+def eagerly(monkeypatch):
+    """The same code without the compiler, for what is not about it."""
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+
+
+# Left to right
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("prefix", [PREFIX, PADDED], ids=["full", "padded"])
+@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(prefix_attention="bidirectional", norm="layernorm", activation="gelu", position="learned", bias=True),
+        dict(n_kv_head=1, qk_norm=True, tie_weights=False),
+        dict(arch="encoder_decoder", prefix_attention="bidirectional"),
+    ],
+    ids=["ours", "gpt2", "grouped", "encoder_decoder"],
+)
+def test_ar_texts_are_the_same(settings, fixed, prefix, temperature, eagerly):
+    model, cfg = network(**settings), autoregressive.SamplerConfig(temperature=temperature)
+    found = same(model, prefix, autoregressive, cfg, Fast(model, fixed))
+    assert len(found.tokens.unique()) > 3
+    same(model, prefix[:1], autoregressive, cfg, Fast(model, fixed))
+
+
+@pytest.mark.slow  # half a minute in the compiler
+@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
+def test_compiled_texts_are_the_same_and_a_longer_text_is_not_compiled_anew(fixed):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = network()
+    quick = Fast(model, fixed)
+    for prefix in (PREFIX[:1], PREFIX, PADDED[:1]):
+        same(model, prefix, autoregressive, autoregressive.SamplerConfig(), quick)
+    before = counters["stats"]["unique_graphs"]
+    assert before <= 2 * 2  # two numbers of rows, the blocks and the output layer
+    for prefix in (PREFIX[2:], PREFIX.flip(0), torch.arange(10)[None]):
+        same(model, prefix, autoregressive, autoregressive.SamplerConfig(), quick)
+    assert counters["stats"]["unique_graphs"] - before <= (2 if fixed else 0)  # a longer prompt has longer buffers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(1, 1), (3, 1), (1, 4)])
+def test_rows_times_a_vector_is_a_matrix_product(rows, dtype):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48).to(dtype)
+    x = torch.randn(*rows, 64).to(dtype)
+    right = x.double() @ linear.weight.double().T + linear.bias.double()
+    torch.testing.assert_close(
+        RowsTimesVector(linear)(x).double(), right, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-5
+    )
+
+
+def test_the_weights_are_shared_and_the_network_stays_as_it_was(eagerly):
+    model = network()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    quick = speed_up(model)
+    shared = {p.data_ptr() for p in quick.token_model.parameters()}
+    assert set(before.values()) == shared == {p.data_ptr() for p in model.parameters()}
+    assert all(isinstance(m, torch.nn.Linear) for m in (model.head, model.blocks[0].mlp.up))
+    assert type(model.encode(PREFIX)) is KVCache
+
+
+# Canvases
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, PADDED], ids=["full", "padded"])
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize(
+    "settings",
+    [dict(self_conditioning=True), dict(prefix_attention="causal"), dict(prefix_attention="joint"), dict(n_kv_head=1)],
+    ids=["bidirectional", "causal", "joint", "grouped"],
+)
+def test_diffusion_texts_are_the_same_with_candidates_and_rows_that_leave(settings, sampler, prefix, eagerly):
+    model = network(**CANVAS | settings)
+    for N, block in itertools.product((1, 3), (0, 3)):
+        if block and model.cfg.prefix_attention == "joint":
+            continue
+        cfg = diffusion.SamplerConfig(sampler=sampler, steps=4, candidates=N, settle_entropy=2.0, block_length=block)
+        same(model, prefix, diffusion, cfg)
+
+
+def test_candidates_read_one_prefix_and_say_what_they_say_with_copies_of_it():
+    model = network(**CANVAS)
+    index = torch.arange(3).repeat_interleave(4)
+    canvas = torch.randint(0, 20, (12, 9), generator=torch.Generator().manual_seed(1))
+    quick = speed_up(model)
+    plain, shared = model.encode(PREFIX, room=9).rows(index), quick.encode(PREFIX, room=9).rows(index)
+    assert len(shared.shared.k[0]) == 3 and shared.k[0] is None  # no prefix twelve times
+    torch.testing.assert_close(quick.decode(shared, canvas), model.decode(plain, canvas), atol=1e-5, rtol=1e-5)
+    some = torch.tensor([0, 5, 11])  # the others have left
+    one, other = quick.decode(shared.rows(some), canvas[some]), model.decode(plain.rows(some), canvas[some])
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert quick.encode(PADDED, room=9).rows(index).shared is None  # padding needs a mask: a copy, as without
+
+
+@pytest.mark.parametrize("slots", [16, 600])
+def test_attention_as_products_is_attention(slots):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, slots, 8), torch.randn(2, 3, slots + 5, 8), torch.randn(2, 3, slots + 5, 8)
+    right = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(fast._attend_by_products(q, k, v), right, atol=1e-5, rtol=1e-5)
+
+
+# Slowness that no output shows
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: numbers that are read, shapes that depend on them."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += any(func.__name__.startswith(name) for name in self.WAITS)
+        return func(*args, **kwargs or {})
+
+
+def reads(module, model, cfg) -> int:
+    with Reads() as seen:
+        module.generate(model, PREFIX, cfg)
+    return seen.count
+
+
+class NeverRead:
+    """device.Late before anything has come back from the device."""
+
+    def read(self, number):
+        return None
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize("quick", [False, True])
+def test_no_step_of_a_canvas_waits_for_the_device(sampler, quick, eagerly, monkeypatch):
+    monkeypatch.setattr(diffusion, "Late", NeverRead)
+    model = network(**CANVAS, self_conditioning=True)
+    model = speed_up(model) if quick else model
+    few, many = (reads(diffusion, model, diffusion.SamplerConfig(sampler=sampler, steps=n)) for n in (2, 9))
+    assert few == many <= 3
+
+
+def test_no_token_of_a_text_waits_for_the_device(eagerly, monkeypatch):
+    monkeypatch.setattr(autoregressive, "Late", NeverRead)
+    for model in (network(), network(target_length=20)):
+        for one in (model, Fast(model, fixed=True)):
+            assert reads(autoregressive, one, autoregressive.SamplerConfig()) <= 2
