@@ -41,9 +41,11 @@ def forward_flops(m: ModelConfig, prefix: int, target: int) -> int:
     return 2 * (adds + added + target * m.vocab_size * C)
 
 
-def train_flops(m: ModelConfig, prefix: int, target: int, unroll_steps: int = 1) -> int:
-    """FLOPs of one training step over one row: forward and backward, once for each pass of the diffusion loss."""
-    return 3 * forward_flops(m, prefix, target) * (unroll_steps if m.paradigm == "diffusion" else 1)
+def train_flops(m: ModelConfig, prefix: int, target: int, unroll_steps: int = 1, ar_weight: float = 0.0) -> int:
+    """FLOPs of one training step over one row: forward and backward, once for each pass of the diffusion loss and once
+    for the AR loss where it is kept."""
+    passes = unroll_steps + (ar_weight > 0) if m.paradigm == "diffusion" else 1
+    return 3 * forward_flops(m, prefix, target) * passes
 
 
 def training_memory(m: ModelConfig, params: int, rows: int, length: int, bytes_per_number: int = 4) -> dict[str, int]:

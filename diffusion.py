@@ -25,8 +25,11 @@ class LossConfig:
     unroll_steps: int = 2  # passes: 1 is plain denoising, 2 is the paper's L(1) + L(2)
     unroll_temperature: float = 0.0  # 0: the next pass reads the argmax (the paper); 1: a sample (SUNDAE)
     self_conditioning_prob: float = 1.0  # share of rows that see the soft answer in the unrolled passes
+    ar_weight: float = 0.0  # of the AR loss that is kept beside, for speculative.py: see causal_loss
 
     def __post_init__(self):
+        if not 0 <= self.ar_weight < math.inf:
+            raise ValueError(f"ar_weight must be 0 or more, got {self.ar_weight}")
         if not 1 <= self.unroll_steps <= 16 or self.unroll_temperature < 0 or not 0 <= self.self_conditioning_prob <= 1:
             raise ValueError(
                 "unroll_steps must be 1 to 16, unroll_temperature 0 or more, self_conditioning_prob in [0, 1]; got "
@@ -56,6 +59,7 @@ def losses(model, batch, cfg, draws: Draws, rate: Tensor | None = None, opened: 
     L(k + 1) reads the model's own answer of pass k, as tokens and, with self-conditioning, as soft embedding beside
     them. No gradient crosses that, so each term may be backpropagated before the next is computed. The prefix stays
     clean. rate (B, 1): corruption, drawn from U(0, 1) per row where it is not given. opened: see model.attention_mask.
+    With cfg.ar_weight one more term comes last: that weight times causal_loss.
     """
     m, target = model.cfg, batch.target
     rate = draws.uniform(RATE, 1)[0] if rate is None else rate  # (B, 1)
@@ -73,6 +77,21 @@ def losses(model, batch, cfg, draws: Draws, rate: Tensor | None = None, opened: 
                 if m.self_conditioning:
                     told = draws.uniform(CONDITION, 1, k)[0] < cfg.self_conditioning_prob  # (B, 1)
                     estimate = soft_estimate(model, logits) * told[..., None]
+    if cfg.ar_weight:
+        yield cfg.ar_weight * causal_loss(model, batch)
+
+
+def causal_loss(model, batch) -> Tensor:
+    """What autoregressive.loss is of these weights under the causal mask: nats per slot, pads included.
+
+    Slot i is read at position i - 1 whatever m.shift says, and there is no estimate: left to right there is no answer
+    to go back to. The prefix is frozen; a joint one could not be read before the target.
+    """
+    T = batch.target.shape[1]
+    closed = torch.zeros(T, T, dtype=torch.bool, device=batch.target.device)  # no edge beside the causal ones
+    logits = model(batch.prefix, batch.target, opened=closed)  # (B, T, V)
+    expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)
+    return F.cross_entropy(logits.flatten(0, 1), expected.flatten())
 
 
 def loss(model, batch, cfg, draws: Draws) -> Tensor:

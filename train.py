@@ -102,6 +102,11 @@ class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig):
             raise ValueError("self_conditioning is trained in the unrolled pass: it needs unroll_steps of 2 or more")
         if self.anneal_steps and self.target_attention != "bidirectional":
             raise ValueError("anneal_steps opens the mask of a bidirectional target; target_attention is 'causal'")
+        if self.ar_weight and (self.paradigm == "ar" or self.prefix_attention == "joint" or self.lookahead):
+            raise ValueError(
+                "ar_weight keeps the AR loss in a diffusion model that reads its prefix first and no token ahead; got "
+                f"paradigm={self.paradigm}, prefix_attention={self.prefix_attention}, lookahead={self.lookahead}"
+            )
 
 
 OPEN_AT_ZERO = {"block_size", "target_length"}  # 0, also where it is typed: what the data or the checkpoint says
@@ -161,7 +166,7 @@ def main(argv: list[str]) -> dict:
             torch.manual_seed(cfg.seed + step)  # dropout follows the step too
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = learning_rate_at(step, cfg) * group["lr_ratio"]
-            total = 0.0
+            total, ar_loss = 0.0, 0.0
             for micro in range(cfg.grad_accum_steps):
                 size = cfg.batch_size // cfg.grad_accum_steps
                 batch = train_set.batch(
@@ -175,8 +180,11 @@ def main(argv: list[str]) -> dict:
                         term = term / cfg.grad_accum_steps
                         term.backward()  # each as it comes: its graph is freed before the next is built
                         total += term.detach()
+                    if cfg.ar_weight:  # it is the last term
+                        ar_loss += float(term.detach()) / cfg.ar_weight
                 (B, P), T = batch.prefix.shape, batch.target.shape[1]
-                tokens, flops = tokens + B * (P + T), flops + B * train_flops(model.cfg, P, T, cfg.unroll_steps)
+                tokens += B * (P + T)
+                flops += B * train_flops(model.cfg, P, T, cfg.unroll_steps, cfg.ar_weight)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             total, norm = float(total), float(norm)
             if not (math.isfinite(total) and math.isfinite(norm)):
@@ -193,6 +201,7 @@ def main(argv: list[str]) -> dict:
             bar.update()
             done, last = step + 1, step + 1 == cfg.max_steps
             entry = {"step": done, "loss": total, "grad_norm": norm, "lr": learning_rate_at(step, cfg)}
+            entry |= {"ar_loss": ar_loss} if cfg.ar_weight else {}
             if done % cfg.log_interval == 0 or last or stop.asked:
                 seconds = time.perf_counter() - since
                 entry |= {
@@ -347,6 +356,7 @@ def open_edges(batch, step: int, cfg: TrainConfig) -> torch.Tensor:
 @torch.no_grad()
 def evaluate(model, valid_set, cfg: TrainConfig) -> dict:
     """Held-out loss, nats per slot: the AR loss, or the mean of L(1) over fixed corruption rates, and each of them.
+    val_ar_loss: beside it, where ar_weight keeps that loss.
 
     The same examples and the same noise every time, so that points of one curve and of two runs compare.
     """
@@ -361,11 +371,14 @@ def evaluate(model, valid_set, cfg: TrainConfig) -> dict:
                 terms = {"val_loss": float(autoregressive.loss(model, batch, cfg, draws))}
             else:
                 terms = diffusion.loss_by_rate(model, batch, cfg, draws, RATES)
+                if cfg.ar_weight:
+                    terms["ar"] = float(diffusion.causal_loss(model, batch))
         for name, value in terms.items():
             found[name] = found.get(name, 0.0) + value / cfg.eval_batches
     if cfg.paradigm == "ar":
         return found
-    return {"val_loss": sum(found.values()) / len(found), "val_loss_by_rate": found}
+    ar = {"val_ar_loss": found.pop("ar")} if cfg.ar_weight else {}
+    return {"val_loss": sum(found.values()) / len(found), "val_loss_by_rate": found} | ar
 
 
 def sample_line(model, valid_set, step: int) -> str:
@@ -402,7 +415,8 @@ class Log:
     @staticmethod
     def line(entry: dict) -> str:
         rates = "".join(f" {rate}:{value:.3f}" for rate, value in entry.get("val_loss_by_rate", {}).items())
-        return f"step {entry['step']:6d} | loss {entry['loss']:.4f} | held-out {entry['val_loss']:.4f}{rates}"
+        ar = f" | AR {entry['val_ar_loss']:.4f}" if "val_ar_loss" in entry else ""
+        return f"step {entry['step']:6d} | loss {entry['loss']:.4f} | held-out {entry['val_loss']:.4f}{rates}{ar}"
 
 
 class StopSignals:

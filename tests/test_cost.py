@@ -85,6 +85,8 @@ def test_a_training_step_costs_three_forward_passes(case):
     if case in ("prefix LM", "frozen"):
         spared = 2 * 2 * 7 * (16 * 16 + 3 * 16 * 24 + 2 * 7 * 16)  # projection, MLP, attention of 7 tokens
     passes = 2 if cfg.paradigm == "diffusion" else 1
+    if cfg.paradigm == "diffusion":
+        assert train_flops(cfg, 7, 5, 2, ar_weight=0.5) == train_flops(cfg, 7, 5, unroll_steps=3)
     assert train_flops(cfg, 7, 5, unroll_steps=2) == passes * (counted_by_torch(CASES[case], True) + spared)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import autoregressive
 import diffusion
 import samplers
 from data.objectives import Batch
@@ -223,6 +224,40 @@ def test_no_gradient_crosses_from_the_second_pass_to_the_first(told):
     two = gradient(F.cross_entropy(logits.flatten(0, 1), data.target[:, 1:].flatten()))
     for whole, a, b in zip(both, one, two):
         torch.testing.assert_close(whole, a + b)
+
+
+FROZEN = dict(prefix_attention="bidirectional", shift=True, self_conditioning=True)
+
+
+def test_a_kept_ar_loss_adds_its_weight_times_that_of_an_ar_model_to_every_gradient():
+    """The oracle is autoregressive.loss of an AR model that has these weights."""
+    model, data = network(**FROZEN), batch()
+    sizes = SIZES | dict(n_layer=2, n_head=2, n_embd=16, block_size=16)
+    ar = Transformer(ModelConfig(**sizes, prefix_attention="bidirectional")).double()
+    ar.load_state_dict(model.state_dict(), strict=False)
+
+    def gradient(module, value):
+        names, parameters = zip(*module.named_parameters())
+        return dict(zip(names, torch.autograd.grad(value, parameters, allow_unused=True)))
+
+    kept = gradient(model, loss(model, data, LossConfig(ar_weight=0.7), of(4)))
+    plain = gradient(model, loss(model, data, LossConfig(), of(4)))
+    alone = gradient(ar, autoregressive.loss(ar, data, None, None))
+    for name, whole in kept.items():
+        torch.testing.assert_close(whole, plain[name] + 0.7 * alone[name] if name in alone else plain[name])
+    terms = list(losses(model, data, LossConfig(ar_weight=0.7), of(4)))
+    assert terms[2].item() == pytest.approx(0.7 * autoregressive.loss(ar, data, None, None).item(), rel=1e-6)
+
+
+def test_the_diffusion_terms_are_the_same_to_the_bit_with_and_without_an_ar_loss():
+    """Also while the mask opens: which edges are open then is none of the AR term's business."""
+    model, data, opened = network(**FROZEN), batch(), torch.rand(S + 1, S + 1) < 0.5
+    for edges in (None, opened):
+        with_it = list(losses(model, data, LossConfig(ar_weight=1.0), of(4), opened=edges))
+        without = list(losses(model, data, LossConfig(), of(4), opened=edges))
+        assert len(with_it) == 3 and len(without) == 2
+        assert all(torch.equal(a, b) for a, b in zip(with_it, without))
+        assert torch.equal(with_it[2], diffusion.causal_loss(model, data))
 
 
 def test_the_last_target_token_changes_the_first_logits():
@@ -545,6 +580,7 @@ def test_the_defaults_are_those_of_the_paper():
     [
         (LossConfig, dict(unroll_steps=0), "unroll_steps must be 1 to 16"),
         (LossConfig, dict(unroll_temperature=-1.0), "unroll_temperature 0 or more"),
+        (LossConfig, dict(ar_weight=-0.5), "ar_weight must be 0 or more"),
         (LossConfig, dict(self_conditioning_prob=1.5), r"self_conditioning_prob in \[0, 1\]"),
         (SamplerConfig, dict(sampler="ddim"), "resample, argmax_unrolled, confidence, entropy_bound"),
         (SamplerConfig, dict(steps=0), "at least 1"),

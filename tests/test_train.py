@@ -1,6 +1,7 @@
 """train.py: a run is a function of its settings. Interruptions, micro-batches and evaluation change nothing."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -34,6 +35,7 @@ CASES = {
     "modern": DIFFUSION + ["--self_conditioning", "--shift", "--lookahead", "--self_conditioning_prob=0.5"],
     "diffusion_dropout": DIFFUSION + ["--dropout=0.2", "--noise=mask"],
     "annealed": DIFFUSION + ["--anneal_steps=5", "--unroll_temperature=1.0"],
+    "both": DIFFUSION + ["--prefix_attention=causal", "--anneal_steps=3", "--ar_weight=0.5"],
 }
 PASSING = {"tokens_per_s", "mfu", "seconds"}  # what a log line says of the machine and not of the run
 
@@ -131,7 +133,7 @@ def test_three_steps_and_three_more_equal_six(case, run, monkeypatch, tmp_path):
     assert [entry["step"] for entry in parts_log] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("case", ["ar_adamw", "diffusion", "modern", "annealed"])
+@pytest.mark.parametrize("case", ["ar_adamw", "diffusion", "modern", "annealed", "both"])
 def test_micro_batches_change_nothing_but_the_memory(case, run):
     """To float tolerance, losses and weights. With annealing too: micro-batches of other widths see the same edges."""
     flags = [*CASES[case], "--optimizer=adamw"]
@@ -194,6 +196,31 @@ def test_a_log_line_says_what_a_plot_needs(run, capsys):
     assert evaluated[0]["val_loss"] == pytest.approx(sum(by_rate.values()) / 5)
     said = capsys.readouterr().out
     assert "step 3 sample: " in said and "parameters" in said and "done: " in said
+
+
+def test_a_kept_ar_loss_is_logged_beside_unweighted_and_falls(run, capsys):
+    flags = [*CASES["both"], "--eval_interval=40", "--max_steps=80", "--batch_size=16"]
+    _, log = run(*flags)
+    assert log[0]["ar_loss"] == pytest.approx(math.log(288), rel=0.1) and log[-1]["ar_loss"] < 1.8
+    assert log[0]["loss"] == pytest.approx(2.5 * math.log(288), rel=0.1)  # L(1) + L(2) + half the AR loss
+    assert log[-1]["val_ar_loss"] < 1.8 and list(log[-1]["val_loss_by_rate"]) == ["0.1", "0.3", "0.5", "0.7", "0.9"]
+    assert f"| AR {log[-1]['val_ar_loss']:.4f}" in capsys.readouterr().out
+    _, without = run(*flags, "--ar_weight=0", out="without")
+    assert "ar_loss" not in without[0] and "val_ar_loss" not in without[-1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(paradigm="diffusion", target_attention="bidirectional", prefix_attention="joint"),
+        dict(paradigm="diffusion", target_attention="bidirectional", shift=True, lookahead=True),
+    ],
+    ids=["ar", "joint", "lookahead"],
+)
+def test_an_ar_loss_is_kept_only_where_it_can_be(settings):
+    with pytest.raises(ValueError, match="ar_weight keeps the AR loss in a diffusion model that"):
+        TrainConfig(ar_weight=1.0, **settings)
 
 
 def test_a_torn_last_line_of_a_killed_run_is_dropped(run, tmp_path):
