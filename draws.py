@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # What a draw is for: the second word of the key, so that no two uses share a number.
-RATE, CORRUPT, UNROLL, CONDITION, CANVAS, SAMPLE, SELECT, RENOISE, EDGES = range(9)
+RATE, CORRUPT, UNROLL, CONDITION, CANVAS, SAMPLE, SELECT, RENOISE, EDGES, ACCEPT = range(10)
 
 _LOW = 0xFFFFFFFF
 

@@ -5,11 +5,13 @@
     echo hello | python sample.py --init_from=out/run/ckpt.pt > answer.txt
     python sample.py --init_from=out/run/ckpt.pt --prompt=hello --steps=20 --show
     python sample.py --init_from=out/run/ckpt.pt --infill="def f(x):[[12]]return y"   # diffusion: 12 free slots
+    python sample.py --init_from=out/run/ckpt.pt --prompt=hello --sampler=speculative # a diffusion model, read as AR
 
 The text is written as it is; only on a terminal do control characters show as dots. Several samples get a heading each.
 A file or a pipe loses the one newline at its end, which echo and editors put there. With --infill the prompt is
-optional and stdin is not read. The settings of a sampler stand in autoregressive.SamplerConfig and
-diffusion.SamplerConfig; those of the model are the checkpoint's.
+optional and stdin is not read. The settings of a sampler stand in autoregressive.SamplerConfig,
+diffusion.SamplerConfig and speculative.SamplerConfig; those of the model are the checkpoint's. --sampler=ar reads a
+diffusion model with a prefix of its own left to right; --sampler=speculative says the same in fewer network calls.
 """
 
 import math
@@ -28,6 +30,7 @@ from torch import Tensor
 
 import autoregressive
 import diffusion
+import speculative
 from checkpoint import load_model
 from configurator import nearest, read_settings, refuse_changes, run
 from data.tokenizer import Tokenizer
@@ -35,6 +38,7 @@ from device import autocast, pick_device
 from model import ModelConfig
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
+LEFT_TO_RIGHT = {"ar": autoregressive, "speculative": speculative}  # by --sampler, whatever the checkpoint's paradigm
 
 
 @dataclass
@@ -62,7 +66,9 @@ class SampleConfig:
 
 
 @dataclass
-class _AnySetting(SampleConfig, autoregressive.SamplerConfig, diffusion.SamplerConfig, ModelConfig):
+class _AnySetting(
+    SampleConfig, autoregressive.SamplerConfig, speculative.SamplerConfig, diffusion.SamplerConfig, ModelConfig
+):
     """Every name that can be typed. Which of them fit is known when the checkpoint is read."""
 
 
@@ -70,7 +76,7 @@ def main(argv: list[str]) -> None:
     given, _ = read_settings(_AnySetting, argv)
     cfg = SampleConfig(**_settings_of(SampleConfig, given))
     model, tokenizer, _ = load_model(cfg.init_from, pick_device(cfg.device))
-    paradigm, sampler = PARADIGMS[model.cfg.paradigm], sampler_config(given, model.cfg, cfg.init_from)
+    decoder, sampler = decoder_of(given, model.cfg), sampler_config(given, model.cfg, cfg.init_from)
     device = model.tok.weight.device
     prompt = encode_prompt(read_prompt(given), tokenizer, model.cfg)
     prefix = torch.tensor(prompt, dtype=torch.long, device=device).repeat(cfg.num_samples, 1)  # (B, P)
@@ -81,12 +87,12 @@ def main(argv: list[str]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8
     show = Show(tokenizer, sampler, model.cfg, template if options else None, cfg.pause) if cfg.show else None
-    if model.cfg.paradigm == "ar" and sampler.temperature == 0 and cfg.num_samples > 1:
+    if decoder is not diffusion and sampler.temperature == 0 and cfg.num_samples > 1:
         print("temperature 0 is greedy: all samples are alike (try --temperature=0.8)", file=sys.stderr)
 
     start = time.perf_counter()
     with autocast(device, cfg.dtype):
-        out = paradigm.generate(model, prefix, sampler, cfg.seed, on_step=show, **options)
+        out = decoder.generate(model, prefix, sampler, cfg.seed, on_step=show, **options)
     rows = [_without_pads(row, tokenizer.pad_id, bool(options)) for row in out.tokens.tolist()]  # waits for the device
     seconds = time.perf_counter() - start - (show.seconds if show else 0.0)
 
@@ -106,21 +112,30 @@ def closing_line(out, n_tokens: int, seconds: float, sampler) -> str:
     return f"{speed} | {calls} | score {float(out.score.mean()):.4f}{chosen}"
 
 
+def decoder_of(given: dict, m: ModelConfig):
+    """The module whose SamplerConfig and generate are meant: the paradigm's, unless sampler names another."""
+    return LEFT_TO_RIGHT.get(given.get("sampler"), PARADIGMS[m.paradigm])
+
+
 def sampler_config(given: dict, m: ModelConfig, source: str):
     """The sampler's settings that fit the model. Raises ValueError where one belongs to the other paradigm or would
     change the model."""
     hint = "a model's settings are fixed in its checkpoint, drop this one"
     refuse_changes(given, asdict(m), f"{source} is a model with", hint)
-    cls = PARADIGMS[m.paradigm].SamplerConfig
+    kind, cls = {"ar": "an AR", "diffusion": "a diffusion"}[m.paradigm], decoder_of(given, m).SamplerConfig
+    if given.get("sampler") in LEFT_TO_RIGHT:
+        kind = f"sampler={given['sampler']} and {kind}"
+        given = {name: value for name, value in given.items() if name != "sampler"}
     names = [f.name for f in fields(cls)]
     for name in given:
         if not any(name in (f.name for f in fields(c)) for c in (SampleConfig, ModelConfig, cls)):
-            kind = {"ar": "an AR", "diffusion": "a diffusion"}[m.paradigm]
             raise ValueError(f"unknown setting {name!r} for {kind} checkpoint, {source}{nearest(name, names)}")
     if m.target_length < 2:
         raise ValueError(f"{source} has target_length={m.target_length}: it was never trained; run train.py on it")
     if m.paradigm == "ar" and "infill" in given:
         raise ValueError(f"infill needs a diffusion checkpoint; {source} is AR and can only go on to the right")
+    if "infill" in given and cls is not diffusion.SamplerConfig:
+        raise ValueError(f"infill needs a sampler that fills gaps; {kind} checkpoint is read to the right")
     return cls(**_settings_of(cls, given))
 
 
@@ -203,8 +218,9 @@ class Show:
     """
 
     def __init__(self, tokenizer: Tokenizer, sampler, m: ModelConfig, given: list[int] | None, pause: float):
-        self.tokenizer, self.pause, self.growing = tokenizer, pause, m.paradigm == "ar"
-        self.total = m.target_length - 1 if self.growing else sampler.steps
+        self.tokenizer, self.pause = tokenizer, pause
+        self.growing = m.paradigm == "ar" or isinstance(sampler, autoregressive.SamplerConfig)
+        self.total = m.target_length - 1 if self.growing else getattr(sampler, "steps", "?")
         self.candidates = getattr(sampler, "candidates", 1)
         self.fixed = [False] * (m.target_length - 1) if given is None else [i >= 0 for i in given]
         self.in_place = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

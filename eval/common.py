@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import autoregressive
 import diffusion
+import speculative
 from checkpoint import load, load_model, write_atomically
 from configurator import configure, read_settings
 from data.loader import Pairs, build_if_missing, open_set
@@ -31,6 +32,7 @@ from eval.metrics import Metric, interval, paired
 from eval.metrics import wilson as wilson  # other evaluations ask for it here
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
+LEFT_TO_RIGHT = {"ar": autoregressive, "speculative": speculative}  # as in sample.py
 
 
 @dataclass
@@ -50,8 +52,9 @@ def load_for_eval(argv: list[str], base: type = EvalConfig):
     given = _read_any(argv, base)
     device = pick_device(given.get("device", base.device))
     model, tokenizer, state = load_model(given.get("init_from", base.init_from), device)
-    sampler = PARADIGMS[model.cfg.paradigm].SamplerConfig
-    known = {f.name for f in fields(base)} | {f.name for f in fields(sampler)}
+    sampler = decoder_of(model.cfg, given.get("sampler")).SamplerConfig
+    named = [("sampler", str, given["sampler"])] if given.get("sampler") in LEFT_TO_RIGHT else []
+    known = {f.name for f in fields(base)} | {f.name for f in fields(sampler)} | {name for name, *_ in named}
     kind = "an AR" if model.cfg.paradigm == "ar" else "a diffusion"
     for name in given:
         if name not in known:
@@ -61,14 +64,19 @@ def load_for_eval(argv: list[str], base: type = EvalConfig):
         for part in (base, sampler):
             getattr(part, "__post_init__", lambda _: None)(self)
 
-    both = make_dataclass("Settings", [], bases=(base, sampler), namespace={"__post_init__": check})
+    both = make_dataclass("Settings", named, bases=(base, sampler), namespace={"__post_init__": check})
     return configure(both, argv), model, tokenizer, state
+
+
+def decoder_of(m, sampler: str | None):
+    """The module whose SamplerConfig and generate are meant: the paradigm's, unless sampler names another."""
+    return LEFT_TO_RIGHT.get(sampler, PARADIGMS[m.paradigm])
 
 
 def _read_any(argv: list[str], base: type) -> dict:
     """What argv gives, before it is known which paradigm's sampler it is for."""
-    anything = make_dataclass("Anything", [], bases=(base, autoregressive.SamplerConfig, diffusion.SamplerConfig))
-    return read_settings(anything, argv)[0]
+    samplers = [module.SamplerConfig for module in (autoregressive, speculative, diffusion)]
+    return read_settings(make_dataclass("Anything", [], bases=(base, *samplers)), argv)[0]
 
 
 class Job(NamedTuple):
@@ -122,7 +130,7 @@ def _generate(model, tokenizer, jobs: Sequence[Job], cfg) -> Iterator[tuple[Job,
             given = torch.where(torch.arange(m.target_length - 1) < length, -1, m.pad_id)  # (B, T - 1)
             known = {"given": given.to(device)}
         prefix, example = batch.prefix.to(device), batch.example.to(device)
-        made = PARADIGMS[m.paradigm].generate(model, prefix, cfg, cfg.seed, example, **known)
+        made = decoder_of(m, getattr(cfg, "sampler", None)).generate(model, prefix, cfg, cfg.seed, example, **known)
         rows, calls = made.tokens.tolist(), made.calls.tolist()
         seconds = (time.perf_counter() - start) / len(group)
         for job, row, n in zip(group, rows, calls):
@@ -167,7 +175,9 @@ def _header(model, jobs: list[Job], cfg) -> dict:
     with open(cfg.init_from, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    sampler = {f.name: getattr(cfg, f.name) for f in fields(PARADIGMS[model.cfg.paradigm].SamplerConfig)}
+    name = getattr(cfg, "sampler", None)
+    sampler = {f.name: getattr(cfg, f.name) for f in fields(decoder_of(model.cfg, name).SamplerConfig)}
+    sampler |= {"sampler": name} if name in LEFT_TO_RIGHT else {}
     return {"checkpoint": digest.hexdigest()[:16], "sampler": sampler, "seed": cfg.seed, "prompts": fingerprint(jobs)}
 
 

@@ -11,6 +11,7 @@ The length of the answer is never given away; what a diffusion model would score
 import json
 from dataclasses import dataclass
 
+import diffusion
 from configurator import run
 from data import squad
 from data.text_file import read_text
@@ -19,6 +20,7 @@ from eval.common import (
     check_ids,
     choose,
     cost,
+    decoder_of,
     generate_kept,
     held_out,
     jobs_of,
@@ -86,7 +88,7 @@ def write_predictions(path: str, predictions: list[str], asked: list[dict]) -> N
 def main(argv: list[str]) -> dict:
     """Evaluate as argv says; returns what the JSON line holds."""
     cfg, model, tokenizer, state = open_task(argv, QaConfig)
-    if cfg.oracle_length and (not model or model.cfg.paradigm != "diffusion"):
+    if cfg.oracle_length and (not model or decoder_of(model.cfg, getattr(cfg, "sampler", None)) is not diffusion):
         raise ValueError("--oracle_length needs a diffusion checkpoint that answers: only a canvas has a length")
     asked, other, spent, oracle = choose(examples(cfg), cfg.n), None, {}, {}
     if cfg.against:

@@ -10,12 +10,13 @@ from torch import nn
 
 import autoregressive
 import diffusion
+import sample
 from checkpoint import save
 from data.loader import open_set, write_pairs
 from data.objectives import collate
 from data.tokenizer import get_tokenizer
 from draws import draws_for
-from eval import exact_match, python_code
+from eval import common, exact_match, python_code
 from eval.common import PARADIGMS, EvalConfig, environment, generate_texts, load_for_eval, wilson, write_json
 from model import ModelConfig, Transformer
 
@@ -96,6 +97,22 @@ def test_settings_of_the_other_paradigm_are_refused(place):
     for kind, flag in (("a diffusion", "--top_k=3"), ("an AR", "--steps=3")):
         with pytest.raises(ValueError, match=f"no setting for {kind} checkpoint"):
             load_for_eval([f"--init_from={place / kind.split()[1].lower()}.pt", flag], EvalConfig)
+
+
+def test_a_diffusion_checkpoint_may_be_read_left_to_right(place):
+    """By --sampler, with the settings of that sampler; by speculation the texts are AR's."""
+    torch.manual_seed(0)
+    frozen = TINY | DIFFUSION | dict(prefix_attention="bidirectional", shift=True)
+    save(place / "frozen.pt", Transformer(ModelConfig(**frozen)), 0, "bytes")
+    texts, prefixes = {}, [BYTES.encode(text) for text in ("abc", "a", "xyz", "ab", "b")]
+    for sampler in ("ar", "speculative"):
+        cfg, model, _, _ = load_for_eval([f"--init_from={place / 'frozen.pt'}", f"--sampler={sampler}"])
+        texts[sampler], spent = generate_texts(model, BYTES, prefixes, cfg)
+    assert texts["ar"] == texts["speculative"] and len(set(texts["ar"])) > 1
+    assert not hasattr(cfg, "steps") and cfg.draft_steps == 2 and spent["calls_per_sample"] >= 3
+    with pytest.raises(ValueError, match="'steps' is no setting"):
+        load_for_eval([f"--init_from={place / 'frozen.pt'}", "--sampler=speculative", "--steps=3"])
+    assert sample.LEFT_TO_RIGHT == common.LEFT_TO_RIGHT
 
 
 def test_json_is_made_with_its_folder(tmp_path):

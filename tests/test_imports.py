@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "data.loader": "data.objectives data.tokenizer",
     "checkpoint": "model encdec data.tokenizer",
     # level 2
+    "speculative": "device draws samplers diffusion",
     "data.sources": "data.loader data.tokenizer",
     "data.squad": "configurator data.sources data.text_file",
     "data.mbpp": "configurator data.sources data.text_file",
@@ -38,12 +39,13 @@ MAY_IMPORT = {
     # level 3
     "train": "configurator device draws model encdec cost autoregressive diffusion checkpoint "
     "data.loader data.tokenizer data.objectives",
-    "sample": "configurator device draws model autoregressive diffusion checkpoint data.tokenizer data.objectives",
+    "sample": "configurator device draws model autoregressive diffusion speculative checkpoint "
+    "data.tokenizer data.objectives",
     "eval.metrics": "",
     "eval.sandbox": "eval.sandbox_child",
     "eval.sandbox_child": "",
-    "eval.common": "configurator device autoregressive diffusion checkpoint data.objectives data.loader data.mini "
-    "data.text_file eval.metrics",
+    "eval.common": "configurator device autoregressive diffusion speculative checkpoint "
+    "data.objectives data.loader data.mini data.text_file eval.metrics",
     # level 4
     "eval.*": "configurator device draws model cost autoregressive diffusion checkpoint ar2diff train sample data.* "
     "eval.common eval.metrics eval.sandbox eval.python_code eval.exact_match",

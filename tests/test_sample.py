@@ -28,11 +28,12 @@ DIFFUSION = dict(paradigm="diffusion", prefix_attention="joint", target_attentio
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Paths: ar, diffusion, shifted (with everything a diffusion model can have)."""
+    """Paths: ar, diffusion, frozen (AR can read it, too), shifted (with everything a diffusion model can have)."""
     folder, paths = tmp_path_factory.mktemp("checkpoints"), {}
     kinds = {
         "ar": {},
         "diffusion": DIFFUSION,
+        "frozen": DIFFUSION | dict(prefix_attention="bidirectional", shift=True, self_conditioning=True),
         "shifted": DIFFUSION | dict(prefix_attention="causal", shift=True, lookahead=True, self_conditioning=True),
     }
     for name, settings in kinds.items():
@@ -99,6 +100,19 @@ def test_infill_keeps_the_given_text(generate):
             assert re.fullmatch(r"ab.{0,3}cd\n", stdout, re.DOTALL), stdout
 
 
+def test_one_diffusion_checkpoint_is_decoded_in_three_ways(generate):
+    """Left to right and by speculation it says the same; by diffusion something else."""
+    ar, ar_line = generate("frozen", "--prompt=hello", "--sampler=ar")
+    found, line = generate("frozen", "--prompt=hello", "--sampler=speculative", "--draft_steps=3")
+    assert found == ar != generate("frozen", "--prompt=hello")[0]
+    calls = [int(re.search(r"(\d+) network calls", text)[1]) for text in (ar_line, line)]
+    assert calls[0] == 11 and calls[1] % 2 == 0 and 4 <= calls[1] <= 24  # 3 + 1, then 1 + 1 a round
+    shown, _ = generate("frozen", "--prompt=hello", "--sampler=speculative", "--show")
+    assert shown.endswith(found) and "step 2 of ? | 2 network calls" in shown
+    warm = [generate("frozen", "--prompt=a", "--sampler=speculative", f"--temperature={t}")[0] for t in (0, 1.5)]
+    assert warm[0] != warm[1]
+
+
 def test_template_is_slots_then_fixed_pads():
     m = ModelConfig(**TINY | DIFFUSION)
     assert sample.parse_template("ab[[2]]c[[1]]", BYTES, m) == [97, 98, -1, -1, 99, -1] + [PAD] * 5
@@ -135,6 +149,15 @@ REFUSED = [
     ("diffusion", ["--prompt=a", "--target_length=9"], "target_length=12, but target_length=9"),
     ("ar", ["--prompt=a", "--infill=[[2]]"], "infill needs a diffusion checkpoint"),
     ("ar", ["--prompt="], "the prompt is empty"),
+    ("ar", ["--prompt=a", "--sampler=speculative"], "speculation drafts with a diffusion model"),
+    ("diffusion", ["--prompt=a", "--sampler=speculative"], "this model's is joint"),
+    ("shifted", ["--prompt=a", "--sampler=speculative"], "lookahead"),
+    (
+        "frozen",
+        ["--prompt=a", "--sampler=speculative", "--steps=3"],
+        "for sampler=speculative and a diffusion checkpoint",
+    ),
+    ("frozen", ["--infill=[[2]]", "--sampler=ar"], "infill needs a sampler that fills gaps; sampler=ar and"),
     ("ar", ["--prompt=" + "a" * 13], "13 tokens and the target 12, the model's block_size is 24: a prompt of"),
     ("ar", ["--prompt=a\udcff"], "lone surrogate at character 1"),
     ("ar", ["--prompt=a", "--prompt_file=b"], "not both"),
