@@ -1,322 +1,341 @@
-"""How fast the code is: each line of the table is a ratio of two systems that are timed in turn on this machine.
+"""How fast the two decoders are: AR and diffusion of the same weights, both as fast as we can make them, timed in turn.
 
-    python -m eval.speed --out=results/speed_basics.json --nanogpt=PATH      # PATH: a checkout of karpathy/nanoGPT
-    python -m eval.speed --quick --only=decode
+    python -m eval.speed --quick                                        # a small shape, under two minutes on 2 cores
+    python -m eval.speed --out=results/speed_gpt2.json                  # GPT-2 small; the same command again goes on
+    python -m eval.speed --device=cuda --minutes=4 --out=results/gpu/speed_decode.json
+    python -m eval.speed --init_from=CKPT --ar_from=CKPT --task=translation    # quality beside speed
+    python -m eval.speed --peers=FOLDER                                 # beside others' loops: see eval/peers.py
 
-    train   an AR training step against nanoGPT's own model and optimizer, same shape and settings
-    unroll  a diffusion training step of two passes against an AR step of the same model and tokens
-    decode  AR decoding with the cache against transformers' generate, same weights, same tokens out
-    prefix  a diffusion decoding step after a long frozen prefix against one after a short prefix
-
-Other work on the machine slows both systems of a pair, so the ratio of neighbours is kept, not the ratio of means.
+Random weights that never end a text, so every text has its full length: AR spends a call a token, diffusion a call a
+step. What a longer text of fewer tokens would save shows with a checkpoint only. Compiled is fast.speed_up; the first
+call, which compiles, is timed apart. A table, a picture beside the JSON, one JSON line last.
 """
 
-import importlib.util
-import os
-import statistics
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 
 import torch
-from torch import nn
 
-import autoregressive
-import diffusion
 from configurator import configure, run
-from cost import forward_flops
-from data.objectives import Batch
-from device import autocast
-from draws import draws_for
+from device import pick_device
 from eval.common import environment, write_json
-from model import ModelConfig, Transformer, model_settings
-from train import PARADIGMS, TrainConfig, make_optimizers
+from eval.decoders import ADAPTIVE, Checkpoints, Networks, Part, Setting, Shapes, System, integrate_ar, write
+from eval.limits import ar_work, diffusion_work, gemm_line, loop_line, prefix_line
+from eval.peers import peer_lines
+from eval.speed_table import crossover_table, crossovers, quality_key, rows_of, table
+from eval.timing import Line, alternate, ceilings, clock, header, peak_bytes
 
 
 @dataclass
 class SpeedConfig:
-    nanogpt: str = ""  # a checkout of github.com/karpathy/nanoGPT; empty: the line train is left out
-    out: str = ""  # where the raw times go, as JSON; empty: nowhere
-    only: str = "train,unroll,decode,prefix"  # the lines to measure
-    quick: bool = False  # fewer runs and shorter texts: minutes
-    runs: int = 7  # timed runs of each system, after one that is not counted (quick: 3)
+    out: str = ""  # the JSON, each finished cell at once, and beside it the picture; empty: nowhere
+    quick: bool = False  # a shape of 6 layers, two lengths
+    device: str = "auto"  # auto | cpu | cuda | mps
+    dtypes: str = "float32,bfloat16"  # of weights and activations on both sides
+    batches: str = ""  # empty: 1,8 on a CPU, 1,8,32 elsewhere
+    lengths: str = ""  # tokens; empty: 64 to 4,096
+    minutes: float = 0.0  # begin nothing new after that; 0: no limit
+    runs: int = 3  # timed runs of a system at a setting, beyond those that warm up
+    patience: float = 40.0  # seconds for the runs of one system at one setting; a slow one gets fewer, at least one
+    peers: str = ""  # a folder of checkouts to run beside ours, see eval/peers.py
+    init_from: str = ""  # a diffusion checkpoint: its own lengths, its quality beside its speed
+    ar_from: str = ""  # the AR checkpoint it is compared with
+    task: str = "exact_match"  # translation | qa | code | exact_match: what quality means
+    n: int = 100  # texts that are scored with a checkpoint
     threads: int = 0  # 0: what torch takes
     seed: int = 1337
 
 
-GPT2_BLOCK = dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False, tie_weights=True)
-JOINT = dict(paradigm="diffusion", prefix_attention="joint", target_attention="bidirectional")
-FROZEN = JOINT | dict(prefix_attention="bidirectional")
+STEPS = (10, 20, 50)
+# Rows x tokens that are decoded whole. Beyond it 3 steps are timed, and on a CPU AR in three places.
+WHOLE, WHOLE_ON_GPU = 2048, 32768
 
 
-@dataclass
-class Shapes:
-    """The sizes that are measured. Tests pass smaller ones."""
-
-    six: dict = field(default_factory=lambda: dict(n_layer=6, n_head=6, n_embd=384, vocab_size=256) | GPT2_BLOCK)
-    gpt2: dict = field(default_factory=lambda: dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257) | GPT2_BLOCK)
-    small: dict = field(default_factory=lambda: dict(n_layer=4, n_head=4, n_embd=128, vocab_size=288))  # train.py's own
-    batch: dict = field(default_factory=lambda: dict(six=(16, 256), gpt2=(2, 256), small=(32, 108)))  # rows, tokens
-    prompt: int = 64  # tokens before the generated ones
-    long_prompt: int = 1024
-    new: int = 256  # generated tokens
-    decode_batches: tuple = (1, 8)
-
-
-@dataclass
-class Line:
-    """One row of the table: the seconds of `system` over those of `base`, or the inverse where a rate is asked for."""
-
-    name: str  # which of the four questions
-    case: str  # shape, dtype, batch
-    system: str
-    base: str
-    target: str  # what we want of the ratio
-    times: dict[str, list[float]]  # seconds of each run, in the order they were taken
-    warmup: dict[str, float]  # seconds of the run before them
-    rate: bool = False  # the ratio is of speeds, base seconds / system seconds: above 1 is faster
-    note: dict = field(default_factory=dict)  # tokens, network calls and what else belongs to the numbers
-
-    @property
-    def ratios(self) -> list[float]:
-        pairs = zip(self.times[self.system], self.times[self.base])
-        return [b / a if self.rate else a / b for a, b in pairs]
-
-    def record(self) -> dict:
-        """Everything, raw and summed up, for the JSON file."""
-        summary = {name: dict(median=statistics.median(t), low=min(t), high=max(t)) for name, t in self.times.items()}
-        ratio = dict(median=statistics.median(self.ratios), low=min(self.ratios), high=max(self.ratios))
-        return asdict(self) | dict(seconds=summary, ratios=self.ratios, ratio=ratio)
-
-    def __str__(self) -> str:
-        r, seconds = self.record()["ratio"], {name: statistics.median(t) for name, t in self.times.items()}
-        spread = f"{r['median']:6.3f}  ({r['low']:.3f} .. {r['high']:.3f})"
-        pair = f"{self.system} {seconds[self.system]:.3f} s, {self.base} {seconds[self.base]:.3f} s"
-        return f"{self.name:7s} {self.case:20s} {spread:26s} {self.target:8s} {pair}"
+def plan(cfg: SpeedConfig, shapes: Shapes, device: torch.device, compiles: bool) -> list[tuple[Setting, list[System]]]:
+    """The blocks in order of what they tell: a run that is cut short has the most telling ones."""
+    cpu = device.type == "cpu"
+    batches = _numbers("batches", cfg.batches) or ([1] if cfg.quick else [1, 8] if cpu else [1, 8, 32])
+    lengths = _numbers("lengths", cfg.lengths) or (shapes.lengths[:2] if cfg.quick else shapes.lengths)
+    blocks = []
+    first = lengths[:3]
+    for tier in (first, lengths[3:]):
+        for batch, dtype, length in ((b, d, n) for b in batches for d in dtypes_of(cfg) for n in tier):
+            if cpu and length > shapes.learned and (batch > 1 or length < max(lengths)):
+                continue  # hours
+            full = not cpu or (dtype == "float32" and batch == 1 and length in first and length <= shapes.learned)
+            blocks.append((Setting(dtype, batch, length), systems(batch * length, full, cpu, compiles)))
+    return blocks
 
 
-def main(argv: list[str], shapes: Shapes | None = None) -> list[dict]:
-    """Measure, print and write what argv asks for; returns the lines as they are in the JSON file."""
-    cfg, shapes = configure(SpeedConfig, argv), shapes or Shapes()
-    unknown = set(cfg.only.split(",")) - set(LINES)
-    if unknown:
-        raise ValueError(f"--only: there are {', '.join(LINES)}; got {', '.join(sorted(unknown))}")
+def dtypes_of(cfg: SpeedConfig) -> list[str]:
+    """The number formats that are asked for."""
+    dtypes = ["float32"] if cfg.quick else cfg.dtypes.split(",")
+    if not set(dtypes) <= {"float32", "bfloat16"}:
+        raise ValueError(f"--dtypes: there are float32, bfloat16; got {cfg.dtypes!r}")
+    return dtypes
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise ValueError(f"--{name} wants numbers with commas between them, got {text!r}") from None
+
+
+def systems(tokens: int, everything: bool, cpu: bool, compiles: bool) -> list[System]:
+    """What is timed in turn at a setting of so many tokens, all rows together.
+
+    A GPU runs 10, 20 and 50 steps. On a CPU the steps of one run of 10 tell of 20 and 50, and so does a run of 3 on
+    either where the canvas is wide.
+    """
+    limit = WHOLE if cpu else WHOLE_ON_GPU
+
+    def diffusers(candidates: int = 1, **what) -> list[System]:
+        if tokens * candidates > limit:
+            return [System(steps=3, tells=STEPS, candidates=candidates, **what)]
+        if cpu:
+            return [System(steps=10, tells=STEPS, candidates=candidates, **what)]
+        return [System(steps=n, tells=(n,), candidates=candidates, **what) for n in STEPS]
+
+    compiled = (False, True) if compiles else (False,)
+    found = [System("AR", c) for c in compiled]
+    found += [one for c in compiled for one in diffusers(kind="frozen", compiled=c)]
+    if everything:
+        for c in compiled:
+            found += diffusers(kind="joint", compiled=c)
+            found += diffusers(kind="frozen", compiled=c, conditioned=True)
+            found += diffusers(kind="frozen", compiled=c, candidates=8)
+            n = ADAPTIVE["steps"]
+            found.append(System("frozen", c, 3 if cpu or tokens > limit else n, (n,), adaptive=True))
+    return found
+
+
+def systems_of(subject: Checkpoints, compiles: bool) -> list[System]:
+    """What is timed of a checkpoint: every number of steps is run whole, for its texts end where they end."""
+    found = []
+    for compiled in (False, True) if compiles else (False,):
+        found += [System("AR", compiled)] if ("AR", False) in subject.models else []
+        what = dict(kind=subject.kind, compiled=compiled, conditioned=subject.conditioned)
+        for candidates in (1, 8):
+            found += [System(steps=n, tells=(n,), candidates=candidates, **what) for n in STEPS]
+            n = ADAPTIVE["steps"]
+            found.append(System(steps=n, tells=(n,), candidates=candidates, adaptive=True, **what))
+    return found
+
+
+def main(argv: list[str], shapes: Shapes | None = None, speed_up: Callable | None = None) -> dict:
+    """Measure, print and write what argv asks for; returns what the JSON line holds.
+
+    speed_up: makes the compiled form of a model; fast.speed_up where it is not given.
+    """
+    cfg, shapes, speed_up = configure(SpeedConfig, argv), shapes or Shapes(), speed_up or _compiler()
+    if cfg.task not in TASKS:
+        raise ValueError(f"--task: there are {', '.join(TASKS)}; got {cfg.task!r}")
+    if cfg.ar_from and not cfg.init_from:
+        raise ValueError("--ar_from goes with --init_from, the diffusion checkpoint that it is compared with")
+    began, device = time.time(), pick_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if cfg.quick:
-        cfg.runs, shapes = min(cfg.runs, 3), replace(shapes, new=min(shapes.new, 32))
-    about = dict(command=" ".join(["python -m eval.speed", *argv]), seed=cfg.seed, **environment())
-    about["load_before"] = os.getloadavg()[0]
+    if cfg.init_from:
+        subject = Checkpoints(cfg.init_from, cfg.ar_from, cfg.n, device)
+        ours = systems_of(subject, bool(speed_up))
+        blocks = [(Setting("float32", B, subject.length), ours) for B in sorted({1, len(subject.prefixes)})]
+    else:
+        blocks = plan(cfg, shapes, device, bool(speed_up))
+        shape = shapes.six if cfg.quick else shapes.gpt2
+        subject = Networks(shape, shapes, max(shapes.new, *(setting.length for setting, _ in blocks)), device, cfg.seed)
+    result, save = _open(cfg, argv, shapes)
     print(" | ".join(f"{key} {value}" for key, value in environment().items()))
-    print(f"{'line':7s} {'case':20s} {'ratio, median (range)':26s} {'target':8s} median seconds")
-    lines = []
-    for name in cfg.only.split(","):
-        for line in LINES[name](cfg, shapes):
-            print(line, flush=True)
-            lines.append(line.record())
-    about["load_after"] = os.getloadavg()[0]
-    if cfg.out:
-        write_json(cfg.out, about | {"lines": lines})
-        print(f"raw times: {cfg.out}")
-    return lines
+    todo = [partial(measure, setting, ours, subject, cfg, device, speed_up) for setting, ours in blocks]
+    if cfg.init_from:
+        todo.append(partial(score, ours, cfg))
+    else:
+        todo.insert(1, partial(measure_lines, shapes, subject, cfg, device, speed_up))
+    for task in todo:
+        if cfg.minutes and time.time() - began > 60 * cfg.minutes:
+            print(f"--minutes={cfg.minutes:g} are over; the same command goes on from here")
+            break
+        task(result, save)
+    else:
+        result["finished"] = True
+    result["rows"] = rows_of(list(result["cells"].values()), result["ceilings"], result["quality"])
+    result["crossovers"] = crossovers(result["rows"])
+    save()
+    _show(result, cfg)
+    return result
 
 
-def in_turn(systems: dict[str, Callable], runs: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """(seconds of each run, seconds of the warm-up) of each system, A B C, C B A, A B C ...
-
-    A system is called without arguments. Where it returns a float, that is its time; else the clock is read around it.
-    """
-
-    def timed(system):
-        start = time.perf_counter()
-        said = system()
-        return said if isinstance(said, float) else time.perf_counter() - start
-
-    warmup = {name: timed(system) for name, system in systems.items()}
-    times = {name: [] for name in systems}
-    for k in range(runs):
-        for name in list(systems)[:: -1 if k % 2 else 1]:
-            times[name].append(timed(systems[name]))
-    return times, warmup
-
-
-def train_lines(cfg: SpeedConfig, shapes: Shapes) -> Iterator[Line]:
-    """Ours and nanoGPT's training step: 256 tokens read a row, 255 or 256 scored, gradient clipping, the loss read."""
-    if not cfg.nanogpt:
-        print("train   left out: needs --nanogpt=PATH, a checkout of github.com/karpathy/nanoGPT")
-        return
-    for name in ("six", "gpt2"):
-        shape, (B, T) = getattr(shapes, name), shapes.batch[name]
-        for dtype in ("float32", "bfloat16"):
-            systems = dict(
-                ours=our_step(cfg, shape, batch_of(shape, B, 0, T, cfg.seed), dtype),
-                nanoGPT=nanogpt_step(cfg, shape, B, T, dtype),
-            )
-            note = dict(tokens_per_step=B * T)
-            yield Line("train", f"{name} {dtype}", "ours", "nanoGPT", ">= 1", *in_turn(systems, cfg.runs), True, note)
-
-
-def unroll_lines(cfg: SpeedConfig, shapes: Shapes) -> Iterator[Line]:
-    """A diffusion step, two passes over joint attention, in AR steps over the same tokens: half prefix, half target."""
-    for name in ("small", "six", "gpt2"):
-        shape, (B, T) = getattr(shapes, name), shapes.batch[name]
-        batch = batch_of(shape, B, T - T // 2, T // 2, cfg.seed)
-        systems = dict(
-            AR=our_step(cfg, shape, batch),
-            diffusion=our_step(cfg, shape | JOINT, batch),
-            conditioned=our_step(cfg, shape | JOINT | dict(self_conditioning=True), batch),
-        )
-        times, warmup = in_turn(systems, cfg.runs)
-        note = dict(tokens_per_step=B * T, unroll_steps=TrainConfig.unroll_steps)
-        for system in ("diffusion", "conditioned"):
-            yield Line("unroll", name, system, "AR", "<= 2.1", times, warmup, note=note)
-
-
-def decode_lines(cfg: SpeedConfig, shapes: Shapes) -> Iterator[Line]:
-    """Greedy decoding of a fixed number of tokens with the key-value cache, the same weights on both sides."""
+def _compiler() -> Callable | None:
     try:
-        theirs = gpt2_of_transformers(shapes.gpt2, shapes.prompt + shapes.new + 1, cfg.seed)
+        from fast import speed_up
     except ImportError:
-        print("decode  left out: needs transformers (pip install transformers)")
+        print("compiled systems left out: there is no fast.py")
+        return None
+    torch._dynamo.config.recompile_limit = 64  # past it, what is called compiled would run eagerly without a word
+    return speed_up
+
+
+def _open(cfg: SpeedConfig, argv: list[str], shapes: Shapes) -> tuple[dict, Callable[[], None]]:
+    """(the result so far, what writes it). Raises ValueError where the file is of another run."""
+    same = {k: v for k, v in environment().items() if k in ("hardware", "torch", "threads")}
+    same |= dict(shapes=asdict(shapes), quick=cfg.quick, seed=cfg.seed, checkpoints=[cfg.init_from, cfg.ar_from])
+    same = json.loads(json.dumps(same))
+    result = dict(command="", header=same, cells={}, lines=[], ceilings=[], quality={}, finished=False)
+    if cfg.out and Path(cfg.out).exists():
+        found = json.loads(Path(cfg.out).read_text(encoding="utf-8"))
+        differs = [name for name in same if found.get("header", {}).get(name) != same[name]]
+        if differs:
+            raise ValueError(
+                f"{cfg.out} is of another run (other {', '.join(differs)}): name another --out, or delete it"
+            )
+        result |= found
+        print(f"{cfg.out}: {len(result['cells'])} cells are there already")
+    result |= dict(command=" ".join(["python -m eval.speed", *argv]), seed=cfg.seed, **environment())
+    return result, lambda: write_json(cfg.out, result) if cfg.out else None
+
+
+def measure(setting, ours, subject, cfg: SpeedConfig, device, speed_up, result: dict, save: Callable) -> None:
+    """Time the systems that have no finished cell at this setting, in turn."""
+    cells, began, calls, works = result["cells"], time.time(), {}, {}
+    missing = {key: s for s in ours if not _done(cells.get(key := f"{astuple(setting)} {s.name} {s.steps}"))}
+    if not missing:
         return
-    settings = model_config(shapes.gpt2 | dict(bias=True, activation="gelu_tanh"), shapes.prompt, shapes.new + 1)
-    ours = copy_weights(theirs, Transformer(ModelConfig(**settings)).eval())
-    options = dict(max_new_tokens=shapes.new, do_sample=False, pad_token_id=0)
-    for B in shapes.decode_batches:
-        prefix = batch_of(shapes.gpt2, B, shapes.prompt, 1, cfg.seed).prefix
-        prompt = torch.cat([prefix, torch.full((B, 1), ours.cfg.sep_id)], dim=1)  # ours reads the separator itself
-        real = torch.ones_like(prompt)
-        calls = dict(
-            ours=partial(autoregressive.generate, ours, prefix, autoregressive.SamplerConfig()),
-            transformers=partial(theirs.generate, prompt, attention_mask=real, **options),
-        )
-        said = {name: call() for name, call in calls.items()}
-        same = (said["ours"].tokens == said["transformers"][:, -shapes.new :]).float().mean().item()
-        note = dict(new_tokens=shapes.new, network_calls=int(said["ours"].calls[0]), share_of_equal_tokens=same)
-        times, warmup = in_turn(calls, cfg.runs)
-        yield Line("decode", f"gpt2 batch {B}", "ours", "transformers", "<= 1.1", times, warmup, note=note)
+    if device.type == "cuda":  # each length gets programs of its own shapes, not one that was made for all of them
+        subject.forget_compiled()
+        torch.compiler.reset()
+    result["ceilings"].append(dict(dtype=setting.dtype, **ceilings(device, setting.dtype)))
+    for key, system in missing.items():
+        cell = asdict(setting) | asdict(system) | dict(name=system.name, position=subject.position(setting.length))
+        cell |= dict(runs=[], wanted=0, integrated=False, block=began, commit=result["commit"], real=subject.real)
+        cells[key] = cell
+        try:
+            calls[key], works[key] = prepare(system, setting, subject, device, speed_up, cell)
+        except RuntimeError as error:  # torch's own are: what does not fit into memory is a finding
+            cell["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    prepared = time.time()
+    for key, seconds, said, wanted in alternate(calls, cfg.runs, cfg.patience, device):
+        run = dict(seconds=seconds / len(subject.prompts(setting))) | said
+        cells[key]["runs"].append(run)
+        cells[key] |= dict(wanted=wanted, work=works[key](run["calls"]))
+        save()
+    print(
+        f"{setting.dtype} batch {setting.batch} length {setting.length}: {len(calls)} systems timed in "
+        f"{time.time() - prepared:.0f} s after {prepared - began:.0f} s of first calls, which compile",
+        flush=True,
+    )
 
 
-def prefix_lines(cfg: SpeedConfig, shapes: Shapes) -> Iterator[Line]:
-    """One step of a sampler that rewrites all slots: what a longer frozen prefix adds to it."""
-    steps, systems, flops = 3, {}, {}
-    settings = model_config(shapes.gpt2 | FROZEN, shapes.long_prompt, shapes.new)
-    model = Transformer(ModelConfig(**settings)).eval()
-    sampler = diffusion.SamplerConfig(steps=steps, candidates=1)
-    for length in (shapes.long_prompt, shapes.prompt):
-        prefix = batch_of(shapes.gpt2, 1, length, 1, cfg.seed).prefix
-
-        systems[f"prefix {length}"] = partial(one_step, model, prefix, sampler)
-        flops[length] = forward_flops(model.cfg, length, shapes.new) - forward_flops(model.cfg, length, 0)
-    ratio = flops[shapes.long_prompt] / flops[shapes.prompt]
-    note = dict(network_calls=steps, target_tokens=shapes.new, flops_ratio=ratio)
-    yield Line("prefix", "gpt2 frozen", *systems, "<= 1.35", *in_turn(systems, cfg.runs), note=note)
+def _done(cell: dict | None) -> bool:
+    return cell is not None and ("failed" in cell or 0 < cell["wanted"] <= len(cell["runs"]))
 
 
-def one_step(model, prefix, sampler: diffusion.SamplerConfig) -> float:
-    """Median seconds of a sampling step, reading the prefix not counted."""
-    at = []  # the hook's first call comes after the prefix was read, the others after each step
-    diffusion.generate(model, prefix, sampler, on_step=lambda *_: at.append(time.perf_counter()))
-    return statistics.median(b - a for a, b in zip(at, at[1:]))
+def prepare(system: System, setting, subject, device, speed_up, cell: dict) -> tuple[Callable, Callable]:
+    """(the call that is timed, warmed up; the work that so many calls are). First call and memory go into cell."""
+    prompts, model = subject.prompts(setting), subject.get(replace(system, compiled=False), setting)
+    (B, P), L, cuda = prompts[0].shape, setting.length, device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    decoder = subject.get(system, setting, speed_up)
+    steps = 3 if cuda else 1 + system.conditioned  # a graph is recorded on the second call or the third
+    part = Part(decoder, 3, L + 1) if system.kind == "AR" else decoder
+    warm = partial(write, replace(system, steps=min(system.steps, steps)), part, prompts[:1])
+    cell["first_call"], _ = clock(warm, device)
+    kept = torch.cuda.memory_allocated(device) - before if cuda else 0
+    cell["memory"] = kept + peak_bytes(warm, device) + sum(p.numel() * p.element_size() for p in model.parameters())
+    if system.kind != "AR":
+        work = [astuple(part) for part in diffusion_work(model, P, L, B, system.candidates)]
+        return partial(write, system, decoder, prompts, by_step=system.tells != (system.steps,)), lambda calls: work
+    cell["integrated"] = device.type == "cpu" and B * L > WHOLE
+    call = partial(integrate_ar if cell["integrated"] else partial(write, system), decoder, prompts)
+    return call, lambda calls: [astuple(ar_work(model, P, calls, B))]
 
 
-LINES = {"train": train_lines, "unroll": unroll_lines, "decode": decode_lines, "prefix": prefix_lines}
+def measure_lines(shapes: Shapes, subject: Networks, cfg, device, speed_up, result: dict, save: Callable) -> None:
+    """The lines beside the table: the loop's share of decoding, the matmuls' share of a call, a long prefix; peers."""
+    print(header())
+    there = {(line["name"], line["case"]) for line in result["lines"]}
+    cases = {case for _, case in there}
+
+    def keep(line: Line) -> None:
+        print(line, flush=True)
+        result["lines"].append(line.record())
+        save()
+
+    for dtype in dtypes_of(cfg):
+        for (name, case), make in line_makers(dtype, shapes, subject, cfg.runs, device, speed_up).items():
+            if (name, case) not in there:
+                keep(make(case))
+        if cfg.peers:
+            for line in peer_lines(Path(cfg.peers), subject, Setting(dtype, 1, shapes.new), cfg.runs, speed_up, cases):
+                keep(line)
 
 
-def model_config(shape: dict, prefix: int, target: int) -> dict:
-    """All settings of a model of that shape. Its last three ids are pad, separator and mask."""
-    V = shape["vocab_size"]
-    special = dict(n_ordinary=V - 3, pad_id=V - 3, sep_id=V - 2, mask_id=V - 1)
-    return special | dict(block_size=max(2, prefix + target), target_length=target) | shape
+def line_makers(dtype: str, shapes: Shapes, subject: Networks, runs: int, device, speed_up) -> dict:
+    """(name, case) -> what makes that line."""
+    here = Setting(dtype, 1, shapes.new)
+    model = subject.get(System("frozen"), here)
+    short, many, long = (
+        subject.prompt(*size) for size in ((1, shapes.prompt), (8, shapes.prompt), (1, shapes.long_prompt))
+    )
+
+    def loop(prefix, case):
+        return loop_line(model, prefix, 3, runs, case, device)
+
+    def gemm(compiled, case):
+        decoder = subject.get(System("frozen", compiled), here, speed_up)
+        return gemm_line(model, decoder, short, runs, case, ceilings(device, dtype)["flops"], device)
+
+    found = {("loop", f"{dtype} batch 1"): partial(loop, short), ("loop", f"{dtype} batch 8"): partial(loop, many)}
+    found |= {("gemm", f"{dtype} eager"): partial(gemm, False)}
+    found |= {("gemm", f"{dtype} compiled"): partial(gemm, True)} if speed_up else {}
+    return found | {("prefix", dtype): lambda case: prefix_line(model, [long, short], runs, case, device)}
 
 
-def batch_of(shape: dict, rows: int, prefix: int, target: int, seed: int) -> Batch:
-    """Random ordinary tokens: speed does not depend on what they say."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(shape["vocab_size"] - 3, (rows, prefix + target), generator=generator)
-    return Batch(ids[:, :prefix], ids[:, prefix:], torch.arange(rows))
+TASKS = ("translation", "qa", "code", "exact_match")
 
 
-def our_step(cfg: SpeedConfig, shape: dict, batch: Batch, dtype: str = "float32") -> Callable[[], None]:
-    """One optimizer step as train.py makes it."""
-    sizes = model_config(shape, batch.prefix.shape[1], batch.target.shape[1])
-    settings = TrainConfig(**sizes, dtype=dtype, optimizer="adamw")
-    torch.manual_seed(cfg.seed)
-    model = Transformer(ModelConfig(**model_settings(asdict(settings))))
-    optimizers, losses, cpu = make_optimizers(model, settings), PARADIGMS[settings.paradigm].losses, torch.device("cpu")
-
-    def step():
-        total = 0.0
-        with autocast(cpu, dtype):
-            for term in losses(model, batch, settings, draws_for(cfg.seed, batch.example)):
-                term.backward()
-                total += term.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        float(total)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    return step
+def score(ours: list[System], cfg: SpeedConfig, result: dict, save: Callable) -> None:
+    """The task's metrics under each setting of a sampler; compiled systems say the same and are not asked again."""
+    task = import_module(f"eval.{cfg.task}")
+    for system in ours:
+        if system.compiled or (key := quality_key(asdict(system), system.steps)) in result["quality"]:
+            continue
+        checkpoint = cfg.ar_from if system.kind == "AR" else cfg.init_from
+        flags = dict(init_from=checkpoint, n=cfg.n, seed=cfg.seed, device=cfg.device) | asdict(system.sampler)
+        with redirect_stdout(StringIO()):  # it prints a table of its own
+            said = task.main([f"--{name}={value}" for name, value in flags.items()])
+        metrics = [name for name in said if f"{name}_interval" in said or name == "exact_match"]
+        result["quality"][key] = {name: said[name] for name in metrics}
+        save()
 
 
-def nanogpt_step(cfg: SpeedConfig, shape: dict, rows: int, tokens: int, dtype: str) -> Callable[[], None]:
-    """One optimizer step as nanoGPT's train.py makes it, with the model and the optimizer of its model.py."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(cfg.nanogpt) / "model.py")
-    theirs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(theirs)
-    sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    torch.manual_seed(cfg.seed)
-    with redirect_stdout(StringIO()):  # it reports its parameter counts
-        model = theirs.GPT(theirs.GPTConfig(block_size=tokens, dropout=0.0, bias=False, **sizes))
-        t = TrainConfig
-        optimizer = model.configure_optimizers(t.weight_decay, t.learning_rate, (t.beta1, t.beta2), "cpu")
-    ids = batch_of(shape, rows, 0, tokens + 1, cfg.seed).target
-    read, expected = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+def _show(result: dict, cfg: SpeedConfig) -> None:
+    print(table(result["rows"]))
+    if any(one["ratios"].keys() != {result["rows"][0]["length"]} for one in result["crossovers"]):
+        print("\nratio to the fastest AR at each length, above 1 is faster; from the crossover on diffusion is")
+        print(crossover_table(result["crossovers"]))
+    print(NOTES)
+    if cfg.out and result["rows"]:
+        try:
+            from eval.plots import plot_speed
 
-    def step():
-        with autocast(torch.device("cpu"), dtype):
-            loss = model(read, expected)[1]
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), TrainConfig.grad_clip)
-        loss.item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+            plot_speed(result["rows"], Path(cfg.out).with_suffix(".png"))
+        except ValueError as error:  # without matplotlib the table is whole
+            print(error)
+    print(json.dumps({name: value for name, value in result.items() if name not in ("cells", "rows", "lines")}))
 
 
-def gpt2_of_transformers(shape: dict, positions: int, seed: int) -> nn.Module:
-    """A random GPT-2 that never ends a text: our three special ids have zero embeddings, never the likeliest."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    torch.manual_seed(seed)
-    model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=positions, eos_token_id=None, bos_token_id=None)).eval()
-    with torch.no_grad():
-        model.transformer.wte.weight[-3:] = 0
-    return model
-
-
-@torch.no_grad()
-def copy_weights(theirs: nn.Module, ours: Transformer) -> Transformer:
-    """ours with the weights of a GPT2LMHeadModel, whose matrices are stored (in, out)."""
-    stack = theirs.transformer
-    pairs = [(ours.tok, stack.wte), (ours.pos, stack.wpe), (ours.norm, stack.ln_f)]
-    turned = []
-    for block, other in zip(ours.blocks, stack.h):
-        pairs += [(block.norm1, other.ln_1), (block.norm2, other.ln_2)]
-        turned += [(block.attn.qkv, other.attn.c_attn), (block.attn.proj, other.attn.c_proj)]
-        turned += [(block.mlp.up, other.mlp.c_fc), (block.mlp.down, other.mlp.c_proj)]
-    for mine, other in pairs + turned:
-        mine.weight.copy_(other.weight.T if (mine, other) in turned else other.weight)
-        if getattr(mine, "bias", None) is not None:
-            mine.bias.copy_(other.bias)
-    return ours
+NOTES = """
+~: scaled from fewer steps, or AR integrated from three places. calls: of a text, all candidates counted. peak: weights
+and the most that a call allocates beside them. share of floor: of the longer of FLOPs at the matmul rate and bytes at
+the bandwidth, the best of both in this run. ceilings allow: the ratio to AR if both stood on their floors. Random
+weights never settle: adaptive rows run all their steps. The first call, which compiles, is not in any of this."""
 
 
 if __name__ == "__main__":

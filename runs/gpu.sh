@@ -30,6 +30,15 @@ mfu() { # training speed of GPT-2 small, AR and unrolled diffusion, compiled and
   for run in out/gpu/mfu_*; do cp "$run/log.jsonl" "results/gpu/$(basename "$run").jsonl"; done
 }
 
+decode() { # decode speed, 64 to 4,096 tokens, batch 1, 8 and 32: a part of it; repeat until nothing is left
+  python -m eval.speed --device=cuda --minutes=4 --out=results/gpu/speed_decode.json
+}
+
+quality() { # the same of the quickstart's two checkpoints (bash quickstart.sh), quality beside speed
+  python -m eval.speed --device=cuda --init_from=out/ar2diff_3_finetune/ckpt.pt --ar_from=out/ar_finetune/ckpt.pt \
+    --task=translation --out=results/gpu/speed_quality.json
+}
+
 study() { # nine minutes of the three tables at small scale; repeat until the status is 0
   bash runs/ar2diff.sh
 }

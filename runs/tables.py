@@ -13,6 +13,8 @@ from pathlib import Path
 
 from configurator import configure, run
 from eval.common import markdown
+from eval.speed_table import crossover
+from eval.speed_table import label as called
 from runs.jobs import plain
 from runs.study import TRIED
 
@@ -120,9 +122,11 @@ def tried_table(folder: Path) -> str:
 
 
 def speed_table(folder: Path) -> str:
-    """The lines of eval.speed, from speed_*.json: ratios of neighbours in time, median and range."""
-    rows, origins = [], []
+    """Of speed_*.json: ratios of AR's seconds to diffusion's by length, then the lines of neighbours in time."""
+    rows, origins, decoding = [], [], []
     for result in (json.loads(path.read_text()) for path in sorted(folder.glob("speed_*.json"))):
+        if result.get("crossovers"):
+            decoding.append(decode_table(result))
         for line in result["lines"]:
             r, systems = line["ratio"], (line["system"], line["base"])
             pair = ", ".join(f"{name} {line['seconds'][name]['median']:.3g} s" for name in systems)
@@ -135,10 +139,57 @@ def speed_table(folder: Path) -> str:
             rows.append([*cells, pair])
         where = f"{result['hardware']}, {result['threads']} threads, torch {result['torch']}, commit {result['commit']}"
         origins.append(f"`{result['command']}`, seed {result['seed']}; {where}.")
-    if not rows:
+    if not rows and not decoding:
         return "(not measured yet)"
-    table = markdown(["line", "case", "ratio, median (range)", "aim", "median seconds"], rows)
-    return "\n\n".join([table, *origins])
+    lines = [markdown(["line", "case", "ratio, median (range)", "aim", "median seconds"], rows)] if rows else []
+    return "\n\n".join([*decoding, *lines, *origins])
+
+
+def decode_table(result: dict) -> str:
+    """A line for each system: seconds of the fastest AR, then how many times as fast diffusion is, by length.
+
+    result: the JSON of eval.speed. Of the eager and the compiled form of a setting the faster one stands here.
+    """
+    rows, lengths = result["rows"], sorted({row["length"] for row in result["rows"]})
+    unfinished = "" if result["finished"] else " (not finished)"
+    table = []
+    for dtype, batch in dict.fromkeys((row["dtype"], row["batch"]) for row in rows):
+        here = [row for row in rows if (row["dtype"], row["batch"]) == (dtype, batch) and row["times"]]
+        ar = _fastest([row for row in here if row["kind"] == "AR"])
+        cells = [
+            f"{'~' * row['scaled']}{row['seconds']['median']:.3g} s ({row['share']:.0%})" if row else ""
+            for row in map(ar.get, lengths)
+        ]
+        table.append([dtype, f"{batch}", "AR: seconds (share of its floor)", *cells, ""])
+        groups: dict[str, list[dict]] = {}
+        for row in here:
+            if row["kind"] != "AR":
+                groups.setdefault(called(row | dict(name=row["name"].replace(", compiled", ""))), []).append(row)
+        for name, group in groups.items():
+            best = {n: row for n, row in _fastest(group).items() if "ratio" in row}
+            cells = [
+                f"{'~' * row['scaled']}{row['ratio']['median']:.2f}" if row else "" for row in map(best.get, lengths)
+            ]
+            crossing = crossover({n: row["ratio"]["median"] for n, row in best.items()}) if best else ""
+            table.append([dtype, f"{batch}", name, *cells, crossing])
+    header = [
+        "dtype",
+        "batch",
+        f"AR seconds / diffusion seconds{unfinished}",
+        *(f"{n:,}" for n in lengths),
+        "crossover",
+    ]
+    return markdown(header, table)
+
+
+def _fastest(rows: list[dict]) -> dict[int, dict]:
+    """length -> the fastest of the rows."""
+    found: dict[int, dict] = {}
+    for row in rows:
+        other = found.get(row["length"])
+        if other is None or row["seconds"]["median"] < other["seconds"]["median"]:
+            found[row["length"]] = row
+    return found
 
 
 def origin(folder: Path) -> str:

@@ -277,7 +277,7 @@ def test_batching_and_company_change_no_draw(noise):
 
 def test_ar_likelihood_equals_transformers():
     transformers = pytest.importorskip("transformers")
-    from eval.speed import copy_weights
+    from eval.peers import copy_weights
 
     torch.manual_seed(0)
     sizes = dict(vocab_size=19, n_embd=16, n_layer=2, n_head=2)

@@ -46,9 +46,17 @@ MAY_IMPORT = {
     "eval.sandbox_child": "",
     "eval.common": "configurator device autoregressive diffusion speculative checkpoint "
     "data.objectives data.loader data.mini data.text_file eval.metrics",
+    "eval.timing": "data.objectives",
+    "eval.limits": "cost diffusion draws eval.timing",
+    "eval.decoders": "ar2diff autoregressive checkpoint data.loader diffusion eval.limits eval.timing model",
+    "eval.speed_table": "eval.common eval.limits eval.timing",
+    "eval.peers": "autoregressive diffusion eval.decoders eval.timing model",
     # level 4
     "eval.*": "configurator device draws model cost autoregressive diffusion checkpoint ar2diff train sample data.* "
     "eval.common eval.metrics eval.sandbox eval.python_code eval.exact_match",
+    "eval.train_speed": "configurator data.objectives device draws eval.common eval.timing model train",
+    "eval.speed": "configurator device eval.plots eval.common eval.decoders eval.limits eval.peers eval.speed_table "
+    "eval.timing fast",
     # level 5
     "eval.tables": "*",
     "runs.*": "*",
