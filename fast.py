@@ -10,11 +10,15 @@ network of GPT-2 small's shape (python -m eval.speed):
                                  product reaches a third of it. On CUDA buffers and shapes are fixed: a CUDA graph.
     a canvas on a CPU            left to the library, which is at its limit there; in bfloat16 attention is two matrix
                                  products, half the time of the fused kernel
-    a canvas on CUDA             compiled
+    a canvas on CUDA             compiled, its steps replayed from a CUDA graph
     N candidates of a prompt     read the one copy of its prefix that there is
 
-The first call of each kind compiles: tens of seconds.
+The first call of each kind compiles: tens of seconds. What is for CUDA has not been run on a GPU yet.
 """
+
+from collections.abc import Callable
+from copy import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,7 @@ from encdec import build_model
 from model import KVCache, Transformer
 
 FEW = {torch.float32: 8, torch.bfloat16: 4}  # rows up to which a matrix is read faster than it is multiplied
+MANY = 256  # forms that one process may compile: torch stops at 8, and 1 to 8 rows of one network are as many
 
 
 def speed_up(model: Transformer) -> "Fast":
@@ -43,16 +48,18 @@ class Fast:
         self.token_model.load_state_dict(model.state_dict(), assign=True)
         if not on_cuda:
             _read_by_rows(self.token_model)
-        mode = "reduce-overhead" if on_cuda else "default"  # CUDA graphs
+        blocks, head = self.token_model._run_blocks, self.token_model.head.forward
         # Shapes that change (the length that was read) are variables; each number of rows is compiled once.
-        self.blocks = torch.compile(self.token_model._run_blocks, fullgraph=True, dynamic=not fixed, mode=mode)
-        self.head = torch.compile(self.token_model.head.forward, fullgraph=True, dynamic=False, mode=mode)
-        self.canvas_blocks = torch.compile(model._run_blocks) if on_cuda else model._run_blocks
+        self.blocks = Compiled(blocks, model._run_blocks, fullgraph=True, dynamic=not fixed)
+        self.head = model.head if on_cuda else Compiled(head, model.head, fullgraph=True, dynamic=False)
+        self.canvas_blocks = Compiled(model._run_blocks, model._run_blocks) if on_cuda else model._run_blocks
+        self.record = record if on_cuda else None
 
+    @torch.no_grad()
     def encode(self, prefix: Tensor, room: int = 0) -> KVCache:
         """See Transformer.encode."""
         cache = self.plain.encode(prefix, room)
-        if type(cache) is not KVCache or cache.prefix is not None:
+        if type(cache) is not KVCache:
             return cache
         other = FastCache(len(cache.k), cache.room)
         other.__dict__.update(cache.__dict__)
@@ -62,6 +69,7 @@ class Fast:
                     buffer[:, :, cache.length :] = 0
         return other
 
+    @torch.no_grad()
     def decode(
         self,
         cache: KVCache,
@@ -76,7 +84,8 @@ class Fast:
         if one_token and isinstance(cache, FastCache) and cache.length and self._is_few(len(target)):
             return self._next_token(cache, target)
         plain, eager = self.plain, self.plain._run_blocks
-        plain._run_blocks = self.canvas_blocks
+        replayed = self.record and not append and opened is None and isinstance(cache, FastCache)
+        plain._run_blocks = partial(self._canvas, cache) if replayed else self.canvas_blocks
         try:
             return plain.decode(cache, target, append, estimate, opened)
         finally:
@@ -89,9 +98,7 @@ class Fast:
         """Logits (B, 1, V) after one more token (B, 1), which is filed."""
         x = self.plain._embed(token, 0, None)
         if self.fixed:
-            x, rope, mask = self._place_in_fixed_buffers(x, cache)
-            x = self.blocks(x, rope, mask, False, cache).clone()  # the graph's own memory is overwritten by the next
-            cache.at = None
+            x = self._replay(cache, "token", self._token, *self._place_in_fixed_buffers(x, cache))
         else:
             x = self.blocks(*self.plain._place(x, cache, "causal", None), cache)
         cache.length += 1
@@ -99,20 +106,87 @@ class Fast:
             cache.real = torch.cat([cache.real, torch.ones_like(token, dtype=torch.bool)], dim=1)
         return self.head(x)
 
+    def _token(self, cache: "FastCache", x, rope, mask, at) -> Tensor:
+        cache.at = at
+        x = self.blocks(x, rope, mask, False, cache)
+        cache.at = None
+        return x
+
+    def _canvas(self, owner: "FastCache", x, rope, mask, causal, cache) -> Tensor:
+        """The blocks over a canvas, as Transformer calls them. cache: the owner, or None where its prefix is joint."""
+
+        def blocks(view, x, rope, mask):
+            return self.canvas_blocks(x, rope, mask, causal, None if cache is None else view)
+
+        return self._replay(owner, (x.shape, owner.length, causal), blocks, x, rope, mask)
+
+    def _replay(self, cache: "FastCache", key, f: Callable, *tensors) -> Tensor:
+        """f(cache, *tensors), on CUDA from a graph that lives and dies with the cache: its buffers stay in place."""
+        if self.record is None:
+            return f(cache, *tensors)
+        if key not in cache.graphs:
+            view = copy(cache)  # the same buffers; the cache itself would hold a graph that holds the cache
+            view.graphs = None
+            cache.graphs[key] = self.record(partial(f, view), tensors)
+        return cache.graphs[key](*tensors)
+
     def _place_in_fixed_buffers(self, x: Tensor, cache: "FastCache"):
         """As Transformer._place, for attention over whole buffers: what is not written yet is masked."""
         (B, _, _), S, capacity = x.shape, cache.length, cache.k[0].shape[2]
         if S + 1 > self.cfg.block_size:
             raise ValueError(f"{S + 1} tokens are longer than the model's block_size {self.cfg.block_size}")
-        cache.at = torch.full((1,), S, device=x.device)
-        real = torch.arange(capacity, device=x.device)[None] <= cache.at  # (1, capacity)
-        position = cache.at[None]  # (1, 1)
+        at = torch.full((1,), S, device=x.device)
+        real = torch.arange(capacity, device=x.device)[None] <= at  # (1, capacity)
+        position = at[None]  # (1, 1)
         if cache.real is not None:
             real = real.expand(B, -1) & F.pad(cache.real, (0, capacity - S), value=True)
             position = cache.real.sum(1, keepdim=True)  # padding takes no position
         if self.cfg.position == "learned":
-            return x + self.plain.pos(position), None, real[:, None, None]
-        return x, self.plain.rope[:, position].to(x.dtype)[:, :, None], real[:, None, None]
+            return x + self.plain.pos(position), None, real[:, None, None], at
+        return x, self.plain.rope[:, position].to(x.dtype)[:, :, None], real[:, None, None], at
+
+
+class Compiled:
+    """f compiled; where no compiler works, `plain` runs, which computes the same, and a line says so."""
+
+    def __init__(self, f: Callable, plain: Callable, **options):
+        self.quick, self.plain = torch.compile(f, **options), plain
+
+    def __call__(self, *args):
+        if self.quick is not None:
+            try:
+                with torch._dynamo.config.patch(recompile_limit=MANY):
+                    return self.quick(*args)
+            except Exception as error:  # whatever the compiler lacks; what is wrong with args, plain will say
+                reason = str(error).splitlines()[0][:100]
+                print(f"fast.py: not compiled, running eagerly: {reason}")
+                self.quick = None
+        return self.plain(*args)
+
+
+def record(f: Callable, tensors: tuple) -> Callable:
+    """f on CUDA as a graph: one launch where f makes hundreds. Takes new tensors (or None) of the same shapes.
+
+    f runs several times on the tensors it is recorded with, so it must bear that.
+    """
+    inputs = [None if t is None else t.clone() for t in tensors]
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # what compiles or picks a kernel at its first call must have done so
+        f(*inputs)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = f(*inputs)
+
+    def replay(*tensors):
+        for still, new in zip(inputs, tensors):
+            if still is not None:
+                still.copy_(new)
+        graph.replay()
+        return output.clone()  # the graph's own memory is overwritten by its next run
+
+    return replay
 
 
 class FastCache(KVCache):
@@ -123,6 +197,7 @@ class FastCache(KVCache):
         self.at: Tensor | None = None  # (1,): where the next token goes in buffers that are read whole
         self.shared: FastCache | None = None  # the prefixes of B prompts, for B x N rows here
         self.N = 1
+        self.graphs: dict | None = {}  # steps behind this cache that were recorded
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.shared is not None:
@@ -191,8 +266,10 @@ class RowsTimesVector(nn.Module):
         # the rows of the weight and computed anew for each of them.
         flat = x.reshape(rows, width).float().as_strided((rows, width), (width, 1))
         weight = self.weight.float()  # in registers: the sum is float32 whatever the weights are
-        y = torch.stack([(weight * row).sum(-1) for row in flat.unbind(0)]).to(x.dtype)
-        y = y.view(*x.shape[:-1], -1)
+        # Several places of the weight are read at once: a sum that runs through one row has to wait for itself.
+        parts = weight.split(max(1, len(weight) // (4 if rows == 1 else 2)))
+        y = torch.stack([torch.cat([(part * row).sum(-1) for part in parts]) for row in flat.unbind(0)])
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 

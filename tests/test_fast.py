@@ -86,6 +86,31 @@ def test_compiled_texts_are_the_same_and_a_longer_text_is_not_compiled_anew(fixe
     assert counters["stats"]["unique_graphs"] - before <= (2 if fixed else 0)  # a longer prompt has longer buffers
 
 
+@pytest.mark.slow  # ten traces, 8 s
+def test_more_networks_and_numbers_of_rows_than_torch_compiles_by_itself(monkeypatch, capsys):
+    """Its limit is eight forms of a function, whichever network they are of; the ninth stopped the run."""
+    real = torch.compile  # traced as ever, but no code is made: that takes half a minute
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, **options | dict(backend="eager")))
+    torch._dynamo.reset()
+    for width, rows in itertools.product((16, 32), (1, 2, 3, 5, 8)):
+        same(
+            network(n_embd=width, n_layer=1), PREFIX[:1].repeat(rows, 1), autoregressive, autoregressive.SamplerConfig()
+        )
+    assert not capsys.readouterr().out
+
+
+def test_without_a_compiler_the_texts_are_the_same_and_a_line_says_so(monkeypatch, capsys):
+    def no_compiler(f, **options):
+        def run(*args):
+            raise RuntimeError("no g++ here")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    same(network(), PREFIX, autoregressive, autoregressive.SamplerConfig())
+    assert capsys.readouterr().out.splitlines()[0] == "fast.py: not compiled, running eagerly: no g++ here"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [(1, 1), (3, 1), (1, 4)])
 def test_rows_times_a_vector_is_a_matrix_product(rows, dtype):
@@ -147,6 +172,85 @@ def test_attention_as_products_is_attention(slots):
     q, k, v = torch.randn(2, 3, slots, 8), torch.randn(2, 3, slots + 5, 8), torch.randn(2, 3, slots + 5, 8)
     right = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(fast._attend_by_products(q, k, v), right, atol=1e-5, rtol=1e-5)
+
+
+# CUDA graphs
+
+
+class Recorder:
+    """Stands in for fast.record where there is no GPU: a tape that sees new tensors only through its own copies."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, f, tensors):
+        inputs = [None if t is None else t.clone() for t in tensors]
+        f(*inputs)  # to warm up, and once more to record
+        self.recorded, output = self.recorded + 1, f(*inputs)
+
+        def replay(*tensors):
+            for still, new in zip(inputs, tensors):
+                if still is not None:
+                    still.copy_(new)
+            self.replayed += 1
+            output.copy_(f(*inputs))
+            return output.clone()
+
+        return replay
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, PADDED], ids=["full", "padded"])
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_tokens_from_a_recorded_step_are_the_same(position, prefix, eagerly):
+    model = network(position=position)
+    quick = Fast(model, fixed=True)
+    quick.record = tape = Recorder()
+    found = same(model, prefix, autoregressive, autoregressive.SamplerConfig(), quick)
+    assert (tape.recorded, tape.replayed) == (1, found.calls.max())
+    same(model, prefix.flip(0), autoregressive, autoregressive.SamplerConfig(), quick)  # a new cache, a new recording
+    assert tape.recorded == 2
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, PADDED], ids=["full", "padded"])
+@pytest.mark.parametrize("attention", ["bidirectional", "causal", "joint"])
+@pytest.mark.parametrize("N", [1, 3])
+def test_canvases_from_a_recorded_step_are_the_same(N, attention, prefix, eagerly):
+    """Recorded once for each number of rows, whatever the number of steps; for every block anew."""
+    model = network(**CANVAS | dict(prefix_attention=attention, self_conditioning=True))
+    quick = Fast(model, fixed=True)
+    for block in (0, 3) if attention != "joint" else (0,):
+        quick.record = tape = Recorder()
+        cfg = diffusion.SamplerConfig(sampler="resample", steps=4, candidates=N, block_length=block)
+        same(model, prefix, diffusion, cfg, quick)
+        blocks = 3 if block else 1
+        assert tape.recorded <= 2 * blocks and tape.replayed == 4 * blocks  # the first step has no estimate
+
+
+def test_a_recording_goes_when_its_cache_goes(eagerly):
+    """Without waiting for the garbage collector: on a GPU it holds memory."""
+    import weakref
+
+    quick = Fast(network(), fixed=True)
+    quick.record = Recorder()
+    cache = quick.encode(PREFIX, room=4)
+    with torch.no_grad():
+        quick.decode(cache, PREFIX[:, :1], append=True)
+    gone = weakref.ref(cache.graphs["token"])
+    del cache
+    assert gone() is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_texts_are_the_same_on_cuda():
+    cuda = torch.device("cuda")
+    for settings in ({}, CANVAS, CANVAS | dict(prefix_attention="joint", self_conditioning=True)):
+        model = network(**settings).to(cuda)
+        for prefix in (PREFIX, PADDED, PREFIX[:1]):
+            if model.cfg.paradigm == "ar":
+                same(model, prefix.to(cuda), autoregressive, autoregressive.SamplerConfig())
+            else:
+                for sampler in SAMPLERS:
+                    same(model, prefix.to(cuda), diffusion, diffusion.SamplerConfig(sampler=sampler, candidates=2))
 
 
 # Slowness that no output shows
