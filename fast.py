@@ -11,7 +11,7 @@ network of GPT-2 small's shape (python -m eval.speed):
     a canvas on a CPU            left to the library, which is at its limit there; in bfloat16 attention is two matrix
                                  products, half the time of the fused kernel
     a canvas on CUDA             compiled, its steps replayed from a CUDA graph
-    N candidates of a prompt     read the one copy of its prefix that there is
+    N candidates of a prompt     on a CPU read the one copy of its prefix that there is
 
 The first call of each kind compiles: tens of seconds. What is for CUDA has not been run on a GPU yet.
 """
@@ -212,7 +212,7 @@ class FastCache(KVCache):
         if self.shared is not None:
             S, repeat = self.shared.length, q.shape[1] // self.shared.k[layer].shape[1]  # grouped-query attention
             both = (t[layer][:, :, :S].repeat_interleave(repeat, dim=1) for t in (self.shared.k, self.shared.v))
-            return _attend_to_both(q, *both, k, v)
+            return _attend_to_both(q, *both, self.shared.real, k, v, None if mask is None else mask[..., S:])
         if mask is None and not causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] > 1:
             return _attend_by_products(q, k, v)
         return super().attend(q, k, v, mask, dropout, causal, layer)
@@ -222,26 +222,39 @@ class FastCache(KVCache):
             return self.shared.rows(index // self.N)
         N = len(index) // len(self.k[0]) if self.length else 0
         everyone = torch.arange(len(index), device=index.device)
-        if N < 2 or self.real is not None or not torch.equal(index, everyone // N):
+        on_cpu = index.device.type == "cpu"  # the kernel that says how much it saw is this device's
+        nothing = self.real is not None and not bool(self.real.any(1).all())  # a prefix that is padding all through
+        if N < 2 or not on_cpu or nothing or not torch.equal(index, everyone // N):
             return super().rows(index)
         other = FastCache(len(self.k), self.room)
         other.length, other.shared, other.N = self.length, self, N
+        other.real = None if self.real is None else self.real[index]
         return other
 
 
-def _attend_to_both(q: Tensor, shared_k: Tensor, shared_v: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_to_both(q, shared_k, shared_v, real, k, v, mask) -> Tensor:
     """Attention (R, H, T, D) of q to prefixes (B, H, S, D) that R / B rows share and to keys of their own (R, H, T, D).
 
-    The softmax runs over both kinds of scores; the prefix is never repeated.
+    real (B, S) bool: what of a prefix is no padding. mask (R, 1, T, T): of the own keys. Each part is attended to by
+    itself, the prefix by all its rows at once; the parts weigh what their scores' sums of exponentials weigh.
     """
-    (R, H, T, D), (B, _, S, _) = q.shape, shared_k.shape
-    N, q = R // B, q * D**-0.5
+    (R, H, T, D), B = q.shape, len(shared_k)
+    N = R // B
     together = q.view(B, N, H, T, D).transpose(1, 2).reshape(B, H, N * T, D)
-    scores = (together @ shared_k.transpose(2, 3)).view(B, H, N, T, S).transpose(1, 2).reshape(R, H, T, S)
-    p = torch.cat([scores, q @ k.transpose(2, 3)], dim=-1).softmax(-1)  # (R, H, T, S + T)
-    own = p[..., S:] @ v
-    p = p[..., :S].view(B, N, H, T, S).transpose(1, 2).reshape(B, H, N * T, S)
-    return own + (p @ shared_v).view(B, H, N, T, D).transpose(1, 2).reshape(R, H, T, D)
+    there = None if real is None else real[:, None, None].expand(B, 1, N * T, -1)
+    far, far_sum = _attend_and_sum(together, shared_k, shared_v, there)
+    far = far.view(B, H, N, T, D).transpose(1, 2).reshape(R, H, T, D)
+    far_sum = far_sum.reshape(B, H, N, T).transpose(1, 2).reshape(R, H, T)
+    near, near_sum = _attend_and_sum(q, k, v, mask)
+    share = torch.sigmoid(far_sum - near_sum)[..., None]  # (R, H, T, 1)
+    return torch.lerp(near.to(share.dtype), far.to(share.dtype), share).to(q.dtype)
+
+
+def _attend_and_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention (B, H, T, D) and the log of its scores' exponential sum (B, H, T), float32 or finer. No empty rows."""
+    if mask is not None:
+        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

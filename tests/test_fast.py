@@ -152,18 +152,32 @@ def test_diffusion_texts_are_the_same_with_candidates_and_rows_that_leave(settin
         same(model, prefix, diffusion, cfg)
 
 
-def test_candidates_read_one_prefix_and_say_what_they_say_with_copies_of_it():
-    model = network(**CANVAS)
+@pytest.mark.parametrize("prefix", [PREFIX, PADDED], ids=["full", "padded"])
+@pytest.mark.parametrize("settings", [{}, dict(n_kv_head=1), dict(target_attention="causal")], ids=str)
+def test_candidates_read_one_prefix_and_say_what_they_say_with_copies_of_it(settings, prefix):
+    model = network(**CANVAS | settings).double()
     index = torch.arange(3).repeat_interleave(4)
     canvas = torch.randint(0, 20, (12, 9), generator=torch.Generator().manual_seed(1))
     quick = speed_up(model)
-    plain, shared = model.encode(PREFIX, room=9).rows(index), quick.encode(PREFIX, room=9).rows(index)
+    plain, shared = model.encode(prefix, room=9).rows(index), quick.encode(prefix, room=9).rows(index)
     assert len(shared.shared.k[0]) == 3 and shared.k[0] is None  # no prefix twelve times
-    torch.testing.assert_close(quick.decode(shared, canvas), model.decode(plain, canvas), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quick.decode(shared, canvas), model.decode(plain, canvas), atol=1e-10, rtol=1e-10)
+    opened = torch.rand(9, 9, generator=torch.Generator().manual_seed(2)) < 0.5
+    one, other = (m.decode(c, canvas, opened=opened) for m, c in ((quick, shared), (model, plain)))
+    torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
     some = torch.tensor([0, 5, 11])  # the others have left
     one, other = quick.decode(shared.rows(some), canvas[some]), model.decode(plain.rows(some), canvas[some])
-    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    assert quick.encode(PADDED, room=9).rows(index).shared is None  # padding needs a mask: a copy, as without
+    torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
+
+
+def test_a_prefix_of_padding_alone_is_not_shared():
+    """There is nothing in it to attend to: a part of the attention would be 0 / 0."""
+    model, prefix, canvas = network(**CANVAS), torch.tensor([[1, 2, 3], [PAD, PAD, PAD]]), PREFIX[:2].repeat(2, 1)
+    index, quick = torch.arange(2).repeat_interleave(2), speed_up(model)
+    cache = quick.encode(prefix, room=3).rows(index)
+    assert cache.shared is None
+    right = model.decode(model.encode(prefix, room=3).rows(index), canvas)
+    torch.testing.assert_close(quick.decode(cache, canvas), right, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("slots", [16, 600])
