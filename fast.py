@@ -2,14 +2,14 @@
 
     model = speed_up(model)        # then autoregressive.generate, diffusion.generate, .. as before
 
-The result has the methods of model.Transformer and shares its weights. What is faster, measured on two CPU cores and a
-network of GPT-2 small's shape (python -m eval.speed):
+The result has the methods of model.Transformer and shares its weights. What is faster (python -m eval.speed measures
+it):
 
     one token behind a cache     compiled whole; on a CPU every matrix is read as rows times a vector, which a
                                  compiler turns into one pass at the speed of the memory, where the library's matrix
                                  product reaches a third of it. On CUDA buffers and shapes are fixed: a CUDA graph.
-    a canvas on a CPU            left to the library, which is at its limit there; in bfloat16 attention is two matrix
-                                 products, half the time of the fused kernel
+    a canvas on a CPU            left to the library: compiled it gained nothing; in bfloat16 attention is two matrix
+                                 products, which took half the time of the fused kernel
     a canvas on CUDA             compiled, its steps replayed from a CUDA graph
     N candidates of a prompt     on a CPU read the one copy of its prefix that there is
 

@@ -182,6 +182,7 @@ class KVCache:
 
     @staticmethod
     def attend(q, k, v, mask, dropout, causal, layer) -> Tensor:
+        """Attention (B, H, T, D). A cache that keeps keys another way (fast.py) has its own."""
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
 
     def rows(self, index: Tensor) -> "KVCache":

@@ -36,6 +36,7 @@ from configurator import nearest, read_settings, refuse_changes, run
 from data.tokenizer import Tokenizer
 from device import autocast, pick_device
 from model import ModelConfig
+from samplers import SAMPLERS
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 LEFT_TO_RIGHT = {"ar": autoregressive, "speculative": speculative}  # by --sampler, whatever the checkpoint's paradigm
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
     given, _ = read_settings(_AnySetting, argv)
     cfg = SampleConfig(**_settings_of(SampleConfig, given))
     model, tokenizer, _ = load_model(cfg.init_from, pick_device(cfg.device))
-    decoder, sampler = decoder_of(given, model.cfg), sampler_config(given, model.cfg, cfg.init_from)
+    decoder, sampler = decoder_of(model.cfg, given.get("sampler")), sampler_config(given, model.cfg, cfg.init_from)
     device = model.tok.weight.device
     prompt = encode_prompt(read_prompt(given), tokenizer, model.cfg)
     prefix = torch.tensor(prompt, dtype=torch.long, device=device).repeat(cfg.num_samples, 1)  # (B, P)
@@ -112,9 +113,15 @@ def closing_line(out, n_tokens: int, seconds: float, sampler) -> str:
     return f"{speed} | {calls} | score {float(out.score.mean()):.4f}{chosen}"
 
 
-def decoder_of(given: dict, m: ModelConfig):
-    """The module whose SamplerConfig and generate are meant: the paradigm's, unless sampler names another."""
-    return LEFT_TO_RIGHT.get(given.get("sampler"), PARADIGMS[m.paradigm])
+def decoder_of(m: ModelConfig, sampler: str | None):
+    """The module whose SamplerConfig and generate are meant: the paradigm's, unless sampler names another.
+
+    Raises ValueError where there is no sampler of that name.
+    """
+    known = [*SAMPLERS, *LEFT_TO_RIGHT]
+    if sampler is not None and sampler not in known:
+        raise ValueError(f"sampler must be one of {', '.join(known)}; got {sampler!r}{nearest(sampler, known)}")
+    return LEFT_TO_RIGHT.get(sampler, PARADIGMS[m.paradigm])
 
 
 def sampler_config(given: dict, m: ModelConfig, source: str):
@@ -122,7 +129,10 @@ def sampler_config(given: dict, m: ModelConfig, source: str):
     change the model."""
     hint = "a model's settings are fixed in its checkpoint, drop this one"
     refuse_changes(given, asdict(m), f"{source} is a model with", hint)
-    kind, cls = {"ar": "an AR", "diffusion": "a diffusion"}[m.paradigm], decoder_of(given, m).SamplerConfig
+    kind, cls = (
+        {"ar": "an AR", "diffusion": "a diffusion"}[m.paradigm],
+        decoder_of(m, given.get("sampler")).SamplerConfig,
+    )
     if given.get("sampler") in LEFT_TO_RIGHT:
         kind = f"sampler={given['sampler']} and {kind}"
         given = {name: value for name, value in given.items() if name != "sampler"}

@@ -30,9 +30,7 @@ from data.text_file import read_text
 from device import pick_device
 from eval.metrics import Metric, interval, paired
 from eval.metrics import wilson as wilson  # other evaluations ask for it here
-
-PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
-LEFT_TO_RIGHT = {"ar": autoregressive, "speculative": speculative}  # as in sample.py
+from sample import LEFT_TO_RIGHT, decoder_of
 
 
 @dataclass
@@ -66,11 +64,6 @@ def load_for_eval(argv: list[str], base: type = EvalConfig):
 
     both = make_dataclass("Settings", named, bases=(base, sampler), namespace={"__post_init__": check})
     return configure(both, argv), model, tokenizer, state
-
-
-def decoder_of(m, sampler: str | None):
-    """The module whose SamplerConfig and generate are meant: the paradigm's, unless sampler names another."""
-    return LEFT_TO_RIGHT.get(sampler, PARADIGMS[m.paradigm])
 
 
 def _read_any(argv: list[str], base: type) -> dict:

@@ -20,7 +20,6 @@ from eval.common import (
     check_ids,
     choose,
     cost,
-    decoder_of,
     generate_kept,
     held_out,
     jobs_of,
@@ -30,6 +29,7 @@ from eval.common import (
     write_text,
 )
 from eval.metrics import Metric, answer_exact_match, answer_f1, mean
+from sample import decoder_of
 
 
 @dataclass

@@ -38,7 +38,7 @@ class SpeedConfig:
     out: str = ""  # the JSON, each finished cell at once, and beside it the picture; empty: nowhere
     quick: bool = False  # a shape of 6 layers, two lengths
     device: str = "auto"  # auto | cpu | cuda | mps
-    dtypes: str = "float32,bfloat16"  # of weights and activations on both sides
+    dtypes: str = ""  # of weights and activations on both sides; empty: float32,bfloat16, quick: float32
     batches: str = ""  # empty: 1,8 on a CPU, 1,8,32 elsewhere
     lengths: str = ""  # tokens; empty: 64 to 4,096
     minutes: float = 0.0  # begin nothing new after that; 0: no limit
@@ -76,7 +76,7 @@ def plan(cfg: SpeedConfig, shapes: Shapes, device: torch.device, compiles: bool)
 
 def dtypes_of(cfg: SpeedConfig) -> list[str]:
     """The number formats that are asked for."""
-    dtypes = ["float32"] if cfg.quick else cfg.dtypes.split(",")
+    dtypes = (cfg.dtypes or ("float32" if cfg.quick else "float32,bfloat16")).split(",")
     if not set(dtypes) <= {"float32", "bfloat16"}:
         raise ValueError(f"--dtypes: there are float32, bfloat16; got {cfg.dtypes!r}")
     return dtypes
@@ -140,6 +140,8 @@ def main(argv: list[str], shapes: Shapes | None = None, speed_up: Callable | Non
         raise ValueError(f"--task: there are {', '.join(TASKS)}; got {cfg.task!r}")
     if cfg.ar_from and not cfg.init_from:
         raise ValueError("--ar_from goes with --init_from, the diffusion checkpoint that it is compared with")
+    if cfg.peers and not Path(cfg.peers).is_dir():
+        raise ValueError(f"--peers={cfg.peers}: no such folder")
     began, device = time.time(), pick_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -178,7 +180,6 @@ def _compiler() -> Callable | None:
     except ImportError:
         print("compiled systems left out: there is no fast.py")
         return None
-    torch._dynamo.config.recompile_limit = 64  # past it, what is called compiled would run eagerly without a word
     return speed_up
 
 

@@ -19,6 +19,8 @@ from data.objectives import Batch
 
 CPU = torch.device("cpu")
 GPT2_BLOCK = dict(norm="layernorm", activation="gelu", position="learned", qk_norm=False, tie_weights=True)
+SIX = dict(n_layer=6, n_head=6, n_embd=384, vocab_size=256) | GPT2_BLOCK
+GPT2_SMALL = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257) | GPT2_BLOCK
 
 
 def model_config(shape: dict, prefix: int, target: int) -> dict:

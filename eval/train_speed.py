@@ -22,7 +22,7 @@ from data.objectives import Batch
 from device import autocast
 from draws import draws_for
 from eval.common import environment, write_json
-from eval.timing import GPT2_BLOCK, Line, batch_of, header, in_turn, model_config
+from eval.timing import GPT2_SMALL, SIX, Line, batch_of, header, in_turn, model_config
 from model import ModelConfig, Transformer, model_settings
 from train import PARADIGMS, TrainConfig, make_optimizers
 
@@ -44,8 +44,8 @@ JOINT = dict(paradigm="diffusion", prefix_attention="joint", target_attention="b
 class Shapes:
     """The sizes that are measured. Tests pass smaller ones."""
 
-    six: dict = field(default_factory=lambda: dict(n_layer=6, n_head=6, n_embd=384, vocab_size=256) | GPT2_BLOCK)
-    gpt2: dict = field(default_factory=lambda: dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257) | GPT2_BLOCK)
+    six: dict = field(default_factory=lambda: dict(SIX))
+    gpt2: dict = field(default_factory=lambda: dict(GPT2_SMALL))
     small: dict = field(default_factory=lambda: dict(n_layer=4, n_head=4, n_embd=128, vocab_size=288))  # train.py's own
     batch: dict = field(default_factory=lambda: dict(six=(16, 256), gpt2=(2, 256), small=(32, 108)))  # rows, tokens
 

@@ -17,8 +17,9 @@ from data.objectives import collate
 from data.tokenizer import get_tokenizer
 from draws import draws_for
 from eval import common, exact_match, python_code
-from eval.common import PARADIGMS, EvalConfig, environment, generate_texts, load_for_eval, wilson, write_json
+from eval.common import EvalConfig, environment, generate_texts, load_for_eval, wilson, write_json
 from model import ModelConfig, Transformer
+from sample import PARADIGMS
 
 BYTES = get_tokenizer("bytes")
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=64, target_length=24)

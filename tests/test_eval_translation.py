@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import sample
 from checkpoint import save
 from data.loader import write_pairs, write_stream
 from data.mini import examples as mini_examples
@@ -121,7 +122,7 @@ class Stopped(Exception):
 
 def stopping_after(n: int, monkeypatch):
     """Generation that breaks off before batch n."""
-    whole, count = common.PARADIGMS["ar"].generate, iter(range(100))
+    whole, count = sample.PARADIGMS["ar"].generate, iter(range(100))
 
     def generate(*args, **rest):
         if next(count) == n:
@@ -129,7 +130,7 @@ def stopping_after(n: int, monkeypatch):
         return whole(*args, **rest)
 
     fake = SimpleNamespace(generate=generate, SamplerConfig=common.autoregressive.SamplerConfig)
-    monkeypatch.setattr(common, "PARADIGMS", {"ar": fake})
+    monkeypatch.setattr(sample, "PARADIGMS", {"ar": fake})
     return count
 
 

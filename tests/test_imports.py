@@ -39,12 +39,12 @@ MAY_IMPORT = {
     # level 3
     "train": "configurator device draws model encdec cost autoregressive diffusion checkpoint "
     "data.loader data.tokenizer data.objectives",
-    "sample": "configurator device draws model autoregressive diffusion speculative checkpoint "
+    "sample": "configurator device draws model autoregressive diffusion samplers speculative checkpoint "
     "data.tokenizer data.objectives",
     "eval.metrics": "",
     "eval.sandbox": "eval.sandbox_child",
     "eval.sandbox_child": "",
-    "eval.common": "configurator device autoregressive diffusion speculative checkpoint "
+    "eval.common": "configurator device autoregressive diffusion speculative checkpoint sample "
     "data.objectives data.loader data.mini data.text_file eval.metrics",
     "eval.timing": "data.objectives",
     "eval.limits": "cost diffusion draws eval.timing",

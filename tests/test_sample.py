@@ -149,6 +149,7 @@ REFUSED = [
     ("diffusion", ["--prompt=a", "--target_length=9"], "target_length=12, but target_length=9"),
     ("ar", ["--prompt=a", "--infill=[[2]]"], "infill needs a diffusion checkpoint"),
     ("ar", ["--prompt="], "the prompt is empty"),
+    ("frozen", ["--prompt=a", "--sampler=speculatve"], "did you mean 'speculative'?"),
     ("ar", ["--prompt=a", "--sampler=speculative"], "speculation drafts with a diffusion model"),
     ("diffusion", ["--prompt=a", "--sampler=speculative"], "this model's is joint"),
     ("shifted", ["--prompt=a", "--sampler=speculative"], "lookahead"),

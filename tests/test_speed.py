@@ -209,13 +209,15 @@ def test_quick_is_one_number_format_of_a_small_shape(monkeypatch):
     [
         ("--lengths=64;128", "--lengths wants numbers"),
         ("--dtypes=float16", "there are float32, bfloat16"),
+        ("--dtypes=float16 --quick", "there are float32, bfloat16"),
+        ("--peers=nowhere", "--peers=nowhere: no such folder"),
         ("--task=summary", "there are translation, qa, code, exact_match"),
         ("--ar_from=x.pt", "--ar_from goes with --init_from"),
     ],
 )
 def test_what_makes_no_sense_is_told_in_a_line(flag, says):
     with pytest.raises(ValueError, match=says):
-        run(flag)
+        run(*flag.split())
 
 
 def test_bfloat16_and_batches_are_measured_where_asked(monkeypatch):
