@@ -25,9 +25,16 @@ class LossConfig:
     unroll_steps: int = 2  # passes: 1 is plain denoising, 2 is the paper's L(1) + L(2)
     unroll_temperature: float = 0.0  # 0: the next pass reads the argmax (the paper); 1: a sample (SUNDAE)
     self_conditioning_prob: float = 1.0  # share of rows that see the soft answer in the unrolled passes
+    full_noise_prob: float = 0.0  # share of rows that start as a sampler does, from noise alone
+    rate_exponent: float = 1.0  # the other rows' corruption is u ** this, u uniform in (0, 1); below 1: more noise
     ar_weight: float = 0.0  # of the AR loss that is kept beside, for speculative.py: see causal_loss
 
     def __post_init__(self):
+        if not 0 <= self.full_noise_prob <= 1 or not 0 < self.rate_exponent < math.inf:
+            raise ValueError(
+                "full_noise_prob must be in [0, 1] and rate_exponent above 0; got "
+                f"{self.full_noise_prob}, {self.rate_exponent}"
+            )
         if not 0 <= self.ar_weight < math.inf:
             raise ValueError(f"ar_weight must be 0 or more, got {self.ar_weight}")
         if not 1 <= self.unroll_steps <= 16 or self.unroll_temperature < 0 or not 0 <= self.self_conditioning_prob <= 1:
@@ -48,6 +55,12 @@ def corrupt(target: Tensor, rate: Tensor, m, draws: Draws) -> Tensor:
     return torch.where(hit, noise_tokens(value, m), target)
 
 
+def draw_rate(cfg: LossConfig, draws: Draws) -> Tensor:
+    """Corruption rates (B, 1): U(0, 1) per row, unless cfg leans toward the noise that a sampler starts from."""
+    share, kind = draws.uniform(RATE, 1)  # 2 x (B, 1)
+    return torch.where(kind < cfg.full_noise_prob, 1.0, share**cfg.rate_exponent)
+
+
 def readout(logits: Tensor, shift: bool) -> Tensor:
     """Logits (B, T - 1, V) of the slots after the separator: slot i is read at position i, or at i - 1 with shift."""
     return logits[:, :-1] if shift else logits[:, 1:]
@@ -58,11 +71,11 @@ def losses(model, batch, cfg, draws: Draws, rate: Tensor | None = None, opened: 
 
     L(k + 1) reads the model's own answer of pass k, as tokens and, with self-conditioning, as soft embedding beside
     them. No gradient crosses that, so each term may be backpropagated before the next is computed. The prefix stays
-    clean. rate (B, 1): corruption, drawn from U(0, 1) per row where it is not given. opened: see model.attention_mask.
+    clean. rate (B, 1): corruption, drawn per row where it is not given. opened: see model.attention_mask.
     With cfg.ar_weight one more term comes last: that weight times causal_loss.
     """
     m, target = model.cfg, batch.target
-    rate = draws.uniform(RATE, 1)[0] if rate is None else rate  # (B, 1)
+    rate = draw_rate(cfg, draws) if rate is None else rate  # (B, 1)
     canvas, estimate = corrupt(target, rate, m, draws), None
     # As readout pairs them; -100 is not scored. Slicing the logits instead would copy them, forth and back.
     expected = F.pad(target[:, 1:], (0, 1) if m.shift else (1, 0), value=-100)  # (B, T)
@@ -218,8 +231,6 @@ def denoise(
     state = State(canvas, canvas, canvas, torch.full(canvas.shape, -1.0, device=canvas.device), rows < 0, free)
     answers, scores, calls = canvas.clone(), torch.zeros(len(canvas), device=canvas.device), torch.zeros_like(rows)
     moving, left, estimate = rows >= 0, Late(), None  # (R,): rows that have not settled
-    # At a temperature above 0 the plain resampler never knows that it is done (the paper's always runs all steps).
-    may_settle = cfg.sampler != "resample" or cfg.temperature == 0
     if on_step is not None:
         on_step(0, state.canvas, None, rows)
     for step in range(cfg.steps):
@@ -233,9 +244,11 @@ def denoise(
         calls[rows] += moving
         if on_step is not None:
             on_step(step + 1, state.canvas, logits, torch.where(moving, rows, -1))
-        if not last and not may_settle:
+        if not last and not cfg.may_settle:
             continue
         leaving = moving & (state.settled | last)
+        if canvas.device.type == "cpu" and not leaving.any():  # a GPU would wait longer for that than it computes
+            continue
         scores[rows] = torch.where(leaving, nll(logits, state.judged).mean(1), scores[rows])
         answers[rows] = torch.where(leaving[:, None], state.answer, answers[rows])
         moving = moving & ~leaving

@@ -27,7 +27,7 @@ class SamplerConfig:
     ramp_from: float = 0.8  # entropy_bound: temperature at the first step ...
     ramp_to: float = 0.4  # ... and at the last
     entropy_bound: float = 0.1  # nats accepted per step
-    settle_entropy: float = 0.005  # nats a slot: adaptive samplers stop below it once the answer stands still
+    settle_entropy: float = 0.005  # nats a slot: confidence, entropy_bound stop below it when the answer stands still
     block_length: int = 0  # slots of a canvas; 0: one canvas, as wide as the model's target
     max_new_tokens: int = 0  # with block_length: length of the text, which may pass the model's target; 0: that
 
@@ -46,6 +46,11 @@ class SamplerConfig:
         for name in ("temperature", "ramp_from", "ramp_to", "entropy_bound", "settle_entropy"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+    @property
+    def may_settle(self) -> bool:
+        """Whether a row can be done before the last step; the paper's sampler, above temperature 0, never knows."""
+        return {"resample": self.temperature == 0, "argmax_unrolled": True}.get(self.sampler, self.settle_entropy > 0)
 
 
 class State(NamedTuple):
@@ -102,9 +107,10 @@ def confidence(logits: Tensor, state: State, step: int, cfg: SamplerConfig, draw
     drawn = draw_tokens(logits, cfg.temperature, draws.uniform(SAMPLE, logits.shape[1])[0])
     sure = -nll(logits, drawn).masked_fill(~state.free, math.inf)  # (R, S)
     n = (state.free.sum(1, keepdim=True) * (step + 1) / cfg.steps).ceil()
-    after = _commit(logits, _entropy(logits), _rank(sure) < n, drawn, state, cfg, draws, m)
+    answer = drawn if cfg.temperature == 0 else likeliest(logits)
     # Pads are sure first: an answer may stand still while the text has not been begun, so wait for half of the slots.
-    return after._replace(settled=after.settled & (step + 1 >= cfg.steps / 2))
+    entropy = _entropy(logits) if cfg.may_settle and step + 1 >= cfg.steps / 2 else None
+    return _commit(answer, entropy, _rank(sure) < n, drawn, state, cfg, draws, m)
 
 
 @torch.no_grad()
@@ -120,7 +126,7 @@ def entropy_bound(logits: Tensor, state: State, step: int, cfg: SamplerConfig, d
     entropy = _entropy(logits, max(temperature, 1e-6))  # (R, S)
     ordered, order = entropy.masked_fill(~state.free, math.inf).sort(1)
     accept = torch.zeros_like(state.free).scatter(1, order, ordered.cumsum(1) - ordered <= cfg.entropy_bound)
-    return _commit(logits, entropy, accept, drawn, state, cfg, draws, m)
+    return _commit(likeliest(logits), entropy, accept, drawn, state, cfg, draws, m)
 
 
 SAMPLERS: dict[str, Callable] = {
@@ -136,14 +142,17 @@ def _unmasked(tokens, drawn, m) -> Tensor:
     return torch.where(tokens == m.mask_id, drawn, tokens)
 
 
-def _commit(logits, entropy, keep, drawn, state, cfg, draws, m) -> State:
-    # Kept slots hold their drawn token, the others fresh noise; the answer is the argmax of every slot.
+def _commit(answer, entropy, keep, drawn, state, cfg, draws, m) -> State:
+    # Kept slots hold their drawn token, the others fresh noise. Without entropy a row does not settle.
     noise = noise_tokens(draws.uniform(RENOISE, keep.shape[1])[0], m)
     canvas = torch.where(state.free, torch.where(keep, drawn, noise), state.canvas)
-    answer = torch.where(state.free, likeliest(logits), state.canvas)
+    answer = torch.where(state.free, answer, state.canvas)
+    after = state._replace(canvas=canvas, answer=answer, judged=answer, memory=answer.float())
+    if entropy is None:
+        return after
     doubt = entropy.masked_fill(~state.free, 0.0).sum(1) / state.free.sum(1).clamp(min=1)
-    settled = (answer == state.memory.long()).all(1) & (doubt < cfg.settle_entropy)
-    return state._replace(canvas=canvas, answer=answer, judged=answer, memory=answer.float(), settled=settled)
+    still = (answer == state.memory.long()).all(1)
+    return after._replace(settled=still & (doubt < cfg.settle_entropy))
 
 
 def nll(logits: Tensor, tokens: Tensor) -> Tensor:

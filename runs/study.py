@@ -287,12 +287,16 @@ READOUTS = list(TRIED)[:5]
 NETWORKS = list(TRIED)[:9]
 
 
+def ar_of(part: str, seed: int, cfg: StudyConfig) -> Model:
+    """The pretrained AR model of a part, which table_2 plans."""
+    settings = read_settings(TrainConfig, [*SIZES[part].every, *SIZES[part].network])[0]
+    return Model(Path(cfg.out) / part / f"seed{seed}" / "ar" / "ckpt.pt", f"{part}/{seed}/ar", settings)
+
+
 def jobs_tried(part: str, labels: list[str], seed: int, cfg: StudyConfig) -> list[Job]:
     """Each of these lines of TRIED: convert, N steps of adaptation, F on the first task of the part, evaluate."""
     size, plan = SIZES[part], Plan("tried", SIZES[part], seed, cfg)
-    network = read_settings(TrainConfig, [*size.every, *size.network])[0]
-    ar = Model(Path(cfg.out) / part / f"seed{seed}" / "ar" / "ckpt.pt", f"{part}/{seed}/ar", network)
-    task = next(iter(size.tasks))
+    ar, task = ar_of(part, seed, cfg), next(iter(size.tasks))
     for label in labels:
         (settings, flags), name = TRIED[label], f"{task}_{plain(label)}"
         if settings is None:

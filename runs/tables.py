@@ -15,6 +15,7 @@ from configurator import configure, run
 from eval.common import markdown
 from eval.speed_table import crossover
 from eval.speed_table import label as called
+from runs.few_steps import exit_table, ways_table
 from runs.jobs import plain
 from runs.study import TRIED
 
@@ -217,6 +218,8 @@ TABLES = {
     "mini": lambda results: mini_table(results / "study"),
     "python": lambda results: python_table(results / "study"),
     "tried": lambda results: tried_table(results / "study"),
+    "ways": lambda results: ways_table(results / "few_steps"),
+    "exit": lambda results: exit_table(results / "few_steps"),
     "origin": lambda results: origin(results / "study"),
     "speed": speed_table,
 }

@@ -14,7 +14,7 @@ import diffusion
 import samplers
 from data.objectives import Batch
 from diffusion import LossConfig, SamplerConfig, corrupt, generate, loss, losses, readout
-from draws import CANVAS, CONDITION, SAMPLE, UNROLL, Draws, draw_tokens, draws_for, noise_tokens
+from draws import CANVAS, CONDITION, CORRUPT, SAMPLE, UNROLL, Draws, draw_tokens, draws_for, noise_tokens
 from model import ModelConfig, Transformer
 from samplers import SAMPLERS, State
 
@@ -201,6 +201,28 @@ def test_at_unroll_temperature_1_the_second_pass_reads_a_sample():
     logits = babble(None, first)
     assert torch.equal(second[:, 1:], draw_tokens(logits, 1.0, of(4).uniform(UNROLL, S)[0]))
     assert not torch.equal(second[:, 1:], logits.argmax(-1))
+
+
+def test_rates_are_uniform_unless_they_lean_toward_noise():
+    """u ** k lies below x with probability x ** (1 / k); rows that start from noise alone are as many as asked for."""
+    draws = draws_for(3, torch.arange(20_000))
+    plain = diffusion.draw_rate(LossConfig(), draws)
+    assert torch.equal(plain, draws.uniform(diffusion.RATE, 1)[0])
+    shaped = diffusion.draw_rate(LossConfig(rate_exponent=0.5, full_noise_prob=0.25), draws)
+    assert (shaped == 1).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    others = shaped[shaped < 1]
+    assert [(others < x).float().mean().item() for x in (0.3, 0.7)] == pytest.approx([0.09, 0.49], abs=0.01)
+
+
+def test_a_row_that_starts_from_noise_reads_what_a_sampler_would_write():
+    """Canvases of noise alone, unrolled at the sampler's temperature: each pass reads the draw of the one before."""
+    model, cfg = Fake(babble), LossConfig(full_noise_prob=1.0, unroll_steps=3, unroll_temperature=0.2)
+    loss(model, batch(), cfg, of(4))
+    (_, first), (_, second), (_, third) = model.read
+    assert torch.equal(first[:, 1:], noise_tokens(of(4).uniform(CORRUPT, S + 1)[1], model.cfg)[:, 1:])
+    for k, (before, after) in enumerate([(first, second), (second, third)]):
+        drawn = draw_tokens(babble(None, before), 0.2, of(4).uniform(UNROLL, S, k)[0])
+        assert torch.equal(after[:, 1:], drawn)
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["plain", "self_conditioning"])
@@ -545,6 +567,18 @@ def test_adaptive_samplers_stop_where_the_answer_stands_still_and_the_model_is_s
     assert torch.equal(leaving.tokens, staying.tokens) and torch.equal(leaving.tokens, TEXTS[:6])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.2])
+@pytest.mark.parametrize("sampler", ["confidence", "entropy_bound"])
+def test_a_settle_entropy_of_0_runs_every_step_to_the_same_text(sampler, temperature):
+    cfg = SamplerConfig(sampler=sampler, steps=8, candidates=1, temperature=temperature)
+    stops, runs_on = (
+        generate(Fake(truth), torch.arange(6)[:, None], cfg),
+        generate(Fake(truth), torch.arange(6)[:, None], replace(cfg, settle_entropy=0.0)),
+    )
+    assert (stops.calls < 8).all() and (runs_on.calls == 8).all()
+    assert torch.equal(stops.tokens, TEXTS[:6]) and torch.equal(runs_on.tokens, TEXTS[:6])
+
+
 @pytest.mark.parametrize("update_fraction", [0.5, 1.0])
 @pytest.mark.parametrize("sampler", ["resample", "argmax_unrolled"])
 def test_a_row_of_a_network_settles_only_where_no_further_step_would_change_it(sampler, update_fraction, monkeypatch):
@@ -573,6 +607,7 @@ def test_the_defaults_are_those_of_the_paper():
     assert (cfg.sampler, cfg.steps, cfg.temperature, cfg.candidates) == ("resample", 10, 0.2, 8)
     assert cfg.update_fraction == 1.0
     assert (LossConfig().unroll_steps, LossConfig().unroll_temperature) == (2, 0.0)
+    assert (LossConfig().full_noise_prob, LossConfig().rate_exponent) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -581,6 +616,8 @@ def test_the_defaults_are_those_of_the_paper():
         (LossConfig, dict(unroll_steps=0), "unroll_steps must be 1 to 16"),
         (LossConfig, dict(unroll_temperature=-1.0), "unroll_temperature 0 or more"),
         (LossConfig, dict(ar_weight=-0.5), "ar_weight must be 0 or more"),
+        (LossConfig, dict(full_noise_prob=1.1), r"full_noise_prob must be in \[0, 1\]"),
+        (LossConfig, dict(rate_exponent=0.0), "rate_exponent above 0"),
         (LossConfig, dict(self_conditioning_prob=1.5), r"self_conditioning_prob in \[0, 1\]"),
         (SamplerConfig, dict(sampler="ddim"), "resample, argmax_unrolled, confidence, entropy_bound"),
         (SamplerConfig, dict(steps=0), "at least 1"),

@@ -5,8 +5,8 @@ import runpy
 
 import pytest
 
-from runs import quickstart, study, tables
-from runs.jobs import Job, at_step, copy_once, work
+from runs import few_steps, quickstart, study, tables
+from runs.jobs import Job, at_step, copy_once, plain, work
 
 
 def note(folder, word: str) -> list[str]:
@@ -106,6 +106,22 @@ def test_the_study_refuses_a_part_whose_sets_it_would_build_wrongly(part):
     """Bytes of the standard library stood in for GPT-2 tokens of all packages, and no line said so."""
     with pytest.raises(ValueError, match=f"part must be one of all, mini, python, tried; got '{part}'"):
         study.main([f"--part={part}"])
+
+
+def test_few_steps_trains_only_what_the_study_lacks_and_counts_what_it_saves(tmp_path):
+    """Every evaluation has its model; the interval pools the seeds: 9 and 10 right of 10 are 19 of 20."""
+    cfg = few_steps.FewStepsConfig(results=str(tmp_path))
+    jobs = [job for seed in (1, 2, 3) for job in few_steps.jobs_of(seed, cfg)]
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names) and all(name in names for job in jobs for name in job.after)
+    ways, exits = len(few_steps.OURS) + len(few_steps.WAYS), len(few_steps.EXITS) * len(few_steps.EXIT_TASKS)
+    assert len(results_of(jobs)) == ways * len(few_steps.STEPS) * 3 + exits * 3
+    for seed, right, calls in ((1, 0.9, 5.0), (2, 1.0, 3.0)):
+        for label, spent in ((few_steps.FIXED, 50.0), (list(few_steps.EXITS)[2], calls)):
+            result = {"exact_match": right, "n": 10, "calls_per_sample": spent}
+            (tmp_path / f"mini_{seed}_mini_qa_exit_{plain(label)}.json").write_text(json.dumps(result))
+    row = few_steps.exit_table(tmp_path).splitlines()[4]
+    assert [cell.strip() for cell in row.split("|")[4:6]] == ["95.0 (76.4 to 99.1)", "4.00 (12.5x)"]
 
 
 def test_equal_flops_counts_two_passes_a_diffusion_step():
