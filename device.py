@@ -44,6 +44,11 @@ class Late:
         before[1].synchronize()  # it is over already, but for a device that lags by a whole step
         return int(before[0])
 
+    @staticmethod
+    def sees_none(flags: Tensor) -> bool:
+        """Whether none of flags (bool) is set, where it costs nothing to look: elsewhere False."""
+        return flags.device.type == "cpu" and not flags.any()
+
 
 def compile_or_say_why_not(model: nn.Module) -> None:
     """torch.compile the model; where no compiler works, go on eagerly and say so."""

@@ -54,7 +54,7 @@ def peer_lines(
     frozen, joint, ar = get(System("frozen")), get(System("joint")), get(System("AR"))
     for name, (checkout, kind, aim) in PEERS.items():
         here = folder / checkout
-        if f"{name}, {case}" in there:
+        if f"{name}, {case}" in there or (kind != "AR" and setting.batch > 1):  # a row of a canvas fills the machine
             continue
         if not here.is_dir():
             print(f"peer    {name} left out: no folder {here}")

@@ -272,8 +272,9 @@ def measure_lines(shapes: Shapes, subject: Networks, cfg, device, speed_up, resu
         for (name, case), make in line_makers(dtype, shapes, subject, cfg.runs, device, speed_up).items():
             if (name, case) not in there:
                 keep(make(case))
-        if cfg.peers:
-            for line in peer_lines(Path(cfg.peers), subject, Setting(dtype, 1, shapes.new), cfg.runs, speed_up, cases):
+        for batch in (1, 8) if cfg.peers else ():
+            setting = Setting(dtype, batch, shapes.new)
+            for line in peer_lines(Path(cfg.peers), subject, setting, cfg.runs, speed_up, cases):
                 keep(line)
 
 
@@ -288,13 +289,16 @@ def line_makers(dtype: str, shapes: Shapes, subject: Networks, runs: int, device
     def loop(prefix, case):
         return loop_line(model, prefix, 3, runs, case, device)
 
-    def gemm(compiled, case):
-        decoder = subject.get(System("frozen", compiled), here, speed_up)
-        return gemm_line(model, decoder, short, runs, case, ceilings(device, dtype)["flops"], device)
+    def gemm(slots, compiled, case):
+        where = replace(here, length=slots)
+        plain, decoder = (subject.get(System("frozen", c), where, speed_up) for c in (False, compiled))
+        return gemm_line(plain, decoder, short, runs, case, ceilings(device, dtype)["flops"], device)
 
     found = {("loop", f"{dtype} batch 1"): partial(loop, short), ("loop", f"{dtype} batch 8"): partial(loop, many)}
-    found |= {("gemm", f"{dtype} eager"): partial(gemm, False)}
-    found |= {("gemm", f"{dtype} compiled"): partial(gemm, True)} if speed_up else {}
+    for slots in (shapes.new, shapes.learned):
+        where = "" if slots == shapes.new else f" {slots} slots"
+        found |= {("gemm", f"{dtype} eager{where}"): partial(gemm, slots, False)}
+        found |= {("gemm", f"{dtype} compiled{where}"): partial(gemm, slots, True)} if speed_up else {}
     return found | {("prefix", dtype): lambda case: prefix_line(model, [long, short], runs, case, device)}
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from configurator import configure, run
 from eval.common import markdown
-from eval.speed_table import crossover
-from eval.speed_table import label as called
 from runs.few_steps import exit_table, ways_table
 from runs.jobs import plain
+from runs.speed_tables import decode_table, lines_table, quality_table
 from runs.study import TRIED
 
 
@@ -122,77 +121,6 @@ def tried_table(folder: Path) -> str:
     return markdown(header, rows)
 
 
-def speed_table(folder: Path) -> str:
-    """Of speed_*.json: ratios of AR's seconds to diffusion's by length, then the lines of neighbours in time."""
-    rows, origins, decoding = [], [], []
-    for result in (json.loads(path.read_text()) for path in sorted(folder.glob("speed_*.json"))):
-        if result.get("crossovers"):
-            decoding.append(decode_table(result))
-        for line in result["lines"]:
-            r, systems = line["ratio"], (line["system"], line["base"])
-            pair = ", ".join(f"{name} {line['seconds'][name]['median']:.3g} s" for name in systems)
-            cells = [
-                line["name"],
-                line["case"],
-                f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})",
-                line["target"],
-            ]
-            rows.append([*cells, pair])
-        where = f"{result['hardware']}, {result['threads']} threads, torch {result['torch']}, commit {result['commit']}"
-        origins.append(f"`{result['command']}`, seed {result['seed']}; {where}.")
-    if not rows and not decoding:
-        return "(not measured yet)"
-    lines = [markdown(["line", "case", "ratio, median (range)", "aim", "median seconds"], rows)] if rows else []
-    return "\n\n".join([*decoding, *lines, *origins])
-
-
-def decode_table(result: dict) -> str:
-    """A line for each system: seconds of the fastest AR, then how many times as fast diffusion is, by length.
-
-    result: the JSON of eval.speed. Of the eager and the compiled form of a setting the faster one stands here.
-    """
-    rows, lengths = result["rows"], sorted({row["length"] for row in result["rows"]})
-    unfinished = "" if result["finished"] else " (not finished)"
-    table = []
-    for dtype, batch in dict.fromkeys((row["dtype"], row["batch"]) for row in rows):
-        here = [row for row in rows if (row["dtype"], row["batch"]) == (dtype, batch) and row["times"]]
-        ar = _fastest([row for row in here if row["kind"] == "AR"])
-        cells = [
-            f"{'~' * row['scaled']}{row['seconds']['median']:.3g} s ({row['share']:.0%})" if row else ""
-            for row in map(ar.get, lengths)
-        ]
-        table.append([dtype, f"{batch}", "AR: seconds (share of its floor)", *cells, ""])
-        groups: dict[str, list[dict]] = {}
-        for row in here:
-            if row["kind"] != "AR":
-                groups.setdefault(called(row | dict(name=row["name"].replace(", compiled", ""))), []).append(row)
-        for name, group in groups.items():
-            best = {n: row for n, row in _fastest(group).items() if "ratio" in row}
-            cells = [
-                f"{'~' * row['scaled']}{row['ratio']['median']:.2f}" if row else "" for row in map(best.get, lengths)
-            ]
-            crossing = crossover({n: row["ratio"]["median"] for n, row in best.items()}) if best else ""
-            table.append([dtype, f"{batch}", name, *cells, crossing])
-    header = [
-        "dtype",
-        "batch",
-        f"AR seconds / diffusion seconds{unfinished}",
-        *(f"{n:,}" for n in lengths),
-        "crossover",
-    ]
-    return markdown(header, table)
-
-
-def _fastest(rows: list[dict]) -> dict[int, dict]:
-    """length -> the fastest of the rows."""
-    found: dict[int, dict] = {}
-    for row in rows:
-        other = found.get(row["length"])
-        if other is None or row["seconds"]["median"] < other["seconds"]["median"]:
-            found[row["length"]] = row
-    return found
-
-
 def origin(folder: Path) -> str:
     """Where the numbers of the study come from: hardware, versions, commits, as the files say."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
@@ -221,7 +149,10 @@ TABLES = {
     "ways": lambda results: ways_table(results / "few_steps"),
     "exit": lambda results: exit_table(results / "few_steps"),
     "origin": lambda results: origin(results / "study"),
-    "speed": speed_table,
+    "decode": decode_table,
+    "quality": quality_table,
+    "peers": lambda results: lines_table(results, ("peer",)),
+    "lines": lambda results: lines_table(results, ("loop", "gemm", "prefix", "train", "unroll")),
 }
 
 

@@ -296,6 +296,9 @@ class NeverRead:
     def read(self, number):
         return None
 
+    def sees_none(self, flags):
+        return False
+
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 @pytest.mark.parametrize("quick", [False, True])

@@ -1,6 +1,7 @@
 """Others' loops around our network: with checkouts made up here, for theirs are not part of this repository."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,7 @@ def test_a_peer_leaves_nothing_behind(checkouts):
 
 def test_a_line_for_each_peer_and_each_form_of_ours(checkouts, capsys):
     pytest.importorskip("transformers")
-    measure = [checkouts, networks(), SETTING, 1]
+    measure = [checkouts, networks(), replace(SETTING, batch=1), 1]
     lines = list(peers.peer_lines(*measure, speed_up=lambda model: model))
     assert [(line.base, line.system) for line in lines] == [
         *[
@@ -159,5 +160,7 @@ def test_a_line_for_each_peer_and_each_form_of_ours(checkouts, capsys):
     ]
     assert all(line.rate and len(line.ratios) == 1 for line in lines)
     assert not list(peers.peer_lines(*measure, there={line.case for line in lines})), "measured already"
+    many = list(peers.peer_lines(checkouts, networks(), SETTING, 1))
+    assert [line.base for line in many] == ["transformers", "gpt-fast"], "a canvas fills the machine with one row"
     fewer = list(peers.peer_lines(checkouts / "LLaDA", networks(), SETTING, 1))
     assert {line.base for line in fewer} == {"transformers"} and "gpt-fast left out" in capsys.readouterr().out

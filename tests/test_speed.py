@@ -1,8 +1,10 @@
 """The benchmark of decoding runs at tiny sizes; its arithmetic is checked by hand. How fast anything is: results/."""
 
 import json
+import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from eval import decoders, exact_match, limits, plots, speed, timing
 from eval.decoders import GPT2, Networks, Part, Setting, Shapes, System
 from eval.speed_table import crossover, label, rows_of, table
 from model import ModelConfig, Transformer
-from runs.tables import speed_table
+from runs.speed_tables import decode_table, lines_table, quality_table
+from samplers import SAMPLERS
 
 SIZES = dict(n_layer=2, n_head=2, n_embd=16)
 CEILINGS = dict(flops=1e9, bandwidth=1e9)
@@ -79,6 +82,26 @@ def measured(tmp_path_factory):
         return run(*SMALL, f"--out={out}"), out
 
 
+# How slow nothing may become
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_the_loop_around_a_network_costs_less_than_the_network(sampler):
+    """GPT-2's vocabulary and width, two blocks: a softmax in float64, multinomial or a sort would cost several times
+    that. What the loop costs beside twelve blocks is in results/."""
+    shape = GPT2 | dict(n_layer=2, n_head=12, n_embd=768, vocab_size=50_257)
+    model = Networks(shape, Shapes(), 65, timing.CPU, seed=0).get(System("frozen"), Setting("float32", 1, 64))
+    prefix = torch.arange(8)[None]
+    cfg = diffusion.SamplerConfig(sampler=sampler, steps=3, candidates=1)
+    bare = limits.Recorded(model, prefix)
+    systems = dict(loop=partial(diffusion.generate, bare, prefix, cfg))
+    systems["all"] = partial(diffusion.generate, model, prefix, cfg)
+    times, _ = timing.in_turn(systems, 5, timing.CPU)
+    share = statistics.median(a / b for a, b in zip(times["loop"], times["all"]))
+    print(f"{sampler}: {share:.2f}")
+    assert share < 0.5
+
+
 # What is measured
 
 
@@ -123,7 +146,8 @@ def test_the_file_holds_what_was_returned_and_the_picture_lies_beside_it(measure
 
 def test_the_lines_beside_the_table(measured):
     names = {(line["name"], line["case"].removeprefix("float32").strip()) for line in measured[0]["lines"]}
-    assert names == {("loop", "batch 1"), ("loop", "batch 8"), ("gemm", "eager"), ("gemm", "compiled"), ("prefix", "")}
+    gemm = {("gemm", f"{how}{where}") for how in ("eager", "compiled") for where in ("", " 16 slots")}
+    assert names == {("loop", "batch 1"), ("loop", "batch 8"), ("prefix", "")} | gemm
     assert all(line["ratio"]["median"] > 0 for line in measured[0]["lines"])
 
 
@@ -258,6 +282,13 @@ def test_quality_stands_beside_speed(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="is an AR model"):
         run(f"--init_from={tmp_path / 'ar.pt'}")
+    (tmp_path / "speed_quality.json").write_text(json.dumps(result | dict(seed=0)))
+    row = next(line for line in quality_table(tmp_path).splitlines() if "| frozen, 4 steps, 8 candidates" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:3] == ["32.0", f"{said['exact_match']:.4g}"] and decode_table(tmp_path) == "(not measured yet)"
+    fastest = min((r for r in result["rows"] if r["steps"] == 4 and r["candidates"] == 8 and r["batch"] == 1
+                   and not r["adaptive"]), key=lambda r: r["seconds"]["median"])  # fmt: skip
+    assert cells[3:5] == [f"{1000 * fastest['seconds']['median']:.3g}", f"{fastest['ratio']['median']:.2f}"]
 
 
 # Arithmetic
@@ -459,7 +490,7 @@ def test_the_table_of_results_has_the_faster_form_of_each_system(measured, tmp_p
     """Ratio by length and crossover of eval.speed's own JSON, beside the lines of older files."""
     out = tmp_path / "speed_decode.json"
     out.write_text(measured[1].read_text())
-    text = speed_table(tmp_path)
+    text = decode_table(tmp_path)
     found = [
         [part.strip() for part in line.strip("|").split("|")]
         for line in text.splitlines()
@@ -470,7 +501,10 @@ def test_the_table_of_results_has_the_faster_form_of_each_system(measured, tmp_p
     for cell, n in zip(found[0][3:5], (4, 20)):
         fastest = min((row for row in rows if row["length"] == n), key=lambda row: row["seconds"]["median"])
         assert cell == f"{fastest['ratio']['median']:.2f}"
-    assert "| loop " in text and measured[0]["command"] in text
+    assert measured[0]["command"] in text and "| loop " not in text
+    lines = lines_table(tmp_path, ("loop",))
+    assert lines.count("| loop ") == 2 and "| gemm " not in lines and measured[0]["command"] in lines
+    assert quality_table(tmp_path) == "(not measured yet)"
 
 
 def test_the_picture_has_our_lines_and_the_papers_points(measured, monkeypatch, tmp_path):
