@@ -8,9 +8,7 @@
 Every draw is a function of (seed, step, global example index): micro-batches, resuming and evaluation change nothing.
 """
 
-import json
 import math
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -22,7 +20,7 @@ from tqdm import tqdm
 
 import autoregressive
 import diffusion
-from checkpoint import load, save, write_atomically
+from checkpoint import load, save
 from configurator import describe, read_settings, refuse_changes, run
 from cost import num_params, train_flops
 from data.loader import build_if_missing, open_set
@@ -32,10 +30,12 @@ from device import autocast, compile_or_say_why_not, measured_flops, pick_device
 from diffusion import LossConfig
 from draws import EDGES, draws_for
 from encdec import build_model
+from heldout import evaluate, sample_line
 from model import ModelConfig, Transformer, model_settings
+from optimizers import learning_rate_at, make_optimizers
+from run_folder import MAY_CHANGE, Log, StopSignals
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
-RATES = [0.1, 0.3, 0.5, 0.7, 0.9]  # corruption rates of the held-out loss
 
 
 @dataclass
@@ -110,20 +110,6 @@ class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig):
 
 
 OPEN_AT_ZERO = {"block_size", "target_length"}  # 0, also where it is typed: what the data or the checkpoint says
-
-# What a resumed run may be given anew; any other change would make it a different run.
-MAY_CHANGE = {
-    "max_steps",
-    "resume",
-    "init_from",
-    "out_dir",
-    "overwrite",
-    "device",
-    "dtype",
-    "compile",
-    "grad_accum_steps",
-}
-MAY_CHANGE |= {"log_interval", "eval_interval", "eval_batches", "sample_interval", "save_interval"}
 
 
 def main(argv: list[str]) -> dict:
@@ -218,7 +204,7 @@ def main(argv: list[str]) -> dict:
                     checkpoint("best.pt", done)
             log.write(entry)
             if cfg.sample_interval and (done % cfg.sample_interval == 0 or last):
-                tqdm.write(sample_line(model, valid_set, done))
+                tqdm.write(sample_line(model, PARADIGMS[cfg.paradigm], valid_set, done))
             stopping = stop.asked  # read once: a signal that comes now waits for the next step, which will be saved
             if done % cfg.save_interval == 0 or last or stopping:
                 checkpoint("ckpt.pt", done)
@@ -311,37 +297,6 @@ def state_of_origin(cfg: TrainConfig, state: dict | None) -> str:
     return state["converted_from"] if state is not None else cfg.init_from
 
 
-def make_optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
-
-    Weight decay on matrices only. Muon: Jordan et al. 2024, from torch.optim.
-    lr_ratio in a group is its learning rate as a multiple of learning_rate_at.
-    """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    by_muon = [p for name, p in named if cfg.optimizer == "muon" and name.startswith("blocks.") and p.dim() == 2]
-    rest = [p for _, p in named if all(p is not q for q in by_muon)]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay, "lr_ratio": 1.0},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "lr_ratio": 1.0},
-    ]
-    found = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)]
-    if by_muon:
-        group = {"params": by_muon, "weight_decay": cfg.weight_decay, "lr_ratio": cfg.muon_lr_ratio}
-        found.append(torch.optim.Muon([group], lr=cfg.learning_rate, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
-    return found
-
-
-def learning_rate_at(step: int, cfg: TrainConfig) -> float:
-    """Linear warm-up, then constant, or falling to min_lr_ratio at max_steps. Never 0 at step 0."""
-    if step < cfg.warmup_steps:
-        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-    if cfg.schedule == "constant":
-        return cfg.learning_rate
-    share = (step - cfg.warmup_steps) / max(cfg.max_steps - cfg.warmup_steps, 1)  # 0 .. 1
-    fall = 1 - share if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
-    return cfg.learning_rate * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * fall)
-
-
 def open_edges(batch, step: int, cfg: TrainConfig) -> torch.Tensor:
     """Random edges (T, T) open at this step of mask annealing; the share grows linearly (DiffuLLaMA, section 3.2).
 
@@ -351,96 +306,6 @@ def open_edges(batch, step: int, cfg: TrainConfig) -> torch.Tensor:
     # Target first, so that its edges have the same names however long the prefixes of a micro-batch are.
     row = torch.cat([torch.arange(T, T + P), torch.arange(T)]).to(batch.target.device)
     return draws_for(cfg.seed, row, step).uniform(EDGES, P + T)[0][:, row] < (step + 1) / cfg.anneal_steps
-
-
-@torch.no_grad()
-def evaluate(model, valid_set, cfg: TrainConfig) -> dict:
-    """Held-out loss, nats per slot: the AR loss, or the mean of L(1) over fixed corruption rates, and each of them.
-    val_ar_loss: beside it, where ar_weight keeps that loss.
-
-    The same examples and the same noise every time, so that points of one curve and of two runs compare.
-    """
-    model.eval()
-    device, found = model.tok.weight.device, {}
-    for step in range(cfg.eval_batches):
-        batch = valid_set.batch(0, step, cfg.batch_size)
-        batch = type(batch)(*(part.to(device) for part in batch))
-        draws = draws_for(0, batch.example, step)
-        with autocast(device, cfg.dtype):
-            if cfg.paradigm == "ar":
-                terms = {"val_loss": float(autoregressive.loss(model, batch, cfg, draws))}
-            else:
-                terms = diffusion.loss_by_rate(model, batch, cfg, draws, RATES)
-                if cfg.ar_weight:
-                    terms["ar"] = float(diffusion.causal_loss(model, batch))
-        for name, value in terms.items():
-            found[name] = found.get(name, 0.0) + value / cfg.eval_batches
-    if cfg.paradigm == "ar":
-        return found
-    ar = {"val_ar_loss": found.pop("ar")} if cfg.ar_weight else {}
-    return {"val_loss": sum(found.values()) / len(found), "val_loss_by_rate": found} | ar
-
-
-def sample_line(model, valid_set, step: int) -> str:
-    """One held-out prefix and what the model makes of it."""
-    model.eval()
-    paradigm, tokenizer = PARADIGMS[model.cfg.paradigm], get_tokenizer(valid_set.tokenizer_name)
-    prefix = valid_set.batch(0, 0, 8).prefix[:1].to(model.tok.weight.device)
-    tokens = paradigm.generate(model, prefix, paradigm.SamplerConfig()).tokens[0].tolist()
-    tokens = tokens[: tokens.index(tokenizer.pad_id)] if tokenizer.pad_id in tokens else tokens
-    return f"step {step} sample: {tokenizer.decode(prefix[0].tolist())!r} -> {tokenizer.decode(tokens)!r}"
-
-
-class Log:
-    """JSON lines beside the checkpoint. A resumed run drops the lines after its checkpoint: they are written again."""
-
-    def __init__(self, path: Path, first: int):
-        kept = []
-        if first and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the last line of a killed run may be torn
-                if entry["step"] <= first:
-                    kept.append(entry)
-        self.last = kept[-1] if kept else {}
-        write_atomically(path, lambda file: file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode()))
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
-
-    def write(self, entry: dict) -> None:
-        self.file.write(json.dumps(entry) + "\n")
-        self.last = entry
-
-    @staticmethod
-    def line(entry: dict) -> str:
-        rates = "".join(f" {rate}:{value:.3f}" for rate, value in entry.get("val_loss_by_rate", {}).items())
-        ar = f" | AR {entry['val_ar_loss']:.4f}" if "val_ar_loss" in entry else ""
-        return f"step {entry['step']:6d} | loss {entry['loss']:.4f} | held-out {entry['val_loss']:.4f}{rates}{ar}"
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM finish the step, save and stop; a second one stops at once."""
-
-    asked, name = 0, ""
-
-    def __enter__(self):
-        self.before = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._ask)
-        except ValueError:
-            pass  # not the main thread: whoever called us decides about signals
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked, self.name = number, signal.Signals(number).name
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "draws": "",
     "device": "",
     "model": "",
+    "optimizers": "",
     "data.tokenizer": "",
     "data.objectives": "",
     "data.syntax": "",
@@ -27,6 +28,8 @@ MAY_IMPORT = {
     "data.loader": "data.objectives data.tokenizer",
     "checkpoint": "model encdec data.tokenizer",
     # level 2
+    "run_folder": "checkpoint",
+    "heldout": "device draws autoregressive diffusion data.tokenizer",
     "speculative": "device draws samplers diffusion",
     "data.sources": "data.loader data.tokenizer",
     "data.squad": "configurator data.sources data.text_file",
@@ -37,8 +40,8 @@ MAY_IMPORT = {
     "ar2diff": "configurator draws model encdec autoregressive diffusion checkpoint "
     "data.loader data.tokenizer data.objectives",
     # level 3
-    "train": "configurator device draws model encdec cost autoregressive diffusion checkpoint "
-    "data.loader data.tokenizer data.objectives",
+    "train": "configurator device draws model encdec cost autoregressive diffusion checkpoint optimizers run_folder "
+    "heldout data.loader data.tokenizer data.objectives",
     "sample": "configurator device draws model autoregressive diffusion samplers speculative checkpoint "
     "data.tokenizer data.objectives",
     "eval.metrics": "",
