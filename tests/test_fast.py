@@ -180,6 +180,31 @@ def test_a_prefix_of_padding_alone_is_not_shared():
     torch.testing.assert_close(quick.decode(cache, canvas), right, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_of_one_token_is_attention(padded, monkeypatch):
+    shape = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=shape).bfloat16() for n in (1, 7, 7))
+    mask = torch.tensor([[True] * 7, [False] * 3 + [True] * 4])[:, None, None] if padded else None
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
+    torch.testing.assert_close(fast._attend_with_one(q, k, v, mask), expected.bfloat16(), atol=8e-3, rtol=8e-3)
+    monkeypatch.setattr(fast, "ATTEND_WITH_ONE", lambda *args: seen.append(args) or fast._attend_with_one(*args))
+    cache, seen = fast.FastCache(1), []
+    torch.testing.assert_close(cache.attend(q, k, v, mask, 0.0, False, 0), fast._attend_with_one(q, k, v, mask))
+    assert len(seen) == 1
+
+
+@pytest.mark.slow  # the compiler
+def test_attention_of_one_token_is_compiled_once_for_all_lengths():
+    torch._dynamo.reset()
+    for S in (5, 6, 9, 40):
+        q, k, v = torch.randn(2, 3, 1, 16).bfloat16(), *torch.randn(2, 2, 3, S, 16).bfloat16()
+        torch.testing.assert_close(
+            fast.ATTEND_WITH_ONE(q, k, v, None), fast._attend_with_one(q, k, v, None), atol=8e-3, rtol=8e-3
+        )
+    assert fast.ATTEND_WITH_ONE.quick is not None
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the first length is taken for a constant
+
+
 @pytest.mark.parametrize("slots", [16, 600])
 def test_attention_as_products_is_attention(slots):
     torch.manual_seed(0)
