@@ -144,7 +144,8 @@ def main(argv: list[str]) -> None:
     cfg = configure(FewStepsConfig, argv)
     if not cfg.table:
         build_if_missing(Path(SIZES["mini"].folder) / SIZES["mini"].pretrain)
-        run_jobs([job for seed in range(1, cfg.seeds + 1) for job in jobs_of(seed, cfg)], cfg)
+        jobs = [job for seed in range(1, cfg.seeds + 1) for job in jobs_of(seed, cfg)]
+        run_jobs(sorted(jobs, key=lambda job: ("_exit_" not in job.name, "mini_code" in job.name)), cfg)
     folder = Path(cfg.results)
     print(f"{ways_table(folder)}\n\n{exit_table(folder)}")
 
