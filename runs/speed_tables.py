@@ -10,10 +10,11 @@ from eval.speed_table import crossover, label
 NOTHING = "(not measured yet)"
 
 
-def decode_table(folder: Path) -> str:
+def decode_table(folder: Path, short: bool = False) -> str:
     """Seconds of the fastest AR, then how many times as fast each diffusion system is, by length.
 
-    Of the eager and the compiled form of a system the faster one stands here.
+    Of the eager and the compiled form of a system the faster one stands here. short: without 50 steps, and with 20 of
+    the frozen prefix alone.
     """
     tables = []
     for result in _results(folder, lambda result: result.get("cells") and not result["quality"]):
@@ -21,7 +22,10 @@ def decode_table(folder: Path) -> str:
         lines = []
         for dtype, batch in dict.fromkeys((row["dtype"], row["batch"]) for row in rows):
             here = [row for row in rows if (row["dtype"], row["batch"]) == (dtype, batch) and row["times"]]
-            lines += [[dtype, f"{batch}", *cells] for cells in _decode_lines(here, lengths)]
+            for name, *cells in _decode_lines(here, lengths):
+                many = any(part in name for part in ("20 steps", "50 steps", "adaptive"))
+                if not short or not many or name == "frozen, 20 steps":
+                    lines.append([dtype, f"{batch}", name, *cells])
         unfinished = "" if result["finished"] else " (not finished)"
         header = ["dtype", "batch", f"AR seconds / diffusion seconds{unfinished}", *(f"{n:,}" for n in lengths)]
         tables += [markdown([*header, "crossover"], lines), origin(result)]
@@ -58,6 +62,21 @@ def quality_table(folder: Path) -> str:
             lines.append(cells)
         times = [cell for batch in batches for cell in (f"ms a text, batch {batch}", "x AR")]
         tables += [markdown(["decoder", "calls", *metrics, *times], lines), origin(result)]
+    return "\n\n".join(tables) or NOTHING
+
+
+def peers_table(folder: Path) -> str:
+    """How many times as fast as each peer's loop ours is, median and range, by number format and batch."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    tables, cases = [], []
+    for result in _results(folder, lambda result: any(line["name"] == "peer" for line in result["lines"])):
+        for line in (line for line in result["lines"] if line["name"] == "peer"):
+            case, r = line["case"].removeprefix(f"{line['base']}, "), line["ratio"]
+            cases += [case] if case not in cases else []
+            row = cells.setdefault((line["base"], line["system"]), {"aim": line["target"]})
+            row[case] = f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
+        rows = [[*key, row["aim"], *(row.get(case, "") for case in cases)] for key, row in cells.items()]
+        tables += [markdown(["loop", "ours beside it", "aim", *cases], rows), origin(result)]
     return "\n\n".join(tables) or NOTHING
 
 

@@ -15,7 +15,7 @@ from configurator import configure, run
 from eval.common import markdown
 from runs.few_steps import exit_table, ways_table
 from runs.jobs import plain
-from runs.speed_tables import decode_table, lines_table, quality_table
+from runs.speed_tables import decode_table, lines_table, peers_table, quality_table
 from runs.study import TRIED
 
 
@@ -151,7 +151,8 @@ TABLES = {
     "origin": lambda results: origin(results / "study"),
     "decode": decode_table,
     "quality": quality_table,
-    "peers": lambda results: lines_table(results, ("peer",)),
+    "decode, short": lambda results: decode_table(results, short=True),
+    "peers": peers_table,
     "lines": lambda results: lines_table(results, ("loop", "gemm", "prefix", "train", "unroll")),
 }
 

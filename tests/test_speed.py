@@ -21,7 +21,7 @@ from eval import decoders, exact_match, limits, plots, speed, timing
 from eval.decoders import GPT2, Networks, Part, Setting, Shapes, System
 from eval.speed_table import crossover, label, rows_of, table
 from model import ModelConfig, Transformer
-from runs.speed_tables import decode_table, lines_table, quality_table
+from runs.speed_tables import decode_table, lines_table, peers_table, quality_table
 from samplers import SAMPLERS
 
 SIZES = dict(n_layer=2, n_head=2, n_embd=16)
@@ -503,8 +503,26 @@ def test_the_table_of_results_has_the_faster_form_of_each_system(measured, tmp_p
         assert cell == f"{fastest['ratio']['median']:.2f}"
     assert measured[0]["command"] in text and "| loop " not in text
     lines = lines_table(tmp_path, ("loop",))
-    assert lines.count("| loop ") == 2 and "| gemm " not in lines and measured[0]["command"] in lines
-    assert quality_table(tmp_path) == "(not measured yet)"
+    assert lines.count("\n| loop ") == 2 and "| gemm " not in lines and measured[0]["command"] in lines
+    assert quality_table(tmp_path) == peers_table(tmp_path) == "(not measured yet)"
+    short = decode_table(tmp_path, short=True)
+    assert "frozen, 20 steps " in short and "joint, 10 steps " in short
+    assert "50 steps" not in short and "joint, 20 steps" not in short and "50 steps" in text
+
+
+def test_peers_stand_in_a_row_each(tmp_path):
+    def line(system, case, *ratio):
+        r = dict(zip(("median", "low", "high"), ratio))
+        return dict(name="peer", base="LLaDA, temperature 1", system=system, case=case, target=">= 2.0", ratio=r)
+
+    cases = [f"LLaDA, temperature 1, {case}" for case in ("float32 batch 1", "bfloat16 batch 1")]
+    lines = [line("ours", cases[0], 1.9, 1.8, 2.0), line("ours", cases[1], 2.5, 2.4, 2.6)]
+    result = dict(lines=lines, command="c", seed=1, hardware="h", threads=2, torch="t", commit="a", quality={})
+    (tmp_path / "speed_peers.json").write_text(json.dumps(result))
+    row = peers_table(tmp_path).splitlines()[2]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        *("LLaDA, temperature 1", "ours", ">= 2.0", "1.90 (1.80 to 2.00)", "2.50 (2.40 to 2.60)"),
+    ]
 
 
 def test_the_picture_has_our_lines_and_the_papers_points(measured, monkeypatch, tmp_path):
