@@ -79,6 +79,12 @@ def jobs_of(seed: int, cfg: FewStepsConfig) -> list[Job]:
     return ours + plan.jobs
 
 
+def turn(job: Job) -> int:
+    """Where a job stands in line: early exit and what it needs of the study, then ways of training, code last."""
+    way = "/few_" in job.name or (job.name.endswith("_eval") and "_exit_" not in job.name)
+    return way + (way and "mini_code" in job.name)
+
+
 def _ways(plan: Plan, seed: int) -> None:
     size, tasks = plan.size, [task for task, seeds in WAY_TASKS.items() if seed in seeds]
     for label, (settings, flags) in WAYS.items() if tasks else ():
@@ -145,7 +151,7 @@ def main(argv: list[str]) -> None:
     if not cfg.table:
         build_if_missing(Path(SIZES["mini"].folder) / SIZES["mini"].pretrain)
         jobs = [job for seed in range(1, cfg.seeds + 1) for job in jobs_of(seed, cfg)]
-        run_jobs(sorted(jobs, key=lambda job: ("_exit_" not in job.name, "mini_code" in job.name)), cfg)
+        run_jobs(sorted(jobs, key=turn), cfg)
     folder = Path(cfg.results)
     print(f"{ways_table(folder)}\n\n{exit_table(folder)}")
 

@@ -746,6 +746,9 @@ class StepBehind:
         before, self.before = self.before, int(number)
         return before
 
+    def sees_none(self, flags):
+        return False
+
 
 @pytest.mark.parametrize("sampler", ALL)
 def test_a_host_that_is_a_step_behind_gets_the_same_texts_scores_and_calls(sampler, monkeypatch):

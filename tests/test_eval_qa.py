@@ -95,7 +95,7 @@ def test_slots_behind_a_told_length_are_pad_in_every_canvas(monkeypatch):
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**TINY | DIFFUSION)).eval()
     wanted = torch.full((model.cfg.vocab_size,), -9.0).index_fill(0, torch.tensor([ord("x")]), 9.0)
-    monkeypatch.setattr(model, "decode", lambda cache, target, **rest: wanted.expand(*target.shape, -1))
+    monkeypatch.setattr(model, "decode", lambda cache, target, **rest: wanted.expand(*target.shape, -1).clone())
     cfg = make_dataclass("Settings", [], bases=(qa.QaConfig, diffusion.SamplerConfig))(steps=2, candidates=2)
     jobs = [Job(str(i), [65, 66], i, length) for i, length in enumerate((3, 0, 15, -1))]
     found = {job.key: made.text for job, made in _generate(model, BYTES, jobs, cfg)}
