@@ -24,7 +24,8 @@ import torch
 import diffusion
 from checkpoint import load, load_model, write_atomically
 from configurator import configure, run
-from sample import NEWLINE, PAD, UNPRINTABLE, cells, encode_prompt
+from sample import encode_prompt
+from view.cells import NEWLINE, PAD, UNPRINTABLE, spans
 
 # Okabe and Ito 2008, without the yellow, which is lost on white: told apart with every common colour blindness.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -256,9 +257,7 @@ def draw_canvas(rows: list[Row], tokenizer, title: str):
 
 def _cells(ids: list[int], tokenizer) -> list[tuple[str, int, int]]:
     """(text, first slot, slot after the last): the bytes of one character share a cell."""
-    found = cells(ids, range(len(ids)), tokenizer)
-    ends = [first for _, first in found[1:]] + [len(ids)]
-    return [(text.replace("\n", NEWLINE), first, end) for (text, first), end in zip(found, ends)]
+    return [(text.replace("\n", NEWLINE), first, end) for text, first, end in spans(ids, tokenizer)]
 
 
 def _drawable():

@@ -42,8 +42,12 @@ MAY_IMPORT = {
     # level 3
     "train": "configurator device draws model encdec cost autoregressive diffusion checkpoint optimizers run_folder "
     "heldout data.loader data.tokenizer data.objectives",
+    "view.cells": "data.tokenizer",
+    "view.record": "",
+    "view.terminal": "data.tokenizer view.cells view.record",
+    "view.page": "checkpoint data.tokenizer view.record",
     "sample": "configurator device draws model autoregressive diffusion samplers speculative checkpoint "
-    "data.tokenizer data.objectives",
+    "data.tokenizer data.objectives view.*",
     "eval.metrics": "",
     "eval.sandbox": "eval.sandbox_child",
     "eval.sandbox_child": "",
@@ -56,6 +60,7 @@ MAY_IMPORT = {
     "eval.peers": "autoregressive diffusion eval.decoders eval.timing model",
     # level 4
     "eval.*": "configurator device draws model cost autoregressive diffusion checkpoint ar2diff train sample data.* "
+    "view.cells "
     "eval.common eval.metrics eval.sandbox eval.python_code eval.exact_match",
     "eval.train_speed": "configurator data.objectives device draws eval.common eval.timing model train",
     "eval.speed": "configurator device eval.plots eval.common eval.decoders eval.limits eval.peers eval.speed_table "
@@ -67,7 +72,7 @@ MAY_IMPORT = {
 CORE = ("model", "autoregressive", "diffusion", "ar2diff", "train")
 FILES = {
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
-    for pattern in ("*.py", "data/*.py", "eval/*.py", "runs/*.py")
+    for pattern in ("*.py", "data/*.py", "view/*.py", "eval/*.py", "runs/*.py")
     for path in sorted(ROOT.glob(pattern))
     if path.name != "__init__.py"
 }
