@@ -58,9 +58,12 @@ MAY_IMPORT = {
     "eval.decoders": "ar2diff autoregressive checkpoint data.loader diffusion eval.limits eval.timing model",
     "eval.speed_table": "eval.common eval.limits eval.timing",
     "eval.peers": "autoregressive diffusion eval.decoders eval.timing model",
+    "eval.figures": "checkpoint",
+    "eval.plot_runs": "checkpoint eval.figures view.cells",
+    "eval.plot_canvas": "diffusion eval.figures sample view.cells",
+    "eval.plots": "checkpoint configurator eval.figures eval.plot_canvas eval.plot_runs",
     # level 4
     "eval.*": "configurator device draws model cost autoregressive diffusion checkpoint ar2diff train sample data.* "
-    "view.cells "
     "eval.common eval.metrics eval.sandbox eval.python_code eval.exact_match",
     "eval.train_speed": "configurator data.objectives device draws eval.common eval.timing model train",
     "eval.speed": "configurator device eval.plots eval.common eval.decoders eval.limits eval.peers eval.speed_table "
