@@ -60,9 +60,7 @@ class SampleConfig:
     show: bool = False  # draw the first sample step by step: in place on a terminal, else as plain lines
     pause: float = 0.1  # seconds a drawn step stays on a terminal; not counted in tokens/s
     html: str = ""  # write a page of how the first sample came about to this file
-    beside: str = (
-        "auto"  # on the page, too: none | ar: these weights left to right | a checkpoint | auto: see beside_of
-    )
+    beside: str = "auto"  # beside it: none | ar (these weights left to right) | a checkpoint | auto: see beside_of
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -148,7 +146,7 @@ def main(argv: list[str]) -> None:
         lanes = [lane_of(one, watch, out)]
         if other is not None:
             watch = Recorder(other.tokenizer.pad_id, other.growing, other.candidates)
-            lanes.append(lane_of(other, watch, generate(other, text, cfg, 1, watch)[0]))
+            lanes.append(lane_of(other, watch, generate(other, text, cfg, cfg.num_samples, watch)[0]))
         write_page(cfg.html, "How a text comes about", text, page_facts(cfg, model), lanes)
         print(cfg.html, file=sys.stderr)
 
