@@ -57,10 +57,10 @@ def plot_losses(folders: list[str | Path], path: str | Path) -> None:
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     below = 0.2 * (len(samples) + 1) if samples else 0.0  # inches
-    figure = new_figure(WIDTH, 4.6 * rows + below)
-    whole = 4.6 * rows + below
+    whole = (4.6 if rows == 1 else 3.4 * rows) + below
+    figure = new_figure(WIDTH, whole)
     figure.get_layout_engine().set(rect=(0, below / whole, 1, 1 - below / whole))
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels):
         for run in runs:
             if panel.drawn(run):
@@ -70,7 +70,7 @@ def plot_losses(folders: list[str | Path], path: str | Path) -> None:
         plain(axis)
         panel.finish(axis)
         axis.legend(frameon=False, fontsize=9)
-    for axis in list(axes)[len(panels) :] if len(panels) < rows * columns else []:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     drawable = glyphs()
     for i, (text, colour) in enumerate(samples):

@@ -140,7 +140,15 @@ def test_a_picture_of_many_runs_is_written(tmp_path):
     runs = [a_full_run(tmp_path / name, kind) for name, kind in (("a", "ar"), ("b", "diffusion"), ("c", "diffusion"))]
     plots.main([*map(str, runs), f"--out={tmp_path / 'loss.png'}"])
     width, height = size_of(tmp_path / "loss.png")
-    assert width == 1150 and height == pytest.approx(3 * 460 + 20 * (3 * 5 + 1), abs=1)
+    assert width == 1150 and height == pytest.approx(3 * 340 + 20 * (3 * 5 + 1), abs=1)
+
+
+def test_places_without_a_panel_stay_empty(tmp_path, monkeypatch):
+    """Seven panels in three rows of three: the other two are not drawn as empty boxes."""
+    runs = [a_full_run(tmp_path / name, kind) for name, kind in (("a", "ar"), ("b", "diffusion"))]
+    found = panels_of(runs, tmp_path, monkeypatch)
+    assert len(found) == 8 and "" in found  # seven titles and the texts: no axis without a title is visible
+    assert all(axis.has_data() for title, axis in found.items() if title)
 
 
 def test_losses_are_written_whole_and_as_wide_as_a_readme(tmp_path, capsys):
