@@ -69,7 +69,7 @@ def plot_losses(folders: list[str | Path], path: str | Path) -> None:
         axis.set_title(panel.title, loc="left", fontsize=11, color=INK)
         plain(axis)
         panel.finish(axis)
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(fontsize=9, framealpha=0.85, edgecolor="white")
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     drawable = glyphs()

@@ -497,17 +497,26 @@ def test_a_phone_needs_no_sideways_scrolling_and_its_buttons_fit_a_thumb(browser
 
 
 def test_a_large_canvas_is_scrubbed_within_a_tenth_of_a_second(browser, tmp_path):
-    """2,000 slots at 60 steps, there and back and far: the whole of it, with the layout that follows."""
+    """2,000 slots at 60 steps, one step and far: script, style, layout, paint, in the processor time of the page's
+    thread, so that a busy machine changes nothing."""
+
+    def spent() -> float:
+        metrics = {one["name"]: one["value"] for one in browser.ask("Performance.getMetrics")["metrics"]}
+        return metrics["TaskDuration"]
+
     path = tmp_path / "large.html"
     write_page(path, "large", "p", {}, [large_lane()])
     browser.open(path)
-    script = """(() => { const bar = document.getElementById("scrub"), took = [], e = lanes[0].spans[500];
-      for (const to of [1, 2, 3, 30, 31, 60, 0, 59, 12, 45, 44, 43, 60]) {
-        const start = performance.now();
-        bar.value = to; bar.dispatchEvent(new Event("input"));
-        document.body.offsetHeight;
-        took.push(performance.now() - start); }
-      return [took, lanes[0].spans[500] === e, document.querySelectorAll(".tokens span").length]; })()"""
-    took, same, count = browser.run(script)
-    assert same and count == 2000  # nothing is built anew
-    assert sorted(took)[len(took) // 2] <= 100, took
+    browser.ask("Performance.enable", timeDomain="threadTicks")
+    browser.run("window.kept = lanes[0].spans[500]; document.body.offsetHeight")
+    took = []
+    for to in (1, 2, 3, 30, 31, 60, 0, 59, 12, 45, 44, 43, 60):
+        before = spent()
+        drawn = f"""new Promise((done) => {{ const bar = document.getElementById("scrub"); bar.value = {to};
+          bar.dispatchEvent(new Event("input"));
+          requestAnimationFrame(() => setTimeout(() => done(at), 0)); }})"""
+        assert browser.run(drawn) == to
+        took.append(spent() - before)
+    assert 0 < max(took) <= 0.1, took
+    same = "lanes[0].spans[500] === kept && document.querySelectorAll('.tokens span').length"
+    assert browser.run(same) == 2000  # nothing is built anew
