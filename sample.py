@@ -1,9 +1,10 @@
-"""Sampling: a prompt in, text out. AR or diffusion is what the checkpoint is; --show draws how the text comes about.
+"""Sampling: a prompt in, text out. AR or diffusion is what the checkpoint is; --show and --html let you watch it.
 
     python sample.py --init_from=out/run/ckpt.pt --prompt=hello             # text on stdout, the numbers on stderr
     python sample.py --init_from=out/run/ckpt.pt --prompt_file=a.txt --num_samples=4
     echo hello | python sample.py --init_from=out/run/ckpt.pt > answer.txt
-    python sample.py --init_from=out/run/ckpt.pt --prompt=hello --steps=20 --show
+    python sample.py --init_from=out/run/ckpt.pt --prompt=hello --steps=20 --show     # live, in the terminal
+    python sample.py --init_from=out/run/ckpt.pt --prompt=hello --html=out/hello.html # a page to play and scrub
     python sample.py --init_from=out/run/ckpt.pt --infill="def f(x):[[12]]return y"   # diffusion: 12 free slots
     python sample.py --init_from=out/run/ckpt.pt --prompt=hello --sampler=speculative # a diffusion model, read as AR
 
@@ -12,21 +13,18 @@ A file or a pipe loses the one newline at its end, which echo and editors put th
 optional and stdin is not read. The settings of a sampler stand in autoregressive.SamplerConfig,
 diffusion.SamplerConfig and speculative.SamplerConfig; those of the model are the checkpoint's. --sampler=ar reads a
 diffusion model with a prefix of its own left to right; --sampler=speculative says the same in fewer network calls.
+--beside puts a second text on the page, of the same prompt and on the same clock.
 """
 
-import math
-import os
 import re
-import shutil
 import sys
 import time
-import unicodedata
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from itertools import groupby, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 import autoregressive
 import diffusion
@@ -35,8 +33,13 @@ from checkpoint import load_model
 from configurator import nearest, read_settings, refuse_changes, run
 from data.tokenizer import Tokenizer
 from device import autocast, pick_device
-from model import ModelConfig
+from draws import Generated
+from model import ModelConfig, Transformer
 from samplers import SAMPLERS
+from view.cells import harmless
+from view.page import Lane, write_page
+from view.record import Recorder
+from view.terminal import Show
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 LEFT_TO_RIGHT = {"ar": autoregressive, "speculative": speculative}  # by --sampler, whatever the checkpoint's paradigm
@@ -54,8 +57,10 @@ class SampleConfig:
     seed: int = 1337
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "float32"  # float32 | bfloat16 (autocast)
-    show: bool = False  # draw the first sample step by step: in place on a terminal, else (or with NO_COLOR) lines
+    show: bool = False  # draw the first sample step by step: in place on a terminal, else as plain lines
     pause: float = 0.1  # seconds a drawn step stays on a terminal; not counted in tokens/s
+    html: str = ""  # write a page of how the first sample came about to this file
+    beside: str = "auto"  # beside it: none | ar (these weights left to right) | a checkpoint | auto: see beside_of
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -64,6 +69,10 @@ class SampleConfig:
             raise ValueError(f"num_samples must be 1 or more, got {self.num_samples}")
         if not 0 <= self.pause <= 60:
             raise ValueError(f"pause must be 0 to 60 seconds, got {self.pause}")
+        if self.show and self.html:
+            raise ValueError("give --show or --html, not both: the page has the times of a run that nothing else slows")
+        if self.beside != "auto" and not self.html:
+            raise ValueError("beside puts a second text on a page; name the page with --html=FILE")
 
 
 @dataclass
@@ -73,36 +82,134 @@ class _AnySetting(
     """Every name that can be typed. Which of them fit is known when the checkpoint is read."""
 
 
+class Reading(NamedTuple):
+    """A checkpoint and the way it is decoded."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    decoder: object  # autoregressive | diffusion | speculative: the module whose generate is called
+    sampler: object  # its SamplerConfig
+    template: list[int] | None = None  # (T - 1) ids of an infilling, -1 where a slot is free
+
+    @property
+    def growing(self) -> bool:
+        return self.decoder is autoregressive
+
+    @property
+    def candidates(self) -> int:
+        return getattr(self.sampler, "candidates", 1)
+
+    @property
+    def given(self) -> list[bool]:
+        """Which slots stand fixed."""
+        length = getattr(self.sampler, "max_new_tokens", 0) or self.model.cfg.target_length - 1
+        return [False] * length if self.template is None else [i >= 0 for i in self.template]
+
+    @property
+    def title(self) -> str:
+        if self.growing:
+            same = "the diffusion model" if self.model.cfg.paradigm == "diffusion" else "autoregressive"
+            return f"{same}, left to right"
+        return "speculative" if self.decoder is speculative else f"diffusion, {self.sampler.sampler}"
+
+
 def main(argv: list[str]) -> None:
     given, _ = read_settings(_AnySetting, argv)
     cfg = SampleConfig(**_settings_of(SampleConfig, given))
-    model, tokenizer, _ = load_model(cfg.init_from, pick_device(cfg.device))
+    model, tokenizer, state = load_model(cfg.init_from, pick_device(cfg.device))
     decoder, sampler = decoder_of(model.cfg, given.get("sampler")), sampler_config(given, model.cfg, cfg.init_from)
-    device = model.tok.weight.device
-    prompt = encode_prompt(read_prompt(given), tokenizer, model.cfg)
-    prefix = torch.tensor(prompt, dtype=torch.long, device=device).repeat(cfg.num_samples, 1)  # (B, P)
-    options = {}
-    if "infill" in given:
-        template = parse_template(cfg.infill, tokenizer, model.cfg)
-        options["given"] = torch.tensor(template, device=device).repeat(cfg.num_samples, 1)  # (B, T - 1)
+    text = read_prompt(given)
+    encode_prompt(text, tokenizer, model.cfg)  # what does not fit is said before anything else
+    template = parse_template(cfg.infill, tokenizer, model.cfg) if "infill" in given else None
+    one = Reading(model, tokenizer, decoder, sampler, template)
+    other = beside_of(one, state, text, cfg) if cfg.html else None
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8
-    show = Show(tokenizer, sampler, model.cfg, template if options else None, cfg.pause) if cfg.show else None
     if decoder is not diffusion and sampler.temperature == 0 and cfg.num_samples > 1:
         print("temperature 0 is greedy: all samples are alike (try --temperature=0.8)", file=sys.stderr)
 
-    start = time.perf_counter()
-    with autocast(device, cfg.dtype):
-        out = decoder.generate(model, prefix, sampler, cfg.seed, on_step=show, **options)
-    rows = [_without_pads(row, tokenizer.pad_id, bool(options)) for row in out.tokens.tolist()]  # waits for the device
-    seconds = time.perf_counter() - start - (show.seconds if show else 0.0)
-
+    watch = nullcontext()
+    if cfg.show:
+        total = model.cfg.target_length - 1 if one.growing else getattr(sampler, "steps", "?")
+        watch = Show(tokenizer, one.growing, total, one.candidates, one.given, cfg.pause)
+    elif cfg.html:
+        watch = Recorder(tokenizer.pad_id, one.growing, one.candidates)
+    out, seconds = generate(one, text, cfg, cfg.num_samples, watch)
+    rows = [_without_pads(row, tokenizer.pad_id, template is not None) for row in out.tokens.tolist()]
     for i, (row, score, calls) in enumerate(zip(rows, out.score.tolist(), out.calls.tolist())):
         if cfg.num_samples > 1:
             print(f"--- sample {i} | {calls} network calls | score {score:.4f}")
-        text = tokenizer.decode(row)
-        print(_harmless(text) if sys.stdout.isatty() else text, flush=True)
+        text_of_row = tokenizer.decode(row)
+        print(harmless(text_of_row) if sys.stdout.isatty() else text_of_row, flush=True)
     print(closing_line(out, sum(map(len, rows)), seconds, sampler), file=sys.stderr)
+    if cfg.html:
+        lanes = [lane_of(one, watch, out)]
+        if other is not None:
+            watch = Recorder(other.tokenizer.pad_id, other.growing, other.candidates)
+            lanes.append(lane_of(other, watch, generate(other, text, cfg, cfg.num_samples, watch)[0]))
+        write_page(cfg.html, "How a text comes about", text, page_facts(cfg, model), lanes)
+        print(cfg.html, file=sys.stderr)
+
+
+def generate(one: Reading, text: str, cfg: SampleConfig, n: int, watch) -> tuple[Generated, float]:
+    """n samples after the prompt, and the seconds they took without those of watch, a context that gives on_step."""
+    m, device = one.model.cfg, one.model.tok.weight.device
+    prompt = encode_prompt(text, one.tokenizer, m)
+    prefix = torch.tensor(prompt, dtype=torch.long, device=device).repeat(n, 1)  # (n, P)
+    options = {}
+    if one.template is not None:
+        options["given"] = torch.tensor(one.template, device=device).repeat(n, 1)  # (n, T - 1)
+    with autocast(device, cfg.dtype):
+        if cfg.html:  # the first call of a process is slower: keep that off the page's clock
+            with torch.no_grad():
+                one.model(prefix, torch.full((n, m.target_length), m.sep_id, device=device))
+        start = time.perf_counter()
+        with watch as on_step:
+            out = one.decoder.generate(one.model, prefix, one.sampler, cfg.seed, on_step=on_step, **options)
+            out.tokens.cpu()  # waits for the device
+    return out, time.perf_counter() - start - getattr(watch, "seconds", 0.0)
+
+
+def beside_of(one: Reading, state: dict, text: str, cfg: SampleConfig) -> Reading | None:
+    """What stands beside the first text on a page, with the default settings of its sampler.
+
+    auto: the weights of a diffusion model left to right, if their training kept that up (ar_weight); without it they
+    have forgotten, and the comparison would be none. ar: in any case. A name else is a second checkpoint.
+    Raises ValueError where it cannot be decoded after this prompt.
+    """
+    m = one.model.cfg
+    if cfg.beside in ("ar", "auto"):
+        kept = ((state.get("train_config") or {}).get("ar_weight") or 0) > 0
+        fits = m.paradigm == "diffusion" and m.prefix_attention != "joint" and not one.growing and one.template is None
+        if cfg.beside == "ar" and not fits:
+            raise ValueError(
+                "beside=ar reads a diffusion model with a prefix of its own from left to right, beside another sampler "
+                f"and without infill; {cfg.init_from} has paradigm={m.paradigm}, prefix_attention={m.prefix_attention}"
+            )
+        if not fits or (cfg.beside == "auto" and not kept):
+            return None
+        return Reading(one.model, one.tokenizer, autoregressive, autoregressive.SamplerConfig())
+    if cfg.beside == "none":
+        return None
+    model, tokenizer, _ = load_model(cfg.beside, pick_device(cfg.device))
+    sampler = sampler_config({}, model.cfg, cfg.beside)
+    encode_prompt(text, tokenizer, model.cfg)
+    return Reading(model, tokenizer, decoder_of(model.cfg, None), sampler)
+
+
+def lane_of(one: Reading, recorder: Recorder, out: Generated) -> Lane:
+    """The first sample as the page shows it."""
+    told = ("steps", "candidates", "draft_steps", "temperature")  # also where they are the defaults
+    flags = [(f.name, getattr(one.sampler, f.name), f.default) for f in fields(one.sampler)]
+    flags = [f"--{name}={value}" for name, value, default in flags if name in told or value != default]
+    return Lane(one.title, " ".join(flags), recorder.frames(out.tokens[0]), one.tokenizer, one.given)
+
+
+def page_facts(cfg: SampleConfig, model: Transformer) -> dict[str, str]:
+    """What the page says of its making."""
+    facts = {"checkpoint": cfg.init_from} | ({} if cfg.beside in ("auto", "ar", "none") else {"beside": cfg.beside})
+    facts |= {"seed": str(cfg.seed), "device": str(model.tok.weight.device), "dtype": cfg.dtype}
+    return facts | {"threads": str(torch.get_num_threads()), "torch": torch.__version__}
 
 
 def closing_line(out, n_tokens: int, seconds: float, sampler) -> str:
@@ -207,138 +314,6 @@ def _without_pads(ids: list[int], pad_id: int, infilled: bool) -> list[int]:
     # The first pad ends a text. In a template it is a free slot that was not needed, and given text follows.
     end = len(ids) if infilled or pad_id not in ids else ids.index(pad_id)
     return [i for i in ids[:end] if i != pad_id]
-
-
-def _harmless(text: str) -> str:
-    # An escape sequence that a model makes up is no command to the user's terminal.
-    return "".join(UNPRINTABLE if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
-
-
-PAD, NEWLINE, UNPRINTABLE = "░", "↵", "·"
-STYLE = {"changed": "1;33", "fresh": "0", "settled": "2;32", "noise": "2"}  # SGR codes; fresh: changed a step ago
-MARK = {"changed": "^", "noise": "~"}
-
-
-class Show:
-    """An on_step hook that draws the first candidate of the first sample, slot by slot. seconds: what drawing took.
-
-    changed: new in this step. settled: given, or the same for 2 steps. noise: the first canvas, and later what the
-    network gives less than chance. On a terminal a frame takes the place of the one before; elsewhere each step is a
-    status line, then the lines in which something is new, with ^ under it, or noise, with ~ under it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, sampler, m: ModelConfig, given: list[int] | None, pause: float):
-        self.tokenizer, self.pause = tokenizer, pause
-        self.growing = m.paradigm == "ar" or isinstance(sampler, autoregressive.SamplerConfig)
-        self.total = m.target_length - 1 if self.growing else getattr(sampler, "steps", "?")
-        self.candidates = getattr(sampler, "candidates", 1)
-        self.fixed = [False] * (m.target_length - 1) if given is None else [i >= 0 for i in given]
-        self.in_place = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        self.last, self.age, self.height, self.calls, self.seconds = [], [], 0, 0, 0.0
-
-    def __call__(self, step: int, canvas: Tensor, logits: Tensor | None, rows: Tensor) -> None:
-        self.calls += 0 if logits is None else int(((rows >= 0) & (rows < self.candidates)).sum())
-        row = (rows == 0).nonzero().flatten().tolist()
-        if not row or (self.growing and self.last[-1:] == [self.tokenizer.pad_id]):
-            return  # it has settled or ended; the others go on
-        ids = canvas[row[0]].tolist()[: step if self.growing else None]  # waits for the device, so not drawing time
-        start = time.perf_counter()
-        if self.growing:
-            noise = [False] * len(ids)
-        else:
-            noise = unlikely(canvas[row[0]], logits[row[0]]) if logits is not None else [True] * len(ids)
-        share, kinds = self._compare(ids, noise)
-        news = "noise" if logits is None else f"{len(ids)} tokens" if self.growing else f"{share:.0%} changed"
-        several = f" | candidate 1 of {self.candidates}, best not known" if self.candidates > 1 else ""
-        columns, height = shutil.get_terminal_size((80, 24))
-        status = f"step {step} of {self.total} | {self.calls} network calls | {news}{several}"[: columns - 1]
-        lines = lay_out(cells(ids, kinds, self.tokenizer), columns - 1, self.in_place)
-        if self.in_place:
-            print(self._frame(lines, status, height), end="", flush=True)
-            time.sleep(self.pause)
-        else:
-            print("\n".join([status, *plain_lines(lines)]), flush=True)
-        self.seconds += time.perf_counter() - start
-
-    def _compare(self, ids: list[int], noise: list[bool]) -> tuple[float, list[str]]:
-        """(share of the free slots that changed, the kind of each slot), and remember the tokens."""
-        before = zip_longest(self.last[: len(ids)], self.age[: len(ids)], ids)
-        self.age = [age + 1 if last == token else 0 for last, age, token in before]  # steps a token has stood
-        self.last, kinds = ids, []
-        for age, is_noise, fixed in zip(self.age, noise, self.fixed):
-            kind = "settled" if age >= 2 or fixed else "fresh" if age else "changed"
-            kinds.append("noise" if is_noise and not fixed else kind)
-        return self.age.count(0) / max(self.fixed.count(False), 1), kinds
-
-    def _frame(self, lines: list, status: str, height: int) -> str:
-        room = max(height - 2, 1)  # the status and the line of the cursor
-        new = [i for i, line in enumerate(lines) if any(kind == "changed" for _, kind in line)]
-        start = max(0, (new[-1] + 1 if new else 0) - room)  # what does not fit is above or below the last change
-        shown = [paint(line) for line in lines[start : start + room]] + [status]
-        up = f"\x1b[{self.height}A" if self.height else ""
-        self.height = len(shown)
-        return up + "".join(f"\r{line}\x1b[K\n" for line in shown) + "\x1b[J"
-
-
-def unlikely(canvas: Tensor, logits: Tensor) -> list[bool]:
-    """Which slots of canvas (S,) hold a token that logits (S, V) give less than one in V."""
-    log_p = logits.log_softmax(-1).gather(-1, canvas[:, None])[:, 0]  # (S,)
-    return (log_p < -math.log(logits.shape[-1])).tolist()
-
-
-def cells(ids: list[int], kinds: list[str], tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """What stands for each token: (text, kind). Tokens that only together make a character are one cell."""
-    found, i = [], 0
-    while i < len(ids):
-        n, text = 1, PAD
-        if ids[i] != tokenizer.pad_id:
-            n = next((n for n in range(1, 5) if _is_text(ids[i : i + n], tokenizer)), 1)
-            text = tokenizer.decode(ids[i : i + n])
-        kind = "changed" if "changed" in kinds[i : i + n] else kinds[i]
-        found.append(("".join(_visible(c) if c != "\n" else c for c in text), kind))
-        i += n
-    return found
-
-
-def _is_text(ids: list[int], tokenizer: Tokenizer) -> bool:
-    return "\ufffd" not in tokenizer.decode(ids) and (len(ids) == 1 or max(ids) < tokenizer.n_ordinary)
-
-
-def _visible(char: str) -> str:
-    # A combining mark would join the colour of its neighbour and take no column.
-    return char if char.isprintable() and not unicodedata.combining(char) and char != "\ufffd" else UNPRINTABLE
-
-
-def _width(char: str) -> int:
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
-
-
-def lay_out(cells: list[tuple[str, str]], columns: int, break_lines: bool) -> list[list[tuple[str, str]]]:
-    """The cells as lines of (character, kind), none wider than columns. break_lines: a newline token ends its line."""
-    lines, used = [[]], 0
-    for text, kind in cells:
-        for char in text:
-            if used + _width(char) > columns:
-                lines, used = [*lines, []], 0
-            lines[-1].append((NEWLINE if char == "\n" else char, kind))
-            used += _width(char)
-            if char == "\n" and break_lines:
-                lines, used = [*lines, []], 0
-    return lines
-
-
-def paint(line: list[tuple[str, str]]) -> str:
-    parts = groupby(line, lambda cell: cell[1])
-    return "".join(f"\x1b[{STYLE[kind]}m{''.join(char for char, _ in part)}\x1b[0m" for kind, part in parts)
-
-
-def plain_lines(lines: list[list[tuple[str, str]]]) -> list[str]:
-    """Each line that has marks, and its marks under it."""
-    found = []
-    for line in lines:
-        marks = "".join(MARK.get(kind, " ") * _width(char) for char, kind in line).rstrip()
-        found += ["".join(char for char, _ in line), marks] if marks else []
-    return found
 
 
 if __name__ == "__main__":

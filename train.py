@@ -152,7 +152,7 @@ def main(argv: list[str]) -> dict:
             torch.manual_seed(cfg.seed + step)  # dropout follows the step too
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = learning_rate_at(step, cfg) * group["lr_ratio"]
-            total, ar_loss = 0.0, 0.0
+            total, ar_loss, passes, flops_before = 0.0, 0.0, {}, flops
             for micro in range(cfg.grad_accum_steps):
                 size = cfg.batch_size // cfg.grad_accum_steps
                 batch = train_set.batch(
@@ -162,10 +162,11 @@ def main(argv: list[str]) -> dict:
                 draws = draws_for(cfg.seed, batch.example, step)
                 opened = open_edges(batch, step, cfg) if step < cfg.anneal_steps else None
                 with autocast(device, cfg.dtype):
-                    for term in loss_fn(model, batch, cfg, draws, opened=opened):
+                    for k, term in enumerate(loss_fn(model, batch, cfg, draws, opened=opened)):
                         term = term / cfg.grad_accum_steps
                         term.backward()  # each as it comes: its graph is freed before the next is built
                         total += term.detach()
+                        passes[k] = passes.get(k, 0.0) + term.detach()
                     if cfg.ar_weight:  # it is the last term
                         ar_loss += float(term.detach()) / cfg.ar_weight
                 (B, P), T = batch.prefix.shape, batch.target.shape[1]
@@ -187,6 +188,8 @@ def main(argv: list[str]) -> dict:
             bar.update()
             done, last = step + 1, step + 1 == cfg.max_steps
             entry = {"step": done, "loss": total, "grad_norm": norm, "lr": learning_rate_at(step, cfg)}
+            entry |= {"flops": flops - flops_before}
+            entry |= {"passes": [float(term) for term in passes.values()]} if len(passes) > 1 else {}
             entry |= {"ar_loss": ar_loss} if cfg.ar_weight else {}
             if done % cfg.log_interval == 0 or last or stop.asked:
                 seconds = time.perf_counter() - since
@@ -202,9 +205,10 @@ def main(argv: list[str]) -> dict:
                 if entry["val_loss"] < best:
                     best = entry["val_loss"]
                     checkpoint("best.pt", done)
-            log.write(entry)
             if cfg.sample_interval and (done % cfg.sample_interval == 0 or last):
-                tqdm.write(sample_line(model, PARADIGMS[cfg.paradigm], valid_set, done))
+                entry["sample"] = sample_line(model, PARADIGMS[cfg.paradigm], valid_set, done)
+                tqdm.write(entry["sample"])
+            log.write(entry)
             stopping = stop.asked  # read once: a signal that comes now waits for the next step, which will be saved
             if done % cfg.save_interval == 0 or last or stopping:
                 checkpoint("ckpt.pt", done)

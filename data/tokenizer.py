@@ -51,6 +51,11 @@ class Tokenizer:
         ids = self._checked(ids)
         return b"".join([self._pieces[i] for i in ids]).decode("utf-8", errors="replace")
 
+    def piece(self, i: int) -> bytes:
+        """The bytes that one id stands for; they may be text only together with those of its neighbours."""
+        (i,) = self._checked([i])
+        return self._pieces[i]
+
     def n_bytes(self, ids: Iterable[int]) -> int:
         """How many bytes of text the ids stand for; reserved ids count 0. Bits per byte = nats / ln 2 / n_bytes."""
         return int(self._n_bytes[self._checked(ids)].sum())

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 
 from checkpoint import save  # noqa: E402
 from data.tokenizer import get_tokenizer  # noqa: E402
-from eval import plots  # noqa: E402
+from eval import figures, plot_canvas, plot_runs, plots  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
 BYTES = get_tokenizer("bytes")
@@ -61,7 +61,7 @@ def test_losses_of_both_paradigms_are_drawn_on_their_own_panels(tmp_path, monkey
         a_run(tmp_path / "three", torn='{"step": 7, "lo'),
     ]
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plot_runs, "save_figure", lambda figure, path: drawn.append(figure))
     plots.plot_losses(runs, tmp_path / "loss.png")
     ar, diffusion, rates = drawn[0].axes
     assert [text.get_text() for text in ar.get_legend().get_texts()] == ["one", "three", "held out", "training"]
@@ -71,6 +71,84 @@ def test_losses_of_both_paradigms_are_drawn_on_their_own_panels(tmp_path, monkey
     assert list(training.get_ydata()) == [1 / step for step in range(1, 7)]
     assert list(held_out.get_xdata()) == [3, 6] and training.get_alpha() < 0.5
     assert [text.get_text() for text in rates.texts] == ["0.1", "0.9"]
+
+
+def panels_of(runs, tmp_path, monkeypatch) -> dict:
+    """title -> axis of the picture, and its texts under ""."""
+    drawn = []
+    monkeypatch.setattr(plot_runs, "save_figure", lambda figure, path: drawn.append(figure))
+    plots.plot_losses(runs, tmp_path / "loss.png")
+    axes = {axis.get_title(loc="left"): axis for axis in drawn[0].axes if axis.get_visible()}
+    return axes | {"": [text.get_text() for text in drawn[0].texts]}
+
+
+def lines_of(axis) -> dict[str, list[tuple[float, float]]]:
+    return {line.get_label(): list(zip(line.get_xdata(), line.get_ydata())) for line in axis.get_lines()}
+
+
+def a_full_run(folder, paradigm="diffusion", origin="scratch", steps=4, **more):
+    """A log with everything, and the checkpoint that says where it began."""
+    a_run(folder, paradigm, steps)
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for entry in entries:
+        entry |= {"grad_norm": 2.0, "flops": 10**12, "tokens_per_s": 100 * entry["step"]} | more
+        entry["sample"] = f"step {entry['step']} sample: 'a' -> '{'b' * 200}'"
+        if paradigm == "diffusion":
+            entry["passes"] = [3.0, 1.0]
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    save(folder / "ckpt.pt", Transformer(ModelConfig(**TINY)), steps, "bytes", converted_from=origin)
+    return folder
+
+
+def test_everything_a_log_tells_has_its_panel(tmp_path, monkeypatch):
+    found = panels_of([a_full_run(tmp_path / "one")], tmp_path, monkeypatch)
+    assert len(found) == 7  # six panels and the texts; no AR run is there
+    passes = lines_of(found["diffusion: the passes in training, smoothed"])
+    assert passes["one: L(1)"] == [(k, 3.0) for k in range(1, 5)] and passes["one: L(2)"][0] == (1, 1.0)
+    assert lines_of(found["gradient norm, before clipping"])["one"][0] == (1, 2.0)
+    assert lines_of(found["speed"])["one"] == [(k, 100 * k) for k in range(1, 5)]
+    samples = found[""]
+    assert samples[0] == "one" and samples[1].startswith("step 1 sample") and samples[-1].startswith("step 4")
+    assert max(map(len, samples)) == plot_runs.LETTERS
+
+
+def test_compute_counts_the_runs_before(tmp_path, monkeypatch):
+    """AR for 4 steps of 1 TFLOP; converted at step 3, which has no log; then diffusion for 4 of 1 TFLOP each."""
+    ar = a_full_run(tmp_path / "ar", "ar")
+    (tmp_path / "start").mkdir()
+    origin = f"{ar / 'ckpt.pt'} step 3"
+    save(tmp_path / "start" / "ckpt.pt", Transformer(ModelConfig(**TINY)), 0, "bytes", converted_from=origin)
+    adapt = a_full_run(tmp_path / "adapt", origin=str(tmp_path / "start" / "ckpt.pt"), val_ar_loss=0.25)
+    lines = lines_of(panels_of([ar, adapt], tmp_path, monkeypatch)["held-out loss by compute"])
+    assert [x for x, _ in lines["ar"]] == [3.0] and [x for x, _ in lines["adapt"]] == [6.0]
+    assert lines["adapt: its AR loss"][0] == (4.0, 0.25)
+    assert plot_runs.flops_before(tmp_path / "start") == 3e12 and plot_runs.flops_before(ar) == 0
+
+
+def test_the_ar_loss_that_is_kept_is_no_pass(tmp_path, monkeypatch):
+    runs = [a_full_run(tmp_path / "one", ar_loss=0.5)]
+    passes = lines_of(panels_of(runs, tmp_path, monkeypatch)["diffusion: the passes in training, smoothed"])
+    assert list(passes) == ["one: L(1)"]
+
+
+def test_smoothing_is_a_mean_first_and_then_forgets():
+    assert plot_runs.smoothed([4.0, 2.0, 0.0], span=10) == [4.0, 3.0, 2.0]
+    assert plot_runs.smoothed([0.0] * 2 + [1.0], span=2)[-1] == 0.5
+
+
+def test_a_picture_of_many_runs_is_written(tmp_path):
+    runs = [a_full_run(tmp_path / name, kind) for name, kind in (("a", "ar"), ("b", "diffusion"), ("c", "diffusion"))]
+    plots.main([*map(str, runs), f"--out={tmp_path / 'loss.png'}"])
+    width, height = size_of(tmp_path / "loss.png")
+    assert width == 1150 and height == pytest.approx(3 * 340 + 20 * (3 * 5 + 1), abs=1)
+
+
+def test_places_without_a_panel_stay_empty(tmp_path, monkeypatch):
+    """Seven panels in three rows of three: the other two are not drawn as empty boxes."""
+    runs = [a_full_run(tmp_path / name, kind) for name, kind in (("a", "ar"), ("b", "diffusion"))]
+    found = panels_of(runs, tmp_path, monkeypatch)
+    assert len(found) == 8 and "" in found  # seven titles and the texts: no axis without a title is visible
+    assert all(axis.has_data() for title, axis in found.items() if title)
 
 
 def test_losses_are_written_whole_and_as_wide_as_a_readme(tmp_path, capsys):
@@ -83,14 +161,14 @@ def test_losses_are_written_whole_and_as_wide_as_a_readme(tmp_path, capsys):
 def test_a_run_without_held_out_loss_is_told_by_its_checkpoint(tmp_path):
     a_run(tmp_path / "one", steps=2)
     a_checkpoint(tmp_path / "one" / "ckpt.pt", **DIFFUSION)
-    assert plots.read_run(tmp_path / "one")[0] == "diffusion"
+    assert plot_runs.read_run(tmp_path / "one")[0] == "diffusion"
     plots.plot_losses([tmp_path / "one"], tmp_path / "loss.png")
     assert size_of(tmp_path / "loss.png") == (1150, 460)
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folder(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plot_runs, "save_figure", lambda figure, path: drawn.append(figure))
     for parent in ("a", "b"):
         (tmp_path / parent).mkdir()
     plots.plot_losses([a_run(tmp_path / "a" / "run"), a_run(tmp_path / "b" / "run")], "loss.png")
@@ -128,22 +206,22 @@ def test_cells_show_what_changed_and_how_likely_it_is():
     pad = BYTES.pad_id
     nan = float("nan")
     rows = [
-        plots.Row("0: noise", [97, 1, 98, *E, pad], [nan] * 6),
-        plots.Row("1", [97, 99, 98, *E, pad], [1.0, 0.5, 1.0, 1.0, 0.25, 0.0]),
+        plot_canvas.Row("0: noise", [97, 1, 98, *E, pad], [nan] * 6),
+        plot_canvas.Row("1", [97, 99, 98, *E, pad], [1.0, 0.5, 1.0, 1.0, 0.25, 0.0]),
     ]
-    figure = plots.draw_canvas(rows, BYTES, "title")
+    figure = plot_canvas.draw_canvas(rows, BYTES, "title")
     boxes = figure.axes[0].patches
     assert [text.get_text() for text in figure.axes[0].texts] == ["a", "·", "b", "é", "░", "a", "c", "b", "é", "░"]
     framed = [box.get_linewidth() > 1 for box in boxes]
     assert framed == [False] * 5 + [False, True, False, False, False]
     assert boxes[8].get_width() == 2  # the two bytes of é
-    assert boxes[8].get_facecolor()[:3] == pytest.approx(plots._blue(0.25))  # as likely as the less likely of them
+    assert boxes[8].get_facecolor()[:3] == pytest.approx(figures.blue(0.25))  # as likely as the less likely of them
     assert boxes[9].get_facecolor()[:3] == (1, 1, 1) and boxes[0].get_facecolor()[:3] == (0.93, 0.93, 0.93)
 
 
 def test_a_large_canvas_is_cut_and_says_so():
-    rows = [plots.Row(str(k), [97] * 100, [0.5] * 100) for k in range(101)]
-    panel = plots.draw_canvas(rows, BYTES, "$_not math_$ " * 30).axes[0]
+    rows = [plot_canvas.Row(str(k), [97] * 100, [0.5] * 100) for k in range(101)]
+    panel = plot_canvas.draw_canvas(rows, BYTES, "$_not math_$ " * 30).axes[0]
     names = [label.get_text() for label in panel.get_yticklabels()]
     assert len(names) == 32 and names[0] == "0" and names[-1] == "100"
     assert panel.get_xlabel() == "slot (the first 64 of 100)" and len(panel.patches) == 32 * 64
@@ -152,7 +230,7 @@ def test_a_large_canvas_is_cut_and_says_so():
 @pytest.mark.parametrize("sampler", ["argmax_unrolled", "confidence", "entropy_bound"])
 def test_every_sampler_can_be_drawn(sampler, tmp_path):
     model = Transformer(ModelConfig(**TINY | DIFFUSION, noise="mask")).eval()
-    plots.plot_canvas(model, BYTES, "ab", tmp_path / "a.png", plots.CanvasConfig(sampler=sampler, steps=3))
+    plot_canvas.plot_canvas(model, BYTES, "ab", tmp_path / "a.png", plot_canvas.CanvasConfig(sampler=sampler, steps=3))
     assert size_of(tmp_path / "a.png")[0] == 1150
 
 
@@ -168,7 +246,7 @@ def test_quality_is_drawn(data, tmp_path, capsys):
 
 def test_quality_shows_the_shares_and_their_intervals(monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     plots.plot_quality(QUALITY | {"ar": AR["ar"] | {"calls": 20.5}}, "q.png")
     panel = drawn[0].axes[0]
     line = next(line for line in panel.get_lines() if list(line.get_xdata()) == [10, 20])
@@ -224,4 +302,4 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch)
         with pytest.raises(ValueError, match="pip install matplotlib"):
             draw()
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        plots.draw_canvas([plots.Row("1", [97], [1.0])], BYTES, "title")
+        plot_canvas.draw_canvas([plot_canvas.Row("1", [97], [1.0])], BYTES, "title")

@@ -33,6 +33,7 @@ SHORT = {
     "eval.code": ["--n=4"],
     "eval.bound": ["--n=2"],
     "eval.python_code": ["--n=4", "--steps=2"],
+    "eval.check_results": [],
     "eval.plots": [],
     "runs.study": ["--table"],
     "runs.tables": [],

@@ -528,7 +528,7 @@ def test_peers_stand_in_a_row_each(tmp_path):
 def test_the_picture_has_our_lines_and_the_papers_points(measured, monkeypatch, tmp_path):
     """AR and three numbers of steps, filled; beside each the paper's, hollow: 14 ms a token makes 56 s of 4,000."""
     kept = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: kept.append(figure))
     plots.plot_speed(measured[0]["rows"], tmp_path / "speed.png")
     (panel,) = kept[0].axes
     drawn = [line for line in panel.lines if len(line.get_xdata())]

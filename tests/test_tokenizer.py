@@ -37,6 +37,13 @@ def test_bytes_are_counted_as_the_text_has_them(tokenizer):
     assert tokenizer.n_bytes([]) == 0
 
 
+def test_the_pieces_of_the_ids_are_the_bytes_of_the_text(tokenizer):
+    assert b"".join(map(tokenizer.piece, tokenizer.encode(TEXT))) == TEXT.encode()
+    assert tokenizer.piece(tokenizer.pad_id) == b"" and tokenizer.piece(tokenizer.mask_id) == MASK_MARK.encode()
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        tokenizer.piece(-1)
+
+
 def test_sizes_are_the_documented_ones(tokenizer):
     want = {"bytes": (256, 288), "gpt2": (50257, 50304)}[tokenizer.name]
     assert (tokenizer.n_ordinary, tokenizer.vocab_size) == want

@@ -18,8 +18,9 @@ import autoregressive
 import diffusion
 import train
 from checkpoint import load
+from cost import train_flops
 from data.loader import open_set, write_pairs
-from model import Transformer
+from model import ModelConfig, Transformer
 from train import TrainConfig, main, measured_flops, open_edges, pick_device
 
 ROOT = Path(__file__).parent.parent
@@ -196,6 +197,22 @@ def test_a_log_line_says_what_a_plot_needs(run, capsys):
     assert evaluated[0]["val_loss"] == pytest.approx(sum(by_rate.values()) / 5)
     said = capsys.readouterr().out
     assert "step 3 sample: " in said and "parameters" in said and "done: " in said
+
+
+def test_the_log_has_each_pass_the_flops_of_a_step_and_the_sample(run, capsys):
+    """Passes add up to the loss, also over micro-batches; FLOPs are those of cost.py, and no step counts another's."""
+    state, log = run(*CASES["both"], "--max_steps=3", "--batch_size=16", "--grad_accum_steps=2", "--sample_interval=3")
+    for entry in log:
+        assert len(entry["passes"]) == 3 and sum(entry["passes"]) == pytest.approx(entry["loss"], rel=1e-6)
+        assert entry["passes"][2] == pytest.approx(entry["ar_loss"] * state["train_config"]["ar_weight"])
+    m, accounted = ModelConfig(**state["model_config"]), state["train_config"]
+    lengths = (train_flops(m, P, m.target_length, 2, accounted["ar_weight"]) for P in (0, m.block_size))
+    low, high = (16 * flops for flops in lengths)
+    assert all(low <= entry["flops"] <= high for entry in log)
+    assert "sample" not in log[0] and log[2]["sample"].startswith("step 3 sample: ")
+    assert log[2]["sample"] in capsys.readouterr().out
+    _, ar = run(*CASES["ar"], "--max_steps=1", out="ar")
+    assert "passes" not in ar[0] and ar[0]["flops"] > 0
 
 
 def test_a_kept_ar_loss_is_logged_beside_unweighted_and_falls(run, capsys):
