@@ -609,8 +609,8 @@ def test_reading_takes_the_memory_of_the_weights_and_one_tensor(tmp_path):
     if not Path("/proc/self/status").exists():
         pytest.skip("memory is read from /proc")
     parity.write_gpt2(tmp_path / "gpt2")
-    costs = [parity.import_cost(tmp_path / "gpt2") for _ in range(2)]  # the machine may have been busy
-    assert min(cost["seconds"] for cost in costs) < 3 and max(cost["ratio"] for cost in costs) < 1.3, costs
+    cost = parity.import_cost(tmp_path / "gpt2")
+    assert cost["cpu_seconds"] < 3 and cost["ratio"] < 1.3, cost  # of the CPU, for the machine may be busy
     parity.write_llama(tmp_path / "llama")
     cost = parity.import_cost(tmp_path / "llama")  # the largest tensor is a tenth of it, a shard a quarter
-    assert cost["ratio"] < 1.1, cost
+    assert cost["ratio"] < 1.2, cost
