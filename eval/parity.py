@@ -176,7 +176,7 @@ def _write(folder: Path, config: dict, files: dict[str, dict[str, tuple]], dtype
 
 
 def import_cost(folder: Path) -> dict:
-    """Seconds, seconds of the CPU, bytes of weights and peak, ratio, of reading a folder in a process of its own (Linux).
+    """Seconds, also of the CPU, bytes of weights and peak, ratio: of reading a folder in a process of its own. Linux.
 
     peak: the most memory that was in use, pages of mapped files included, over what was before the reading began.
     """
