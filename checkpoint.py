@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data.tokenizer import Tokenizer, get_tokenizer
+from data.tokenizer import FILE, Tokenizer, get_tokenizer
 from encdec import build_model
 from model import ModelConfig, Transformer
 
@@ -22,7 +22,16 @@ def save(path: str | Path, model: Transformer, step: int, tokenizer: str, **rest
     state = dict(
         format=FORMAT, step=step, model=model.state_dict(), model_config=asdict(model.cfg), tokenizer=tokenizer
     )
+    keep_tokenizer(tokenizer, Path(path).parent)
     write_atomically(path, lambda file: torch.save(state | rest, file))
+
+
+def keep_tokenizer(name: str, folder: Path) -> None:
+    """Put a tokenizer that is a file beside what names it; nothing for the others."""
+    if name.startswith(f"{FILE}@"):
+        text, path = get_tokenizer(name).file.encode(), folder / FILE
+        if not path.is_file() or path.read_bytes() != text:
+            write_atomically(path, lambda file: file.write(text))
 
 
 def write_atomically(path: str | Path, write) -> None:
@@ -63,7 +72,7 @@ def load(path: str | Path, device: str = "cpu") -> dict:
 def load_model(path: str | Path, device: str = "cpu") -> tuple[Transformer, Tokenizer, dict]:
     """(model in eval mode, tokenizer, all fields) of a checkpoint."""
     state = load(path, device)
-    tokenizer = get_tokenizer(state["tokenizer"])
+    tokenizer = get_tokenizer(state["tokenizer"], Path(path).parent)
     try:
         model = build_model(ModelConfig(**state["model_config"]))
         model.load_state_dict(state["model"])

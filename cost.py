@@ -24,15 +24,15 @@ def count_params(m: ModelConfig) -> int:
 
 def forward_flops(m: ModelConfig, prefix: int, target: int) -> int:
     """FLOPs of one forward pass over one row of `prefix` + `target` tokens; the output layer sees the target only."""
-    C, KV = m.n_embd, m.kv_heads * m.head_size
+    C, Q, KV = m.n_embd, m.n_head * m.head_size, m.kv_heads * m.head_size
     mlp = C * m.hidden_size * (3 if m.activation == "swiglu" else 2)
-    block = 2 * C * C + 2 * C * KV + mlp  # queries and projection, keys and values, MLP: multiply-adds a token
+    block = 2 * C * Q + 2 * C * KV + mlp  # queries and projection, keys and values, MLP: multiply-adds a token
 
     def stack(tokens: int, context: int) -> int:
-        return m.n_layer * tokens * (block + 2 * context * C)  # scores and their sum over values
+        return m.n_layer * tokens * (block + 2 * context * Q)  # scores and their sum over values
 
     if m.arch == "encoder_decoder":
-        cross = m.n_layer * (target * (2 * C * C + 2 * prefix * C) + prefix * 2 * C * KV)
+        cross = m.n_layer * (target * (2 * C * Q + 2 * prefix * Q) + prefix * 2 * C * KV)
         adds = stack(prefix, prefix) + stack(target, target) + cross
     else:
         together = m.prefix_attention == "joint" or m.prefix_attention == m.target_attention == "causal"  # in one pass

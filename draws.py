@@ -155,13 +155,16 @@ def noise_tokens(uniform: Tensor, m) -> Tensor:
     """Noise for each number in [0, 1): an ordinary token or pad, all equally likely, or always the mask token."""
     if m.noise == "mask":
         return torch.full(uniform.shape, m.mask_id, device=uniform.device)
-    token = (uniform * (m.n_ordinary + 1)).long()
+    some = m.eos_id >= 0  # an ordinary id that no text holds: the ids behind it move up by one
+    token = (uniform * (m.n_ordinary + 1 - some)).long()
+    token = token + (token >= m.eos_id) if some else token
     return torch.where(token == m.n_ordinary, m.pad_id, token)
 
 
 def forbidden_ids(m, device) -> Tensor:
-    """(F,) ids no text may hold: separator, mask, sentinels and what fills up the vocabulary."""
-    return torch.tensor([i for i in range(m.n_ordinary, m.vocab_size) if i != m.pad_id], device=device)
+    """(F,) ids no text may hold: separator, mask, sentinels, what fills up the vocabulary, and a source's own end."""
+    closed = [i for i in range(m.n_ordinary, m.vocab_size) if i != m.pad_id]
+    return torch.tensor(closed if m.eos_id < 0 else [m.eos_id, *closed], device=device)
 
 
 class Generated(NamedTuple):

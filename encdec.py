@@ -10,7 +10,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import Block, KVCache, ModelConfig, Transformer, make_norm, rotate
+from model import ADDED_BY_CONVERSION, Block, KVCache, ModelConfig, Transformer, make_norm
+from rope import rope_table, rotate
 
 
 class CrossCache(KVCache):
@@ -33,9 +34,10 @@ class CrossAttention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.n_head, self.kv_heads, self.head_size, self.dropout = cfg.n_head, cfg.kv_heads, cfg.head_size, cfg.dropout
-        self.q = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.kv = nn.Linear(cfg.n_embd, 2 * cfg.kv_heads * cfg.head_size, bias=cfg.bias)
-        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        width, bias = cfg.n_head * cfg.head_size, cfg.bias or cfg.qkv_bias
+        self.q = nn.Linear(cfg.n_embd, width, bias=bias)
+        self.kv = nn.Linear(cfg.n_embd, 2 * cfg.kv_heads * cfg.head_size, bias=bias)
+        self.proj = nn.Linear(width, cfg.n_embd, bias=cfg.bias)
 
     def read(self, memory: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, P, D) of the encoder's output (B, P, C)."""
@@ -44,13 +46,13 @@ class CrossAttention(nn.Module):
         return (k if rope is None else rotate(k, rope)), v
 
     def forward(self, x: Tensor, rope: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q = self.q(x).view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, H, T, D)
         q = q if rope is None else rotate(q, rope)
         k, v = (t.repeat_interleave(self.n_head // self.kv_heads, dim=1) for t in (k, v))  # (B, H, P, D)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout)  # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class DecoderBlock(Block):
@@ -102,3 +104,30 @@ class EncoderDecoder(Transformer):
 def build_model(cfg: ModelConfig) -> Transformer:
     """The network of cfg.arch, freshly initialised."""
     return (EncoderDecoder if cfg.arch == "encoder_decoder" else Transformer)(cfg)
+
+
+def assemble(cfg: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
+    """The network of cfg around these tensors: none is copied or drawn, and each keeps its number format.
+
+    Layers of ADDED_BY_CONVERSION that weights lack are zero, so that the network computes what it did without them.
+    Raises ValueError, with the names, where another is missing, unexpected or of another shape.
+    """
+    with torch.device("meta"):
+        model = build_model(cfg)
+    some = next(iter(weights.values()))
+    added = {
+        name: torch.zeros(like.shape, dtype=some.dtype, device=some.device)
+        for name, like in model.state_dict().items()
+        if name not in weights and name.split(".")[0] in ADDED_BY_CONVERSION
+    }
+    try:
+        missing, unexpected = model.load_state_dict(weights | added, strict=False, assign=True)
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"these settings need other parameters: {str(error).splitlines()[-1].strip()}") from None
+    if missing or unexpected:
+        raise ValueError(f"these settings need other parameters: missing {missing}, unexpected {unexpected}")
+    if cfg.tie_weights:
+        model.head.weight = model.tok.weight
+    if cfg.position == "rope":
+        model.rope = rope_table(cfg).to(some.device)
+    return model.eval()

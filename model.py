@@ -13,11 +13,13 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
+from rope import RopeConfig, rope_table, rotate
+
 PARADIGMS = ("ar", "diffusion")
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(RopeConfig):
     """Every choice that fixes what the network computes. Stored in each checkpoint, checked once, here."""
 
     paradigm: str = "ar"  # ar: trained by autoregressive.loss | diffusion: by diffusion.loss
@@ -26,16 +28,18 @@ class ModelConfig:
     n_head: int = 4
     n_kv_head: int = 0  # heads of keys and values (grouped-query attention); 0: as many as n_head
     n_embd: int = 128
+    head_dim: int = 0  # width of a head; 0: n_embd / n_head
     n_hidden: int = 0  # width inside the MLP; 0: 8/3 n_embd for swiglu, else 4 n_embd
     block_size: int = 0  # longest prefix + target, in tokens; 0: what the data set needs
     target_length: int = 0  # slots of a target, separator and pads included; 0: what the data set says
     dropout: float = 0.0
     norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_eps: float = 1e-5  # all norms add it to what they take the root of
     activation: str = "swiglu"  # swiglu | gelu (exact) | gelu_tanh (GPT-2's published weights)
-    position: str = "rope"  # rope (arXiv 2104.09864) | learned
-    rope_base: float = 10000.0
+    position: str = "rope"  # rope (rope.py) | learned
     qk_norm: bool = False  # RMSNorm on queries and keys (arXiv 2302.05442); at laptop size it learns to copy slower
-    bias: bool = False
+    bias: bool = False  # on every linear layer, and on a layernorm
+    qkv_bias: bool = False  # on queries, keys and values alone (Qwen 2)
     tie_weights: bool = True  # the output layer is the embedding
     prefix_attention: str = "causal"  # causal | bidirectional | joint (read again with every target)
     target_attention: str = "causal"  # causal | bidirectional
@@ -48,6 +52,7 @@ class ModelConfig:
     pad_id: int = 256  # never a key while in the prefix; an ordinary token, learned, in the target
     sep_id: int = 257
     mask_id: int = 258
+    eos_id: int = -1  # foreign weights: what ended a text where they come from; here pad does, and no text holds this
 
     def __post_init__(self):
         for name, allowed in (
@@ -65,12 +70,15 @@ class ModelConfig:
         for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_embd % self.n_head:
+        if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
-        if self.head_size % 2 and self.position == "rope":
-            raise ValueError(f"rope needs an even head size, got n_embd / n_head = {self.head_size}")
+        if self.head_dim < 0 or (self.head_size % 2 and self.position == "rope"):
+            raise ValueError(f"rope needs an even head size, got head_dim or n_embd / n_head = {self.head_size}")
+        self.check_rope()
         if self.n_kv_head < 0 or self.n_head % self.kv_heads:
             raise ValueError(f"n_head must be a multiple of n_kv_head, got {self.n_head} and {self.n_kv_head}")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.prefix_attention == "joint" and self.target_attention == "causal":
@@ -87,10 +95,12 @@ class ModelConfig:
             raise ValueError("lookahead needs shift: without it a position reads its own slot's token already")
         if max(self.pad_id, self.sep_id, self.mask_id) >= self.vocab_size or self.n_ordinary > self.vocab_size:
             raise ValueError(f"special ids must be below vocab_size {self.vocab_size}")
+        if not -1 <= self.eos_id < self.n_ordinary:
+            raise ValueError(f"eos_id must be -1 or an ordinary id, got {self.eos_id}")
 
     @property
     def head_size(self) -> int:
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:
@@ -204,21 +214,24 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(cfg: ModelConfig) -> nn.Module:
-    return nn.LayerNorm(cfg.n_embd, bias=cfg.bias) if cfg.norm == "layernorm" else RMSNorm(cfg.n_embd, eps=1e-5)
+    if cfg.norm == "layernorm":
+        return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
+    return RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
 
 
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.n_head, self.kv_heads, self.head_size, self.dropout = cfg.n_head, cfg.kv_heads, cfg.head_size, cfg.dropout
-        self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.kv_heads) * cfg.head_size, bias=cfg.bias)
-        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.q_norm = RMSNorm(cfg.head_size, eps=1e-5) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.head_size, eps=1e-5) if cfg.qk_norm else nn.Identity()
+        width, bias = cfg.n_head * cfg.head_size, cfg.bias or cfg.qkv_bias
+        self.qkv = nn.Linear(cfg.n_embd, width + 2 * cfg.kv_heads * cfg.head_size, bias=bias)
+        self.proj = nn.Linear(width, cfg.n_embd, bias=cfg.bias)
+        self.q_norm = RMSNorm(cfg.head_size, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_size, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
     # fmt: off
     def forward(self, x, rope, mask, causal, cache, layer):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         H, G, D = self.n_head, self.kv_heads, self.head_size
         q, k, v = self.qkv(x).split((H * D, G * D, G * D), dim=2)                   # (B, T, HD), 2 x (B, T, GD)
         q = self.q_norm(q.view(B, T, H, D)).transpose(1, 2)                         # (B, H, T, D)
@@ -233,7 +246,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         attend = KVCache.attend if cache is None else cache.attend
         y = attend(q, k, v, mask, dropout, causal, layer)                           # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))                        # (B, T, C)
+        return self.proj(y.transpose(1, 2).reshape(B, T, H * D))                    # (B, T, C)
     # fmt: on
 
 
@@ -428,17 +441,3 @@ def _plan_mask(kind, past, real, opened, S, T, device):
     past = torch.ones(1, S, dtype=torch.bool, device=device) if past is None else past
     real = torch.ones(1, T, dtype=torch.bool, device=device) if real is None else real
     return attention_mask(kind, past, real, opened), False
-
-
-def rope_table(cfg: ModelConfig) -> Tensor:
-    """cos and sin of the rotary position embedding, (2, block_size, D), halves repeated. RoFormer, section 3.2."""
-    frequency = cfg.rope_base ** (-torch.arange(0, cfg.head_size, 2).float() / cfg.head_size)  # (D / 2,)
-    angle = torch.outer(torch.arange(cfg.block_size).float(), frequency).repeat(1, 2)  # (block_size, D)
-    return torch.stack([angle.cos(), angle.sin()])
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn x (B, H, T, D) by its positions; pairs are (i, i + D/2), as in Llama's and Qwen's weights."""
-    cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data.objectives import Batch, ObjectiveConfig, Tokens, collate, prefix_lm, seq2seq, span_corruption, span_counts
-from data.tokenizer import Tokenizer, get_tokenizer
+from data.tokenizer import FILE, Tokenizer, get_tokenizer
 
 FORMAT = 1
 OUT = "out/data"  # where the sets are built
@@ -54,12 +54,14 @@ class _Set:
         self.folder, self.split, self.meta, self.objective = folder, split, meta, objective
         self.tokenizer_name, self.target_length = meta["tokenizer"], meta["target_length"]
         self.block_size = meta["block_size"]  # longest prefix + target_length
+        if self.tokenizer_name.startswith(f"{FILE}@"):
+            get_tokenizer(self.tokenizer_name, folder)  # read now: from here on its name is enough
         self.fingerprint = meta["sha256"][:16]  # of the content: two sets are equal if and only if this is
         self.tokens = _map(folder, f"{split}.bin", meta["dtype"], meta["splits"][split]["tokens"], meta)  # (N,)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return get_tokenizer(self.tokenizer_name)
+        return get_tokenizer(self.tokenizer_name, self.folder)
 
     @functools.cached_property
     def longest(self) -> int:
@@ -343,8 +345,9 @@ class _Writer:
 
     def __init__(self, folder, kind: str, tokenizer_name: str, target_length: int, block_size: int, meta: dict):
         self.folder, self.counts = Path(folder), {}
-        self.n_ordinary = get_tokenizer(tokenizer_name).n_ordinary
-        self.dtype = "uint16" if get_tokenizer(tokenizer_name).vocab_size <= 1 << 16 else "uint32"
+        self.tokenizer = get_tokenizer(tokenizer_name)
+        self.n_ordinary, tokenizer_name = self.tokenizer.n_ordinary, self.tokenizer.name  # a path is no name to keep
+        self.dtype = "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32"
         self.meta = {
             "format": FORMAT,
             "kind": kind,
@@ -393,6 +396,8 @@ class _Writer:
     def __exit__(self, kind, error, trace):
         if kind is None:
             self.meta["sha256"] = self.digest.hexdigest()
+            if self.tokenizer.file:
+                (self.scratch / FILE).write_text(self.tokenizer.file, encoding="utf-8")
             (self.scratch / "meta.json").write_text(
                 json.dumps(self.meta, indent=1, ensure_ascii=False), encoding="utf-8"
             )

@@ -49,7 +49,7 @@ PACKAGES = {"site-packages", "dist-packages"}  # below the standard library, but
 @dataclass
 class PythonCodeConfig:
     source: str = "stdlib"  # stdlib | all (with the installed packages) | a folder or file
-    tokenizer: str = "bytes"  # bytes | gpt2
+    tokenizer: str = "bytes"  # bytes | gpt2 | the path of a tokenizer.json
     out: str = OUT  # the folder the sets go into
 
 

@@ -48,7 +48,7 @@ class SetConfig:
 
     source: str = ""
     name: str = ""  # the set becomes the folder out/name
-    tokenizer: str = "bytes"  # bytes | gpt2
+    tokenizer: str = "bytes"  # bytes | gpt2 | the path of a tokenizer.json
     target_length: int = 0  # tokens, separator included; 0: room for FIT percent of the training targets
     block_size: int = 0  # tokens, prefix and target; 0: room for FIT percent of the training prefixes
     out: str = OUT  # the folder the set goes into

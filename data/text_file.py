@@ -28,7 +28,7 @@ STREAM_BLOCK = 256  # tokens; what block_size=0 means for text
 class TextFileConfig:
     input: str = ""  # a file; give --input several times for several
     name: str = ""  # the set becomes the folder out/name
-    tokenizer: str = "bytes"  # bytes | gpt2
+    tokenizer: str = "bytes"  # bytes | gpt2 | the path of a tokenizer.json
     target_length: int = 0  # tokens, separator included; 0: 128 for text, the longest there is for pairs
     block_size: int = 0  # tokens, prefix and target; 0: 256 for text, the longest there is for pairs
     held_out: float = 0.1  # share of the text or of the pairs
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
         f"{split} " + ", ".join(f"{n:,} {what}" for what, n in count.items()) for split, count in meta["splits"].items()
     )
     print(
-        f"{cfg.out}/{cfg.name}: {meta['kind']}, {counts}; tokenizer {cfg.tokenizer}, "
+        f"{cfg.out}/{cfg.name}: {meta['kind']}, {counts}; tokenizer {meta['tokenizer']}, "
         f"target_length {meta['target_length']}, block_size {meta['block_size']}"
     )
 

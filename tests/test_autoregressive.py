@@ -13,7 +13,7 @@ from draws import draws_for
 from model import ModelConfig, Transformer
 
 PAD, SEP = 4, 5
-SIZES = dict(vocab_size=8, n_ordinary=4, pad_id=PAD, sep_id=SEP, mask_id=6, target_length=7)
+SIZES = dict(vocab_size=8, n_ordinary=4, pad_id=PAD, sep_id=SEP, mask_id=6, eos_id=-1, target_length=7)
 
 
 class Bigram:

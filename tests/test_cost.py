@@ -55,6 +55,8 @@ CASES = {
     "prefix LM": dict(prefix_attention="bidirectional"),
     "joint": DIFFUSION | dict(prefix_attention="joint"),
     "frozen": DIFFUSION | dict(prefix_attention="bidirectional"),
+    "wide heads": dict(head_dim=8, n_kv_head=2),
+    "narrow heads, encoder-decoder": ENCDEC | dict(head_dim=2),
     "gelu": dict(activation="gelu", tie_weights=False),
     "encoder-decoder": ENCDEC,
     "encoder-decoder, diffusion": ENCDEC | DIFFUSION,

@@ -19,7 +19,7 @@ from model import ModelConfig, Transformer
 from samplers import SAMPLERS, State
 
 ORDINARY, PAD, SEP, MASK, V, S = 10, 10, 11, 12, 15, 8  # 13 and 14 are sentinels; S slots after the separator
-SIZES = dict(vocab_size=V, n_ordinary=ORDINARY, pad_id=PAD, sep_id=SEP, mask_id=MASK, target_length=S + 1)
+SIZES = dict(vocab_size=V, n_ordinary=ORDINARY, pad_id=PAD, sep_id=SEP, mask_id=MASK, eos_id=-1, target_length=S + 1)
 DEFAULTS = SIZES | dict(noise="uniform", shift=False, self_conditioning=False)
 DEFAULTS |= dict(prefix_attention="bidirectional", block_size=64)
 ALL = list(SAMPLERS)
@@ -150,7 +150,7 @@ def test_noise_is_ordinary_tokens_and_pad_each_about_equally_often():
 
 @pytest.mark.parametrize("n", [10, 255, 256, 50256])
 def test_the_largest_number_below_1_is_still_a_token(n):
-    m = SimpleNamespace(noise="uniform", n_ordinary=n, pad_id=n)
+    m = SimpleNamespace(noise="uniform", n_ordinary=n, pad_id=n, eos_id=-1)
     assert noise_tokens(torch.tensor([0.0, 1 - 2.0**-24]), m).tolist() == [0, n]
 
 

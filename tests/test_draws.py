@@ -3,7 +3,20 @@
 import pytest
 import torch
 
-from draws import BLOCK, CANVAS, CORRUPT, RATE, SAMPLE, SELECT, Draws, draw_tokens, draws_for, forbidden_ids, philox
+from draws import (
+    BLOCK,
+    CANVAS,
+    CORRUPT,
+    RATE,
+    SAMPLE,
+    SELECT,
+    Draws,
+    draw_tokens,
+    draws_for,
+    forbidden_ids,
+    noise_tokens,
+    philox,
+)
 from model import ModelConfig
 
 # kat_vectors of Random123, philox4x32 10: counter, key, result.
@@ -118,3 +131,11 @@ def test_a_number_that_rounds_past_the_last_token_takes_the_likeliest():
 def test_only_ordinary_tokens_and_pad_pass_the_wall():
     m = ModelConfig(vocab_size=9, n_ordinary=5, pad_id=5, sep_id=6, mask_id=7)
     assert forbidden_ids(m, "cpu").tolist() == [6, 7, 8]
+
+
+def test_what_ended_a_text_in_foreign_weights_is_neither_noise_nor_text():
+    """All other ids stay equally likely: 5 ordinary ones, of which 2 is shut out, and pad."""
+    m = ModelConfig(vocab_size=9, n_ordinary=5, pad_id=5, sep_id=6, mask_id=7, eos_id=2)
+    assert forbidden_ids(m, "cpu").tolist() == [2, 6, 7, 8]
+    evenly = (torch.arange(1000) + 0.5) / 1000
+    assert noise_tokens(evenly, m).bincount(minlength=9).tolist() == [200, 200, 0, 200, 200, 200, 0, 0, 0]

@@ -36,7 +36,11 @@ def test_the_setting_chooses_the_class():
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
-@pytest.mark.parametrize("settings", [dict(), dict(position="learned"), dict(n_kv_head=2), dict(bias=True)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [dict(), dict(position="learned"), dict(n_kv_head=2), dict(bias=True), dict(head_dim=8, qkv_bias=True)],
+    ids=str,
+)
 @torch.no_grad()
 def test_cached_decoding_equals_all_at_once(settings, chunk):
     """Greedy decoding feeds one token a call; what a call filed must be what one pass computes."""

@@ -57,9 +57,10 @@ def eagerly(monkeypatch):
         {},
         dict(prefix_attention="bidirectional", norm="layernorm", activation="gelu", position="learned", bias=True),
         dict(n_kv_head=1, qk_norm=True, tie_weights=False),
+        dict(n_kv_head=1, qk_norm=True, head_dim=12, qkv_bias=True),
         dict(arch="encoder_decoder", prefix_attention="bidirectional"),
     ],
-    ids=["ours", "gpt2", "grouped", "encoder_decoder"],
+    ids=["ours", "gpt2", "grouped", "qwen", "encoder_decoder"],
 )
 def test_ar_texts_are_the_same(settings, fixed, prefix, temperature, eagerly):
     model, cfg = network(**settings), autoregressive.SamplerConfig(temperature=temperature)

@@ -14,17 +14,20 @@ MAY_IMPORT = {
     "configurator": "",
     "draws": "",
     "device": "",
-    "model": "",
     "optimizers": "",
-    "data.tokenizer": "",
+    "rope": "",
     "data.objectives": "",
     "data.syntax": "",
+    "data.tokenizer_json": "",
     # level 1
+    "model": "rope",
+    "data.tokenizer": "data.tokenizer_json",
+    "families": "model",
     "autoregressive": "device draws",
     "fast": "model encdec",
     "samplers": "draws",
     "diffusion": "device draws samplers",
-    "encdec": "model",
+    "encdec": "model rope",
     "cost": "model encdec",
     "data.loader": "data.objectives data.tokenizer",
     "checkpoint": "model encdec data.tokenizer",
@@ -38,7 +41,8 @@ MAY_IMPORT = {
     "data.parallel": "configurator data.sources",
     "data.wmt14": "configurator data.parallel data.sources",
     "data.*": "configurator data.loader data.tokenizer data.syntax",
-    "ar2diff": "configurator draws model encdec autoregressive diffusion checkpoint "
+    "pretrained": "data.tokenizer_json data.tokenizer encdec families model",
+    "ar2diff": "configurator draws model encdec autoregressive diffusion checkpoint pretrained "
     "data.loader data.tokenizer data.objectives",
     # level 3
     "train": "configurator device draws model encdec cost autoregressive diffusion checkpoint optimizers run_folder "
@@ -70,6 +74,7 @@ MAY_IMPORT = {
     "eval.train_speed": "configurator data.objectives device draws eval.common eval.timing model train",
     "eval.speed": "configurator device eval.plots eval.common eval.decoders eval.limits eval.peers eval.speed_table "
     "eval.timing fast",
+    "eval.parity": "configurator encdec eval.common pretrained",
     # level 5
     "eval.tables": "*",
     "eval.check_results": "configurator runs.tables",

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import model as model_file
-from model import ADDED_BY_CONVERSION, ModelConfig, Transformer, attention_mask, rope_table
+from model import ADDED_BY_CONVERSION, ModelConfig, Transformer, attention_mask
+from rope import rope_table
 
 PAD = 15
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, target_length=6)
@@ -336,6 +337,11 @@ def test_logits_equal_llama_of_transformers():
         (dict(n_layer=0), "n_layer must be at least 1"),
         (dict(n_embd=15), "multiple of n_head"),
         (dict(n_embd=6), "even head size"),
+        (dict(head_dim=5), "even head size"),
+        (dict(norm_eps=0.0), "norm_eps must be above 0"),
+        (dict(rope_factor=0.0), "rope_factor must be above 0"),
+        (dict(rope_slow_turns=4.0), "rope_slow_turns must be 0 or more and below rope_fast_turns"),
+        (dict(eos_id=15), "eos_id must be -1 or an ordinary id"),
         (dict(n_head=4, n_kv_head=3), "multiple of n_kv_head"),
         (dict(n_kv_head=-1), "n_kv_head"),
         (dict(dropout=1.0), r"\[0, 1\)"),
