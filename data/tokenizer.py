@@ -78,7 +78,7 @@ class Tokenizer:
     def piece(self, i: int) -> bytes:
         """The bytes that one id stands for; they may be text only together with those of its neighbours."""
         (i,) = self._checked([i])
-        return self._pieces[i]
+        return self.pieces[i]
 
     def n_bytes(self, ids: Iterable[int]) -> int:
         """How many bytes of text the ids stand for; reserved ids count 0. Bits per byte = nats / ln 2 / n_bytes."""

@@ -75,7 +75,7 @@ def grade_sampler(margin: Callable) -> Iterator[Claim]:
 
 def grade_noise(unigram_noise: Callable) -> Iterator[Claim]:
     """A grid of numbers in the place of chance: every share comes out exactly."""
-    m = SimpleNamespace(n_ordinary=4, pad_id=4, sep_id=5, mask_id=6, vocab_size=8, noise="uniform")
+    m = SimpleNamespace(n_ordinary=4, pad_id=4, sep_id=5, mask_id=6, eos_id=-1, vocab_size=8, noise="uniform")
     grid = ((torch.arange(1000) + 0.5) / 1000).view(2, 500)
     found = unigram_noise(grid, torch.tensor([1, 0, 2, 5, 2]), m)
     yield "one token a number", found.shape == grid.shape and not found.is_floating_point()
@@ -181,7 +181,7 @@ def grade_bound(predictor: Callable) -> Iterator[Claim]:
 
 def bound_of(said: dict[int, float], T: int = 20) -> float:
     """Nats a bit by the process of eval/bound.py: all steps, all bits and all that may be seen of them, weighed."""
-    m = SimpleNamespace(n_ordinary=1, pad_id=1, vocab_size=2, noise="uniform")  # K = 2 ids: 0 and pad
+    m = SimpleNamespace(n_ordinary=1, pad_id=1, vocab_size=2, eos_id=-1, noise="uniform")  # K = 2 ids: 0 and pad
     logits = torch.tensor([[1 - said[seen], said[seen]] for seen in (0, 1)]).log()
     nats = 0.0
     for t in range(1, T + 1):
