@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,9 +89,11 @@ class World:
             return whole
         # What the last term of a step does not use must be known, or the exchange waits for its gradient.
         unused = cfg.ar_weight > 0 and cfg.self_conditioning
-        return nn.parallel.DistributedDataParallel(
-            whole, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.13 renames broadcast_buffers, 2.11 has only the old name
+            return nn.parallel.DistributedDataParallel(
+                whole, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
+            )
 
     def look(self, whole: nn.Module, do: Callable):
         """do(), without gradients, in all processes alike: under FSDP each holds only a share of the weights."""
@@ -189,7 +192,7 @@ class World:
 
     def lost(self, error: BaseException) -> str:
         """The line for an exchange that failed: who is not there."""
-        who = self.watch.culprit() if self.watch is not None else ""
+        who = self.watch.culprit(2.5) if self.watch is not None else ""
         reason = str(error).strip().splitlines()[0][:160]
         return f"process {self.rank} lost the others {self.watch.where}: {who or reason}; go on with --init_from=resume"
 
@@ -228,15 +231,15 @@ def shard(model: nn.Module, world: World, cfg) -> nn.Module:
     A block that runs twice in one pass, for a prefix that is read first and for the target, cannot be let go between
     its two backward passes: such a model is gathered whole, and only gradients and optimizer are in shares.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     if not dist.is_initialized():
         raise ValueError(
             "parallel=fsdp shares a model out among processes: start them with torchrun, or go on with --parallel=ddp"
         )
     if cfg.compile:
         raise ValueError("compile and parallel=fsdp are not tried together; drop one")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(world.device.type, (world.size,))
     half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cfg.dtype == "bfloat16" else {}
     once = cfg.prefix_attention == "joint" or cfg.prefix_attention == cfg.target_attention == "causal"
@@ -352,7 +355,7 @@ class Watch(threading.Thread):
                 if self.count != seen:
                     seen, since = self.count, time.monotonic()
                 elif time.monotonic() - since > self.patience:
-                    who = self.culprit()
+                    who = self.culprit(min(self.patience, 30.0))
                     if who and not self.over.is_set():
                         print(f"error: {who}; go on with --init_from=resume", file=sys.stderr, flush=True)
                         os._exit(2)  # the main thread is waiting inside a collective and cannot be woken
@@ -363,11 +366,16 @@ class Watch(threading.Thread):
                 print(f"error: torchrun's store does not answer: {reason}", file=sys.stderr, flush=True)
                 os._exit(2)
 
-    def culprit(self) -> str:
-        """Who keeps the others waiting, in words; "" where all are at the same place and alive."""
+    def culprit(self, seconds: float) -> str:
+        """Who keeps the others waiting, in words; "" where all are at the same place and alive.
+
+        Who says nothing for so many seconds is not alive.
+        """
         try:
-            before = self._told()
-            time.sleep(2.5 * self.every)
+            before, end = self._told(), time.monotonic() + seconds
+            while time.monotonic() < end:
+                time.sleep(self.every)
+                self._tell()  # the others are listening too
             now = self._told()
         except RuntimeError:
             return ""

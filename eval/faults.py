@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed.fsdp  # what DDP imports late, a second each time: forks find it there
 
 import ar2diff
 import atomic
@@ -47,7 +48,7 @@ class FaultsConfig:
 TINY = [
     *("--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4", "--max_steps=12"),
     *("--warmup_steps=2", "--log_interval=1", "--eval_interval=3", "--eval_batches=2", "--save_interval=2"),
-    *("--sample_interval=6", "--patience=3", "--dropout=0.1", "--paradigm=diffusion", "--prefix_attention=joint"),
+    *("--sample_interval=6", "--patience=60", "--dropout=0.1", "--paradigm=diffusion", "--prefix_attention=joint"),
     *("--target_attention=bidirectional", "--self_conditioning", "--grad_accum_steps=2"),
 ]
 PASSING = ("tokens_per_s", "mfu", "seconds")  # what a log line says of the machine and not of the run
@@ -99,7 +100,7 @@ class Child:
         finally:
             os._exit(code)
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """Its exit status, negative for a signal. A process that hangs is killed and gives -1000."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -189,6 +190,7 @@ class Bench:
         self.work = work
         work.mkdir(parents=True, exist_ok=True)
         self.data, self.whole, self.ticks = work / "set", {}, {}
+        self.patience = 0  # seconds; 0: what TINY says, enough for a machine that is busy otherwise
 
     def prepare(self) -> None:
         """The data, and a run of each kind that nothing happens to."""
@@ -220,7 +222,9 @@ class Bench:
 
     def train(self, folder: Path, *flags: str) -> None:
         train.measured_flops = lambda *_: 1e12  # five matmuls, longer than the run
-        train.main([*TINY, f"--data={self.data}", f"--out_dir={folder / 'run'}", "--init_from=resume", *flags])
+        patience = [f"--patience={self.patience}"] if self.patience else []
+        argv = [*TINY, f"--data={self.data}", f"--out_dir={folder / 'run'}", "--init_from=resume", *patience, *flags]
+        train.main(argv)
 
     def work_of(self, place: str, folder: Path) -> Callable[[], object]:
         """What a child does for a place."""
@@ -232,7 +236,7 @@ class Bench:
                 Child(lambda: self.train(source.parent.parent, *ar), folder / "said_ar").wait()
             return lambda: ar2diff.main([f"--init_from={source}", f"--out_dir={folder / 'run'}", "--overwrite"])
         if place == "data preparation":
-            return lambda: prepare_toy(folder / "run")
+            return lambda: prepare_toy(folder)
         return lambda: self.train(folder)
 
     def begin(self, place: str, folder: Path, processes: int, ticks: Ticks | None = None, victim: int = 0) -> list:
@@ -298,10 +302,11 @@ class Bench:
         return {"kills": hit, "wrong": wrong or self.finish(place, folder, processes)}
 
 
-def prepare_toy(out: Path) -> None:
+def prepare_toy(folder: Path) -> None:
+    os.chdir(folder)  # a set says of itself by which command it was made
     toy.N_STRINGS = 200
-    toy.main([f"--out={out}"])
-    for half in [*out.glob(".*.tmp"), *out.glob(".*.old")]:  # what killed ones left beside; another pid, another name
+    toy.main(["--out=run"])
+    for half in [*Path("run").glob(".*.tmp"), *Path("run").glob(".*.old")]:  # of killed ones: their names hold a pid
         shutil.rmtree(half)
 
 
@@ -447,7 +452,9 @@ def lock_of_the_dead(bench, folder, rng):
 def one_of_two(bench: Bench, folder: Path, rng: random.Random, hook: Callable, words: tuple[str, ...]) -> str:
     """Two processes, and something happens to one: the other must end by itself and name it."""
     place, victim, begun = "step, 2 processes", rng.randrange(2), time.monotonic()
+    bench.patience = 5
     children = bench.begin(place, folder, 2, Ticks(rng.randint(8, 60), hook), victim)
+    bench.patience = 0
     code = children[1 - victim].wait()
     seconds = time.monotonic() - begun
     os.kill(children[victim].pid, signal.SIGKILL)

@@ -302,14 +302,14 @@ def test_who_is_behind_and_who_says_nothing_is_named(watches):
     for watch in watches:
         watch.count, watch.where = 5, "in step 2"
     time.sleep(0.3)
-    assert watches[0].culprit() == ""
+    assert watches[0].culprit(0.5) == ""
     watches[1].count, watches[1].where = 4, "in the backward pass of step 1"
     watches[2].over.set()
-    time.sleep(0.5)
+    time.sleep(0.3)
     assert re.fullmatch(
         r"process 1 \(.*, pid \d+\) hangs in the backward pass of step 1 and process 2 \(.*, pid \d+\) is dead or "
         "stopped; last heard of in step 2",
-        watches[0].culprit(),
+        watches[0].culprit(0.5),
     )
 
 
