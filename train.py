@@ -173,7 +173,7 @@ def train(world: World, out: Path, cfg: TrainConfig, model: Transformer, source:
     )  # fmt: skip
     tokens, flops, since = 0, 0, time.perf_counter()
     if first == 0:
-        if world.leader:
+        if world.leader and state is None:
             clear(out)
         checkpoint("ckpt.pt", 0)  # from here on a killed run resumes from its own start, whatever it began with
     with bar, stop, explained(asdict(cfg), world.size) as now:
