@@ -21,7 +21,7 @@ from checkpoint import load
 from cost import train_flops
 from data.loader import open_set, write_pairs
 from device import measured_flops, pick_device
-from model import Transformer
+from model import ModelConfig, Transformer
 from train import TrainConfig, main, open_edges
 
 ROOT = Path(__file__).parent.parent
