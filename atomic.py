@@ -18,7 +18,7 @@ class Damaged(ValueError):
     """A checkpoint whose bytes are not those that were written."""
 
 
-def write_state(path: str | Path, state: dict, keep: int = 1) -> None:
+def write_state(path: str | Path, state: dict, keep: int = 0) -> None:
     """Write tensors and plain values, sealed; see write_atomically."""
 
     def write(file):
@@ -28,8 +28,11 @@ def write_state(path: str | Path, state: dict, keep: int = 1) -> None:
     write_atomically(path, write, keep)
 
 
-def write_atomically(path: str | Path, write, keep: int = 1) -> None:
-    """Let write(file) fill a temporary file, then put it in the place of path. What fails leaves path as it was."""
+def write_atomically(path: str | Path, write, keep: int = 0) -> None:
+    """Let write(file) fill a temporary file, then put it in the place of path. What fails leaves path as it was.
+
+    keep: 0 for a file that stands alone; of a run's checkpoints so many stay, see put_in_place.
+    """
     path = Path(path)
     half = path.with_name(path.name + ".tmp")
     try:
@@ -51,7 +54,15 @@ def history(path: str | Path, n: int) -> Path:
 
 
 def put_in_place(new: Path, path: Path, keep: int) -> None:
-    """Move a finished file (or folder) to path; what stood there and before moves on in history. keep of them stay."""
+    """Move a finished file (or folder) to path; what stood there and before moves on in history. keep of them stay.
+
+    keep 0: there is no history. Nothing but path is touched, and a folder there is an error.
+    """
+    if path.is_dir() and not any((path / name).exists() for name in SHARDS):
+        raise IsADirectoryError(f"{path} is a folder, and no checkpoint")
+    if keep == 0:
+        os.replace(new, path)
+        return _sync(path.parent)
     n = max(keep, 2)
     while os.path.lexists(history(path, n)):  # more were kept once
         remove(history(path, n))
@@ -68,12 +79,19 @@ def put_in_place(new: Path, path: Path, keep: int) -> None:
     os.replace(new, path)
     if keep == 1:
         remove(before)
+    _sync(path.parent)
+
+
+SHARDS = ("fields.pt", ".metadata")  # what tells a checkpoint that is a folder (sharded.py) from any other folder
+
+
+def _sync(folder: Path) -> None:
     with contextlib.suppress(OSError):  # some systems cannot sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(handle)
         finally:
-            os.close(folder)
+            os.close(handle)
 
 
 def _linked(path: Path, name: Path) -> bool:

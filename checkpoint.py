@@ -21,7 +21,7 @@ FORMAT = 1  # raise when a field changes its meaning; load() refuses other numbe
 FIELDS = {"step": int, "model": dict, "model_config": dict, "tokenizer": str}  # what every checkpoint has
 
 
-def save(path: str | Path, model: Transformer, step: int, tokenizer: str, keep: int = 1, **rest) -> None:
+def save(path: str | Path, model: Transformer, step: int, tokenizer: str, keep: int = 0, **rest) -> None:
     """Write one checkpoint. A reader sees the old file or the new one, never half of one, also after a power cut.
 
     keep: so many files stay, the new one included; see atomic.history.

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from atomic import Damaged, put_in_place, read_state, sha256, write_state
+from atomic import SHARDS, Damaged, put_in_place, read_state, sha256, write_state
 from configurator import configure, run
 
 
@@ -99,7 +99,7 @@ def _tensors(model: nn.Module, optimizers: list) -> dict[str, torch.Tensor]:
 
 def is_shards(path: Path) -> bool:
     """Whether a folder is a checkpoint in shards, or what is left of one."""
-    return any((path / name).exists() for name in ("fields.pt", ".metadata"))
+    return any((path / name).exists() for name in SHARDS)
 
 
 def read_head(path: Path) -> dict:

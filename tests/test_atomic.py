@@ -125,9 +125,9 @@ def test_a_folder_takes_the_place_of_a_file_and_back(tmp_path, keep):
     write(path, "file", keep)
     for text in ("shards", "more shards"):
         half.mkdir()
-        (half / "part").write_text(text)
+        (half / "fields.pt").write_text(text)
         put_in_place(half, path, keep)
-    assert (path / "part").read_text() == "more shards"
+    assert (path / "fields.pt").read_text() == "more shards"
     write(path, "file again", keep)
     assert path.read_text() == "file again"
     names = {1: ["a.pt"], 3: ["a.1.pt", "a.2.pt", "a.pt"]}[keep]
@@ -167,3 +167,20 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
 def test_history_names_the_newest_without_a_number():
     assert [history("out/ckpt.pt", n).name for n in range(3)] == ["ckpt.pt", "ckpt.1.pt", "ckpt.2.pt"]
     assert atomic.SEAL[:2] == (71).to_bytes(2, "little")
+
+
+def test_a_file_that_stands_alone_takes_nothing_else_with_it(tmp_path):
+    """No history: neighbours whose names look like one stay, and so does a folder that is in the way."""
+    for name in ("page.1.html", "page.2.html"):
+        (tmp_path / name).write_text("mine")
+    write_atomically(tmp_path / "page.html", lambda file: file.write(b"new"))
+    write_atomically(tmp_path / "page.html", lambda file: file.write(b"newer"))
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "a.json").write_text("mine")
+    for keep in (0, 1, 3):
+        with pytest.raises(OSError, match="not written .*results"):
+            write_atomically(folder, lambda file: file.write(b"new"), keep)
+    assert (folder / "a.json").read_text() == "mine" and (tmp_path / "page.html").read_text() == "newer"
+    assert [(tmp_path / name).read_text() for name in ("page.1.html", "page.2.html")] == ["mine"] * 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["page.1.html", "page.2.html", "page.html", "results"]
