@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from configurator import configure
+from eval import parity
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,6 +84,7 @@ def test_every_command_is_run_or_named_as_an_exception():
 def test_the_commands_run_one_after_the_other(copy, monkeypatch, capsys):
     """In this process: starting Python and torch forty times would take minutes."""
     monkeypatch.chdir(copy)
+    write_hub_model(copy / "Qwen" / "Qwen2.5-0.5B")
     some = [Path(module.__file__).parent for module in (asyncio, email, http)]  # the whole library takes 10 s
     monkeypatch.setattr("data.python_code._roots", lambda source: some)
     for command in commands():
@@ -95,6 +97,12 @@ def test_the_commands_run_one_after_the_other(copy, monkeypatch, capsys):
             importlib.import_module(program.removesuffix(".py")).main([*argv, *short])
         except (Exception, SystemExit) as error:
             raise AssertionError(f"{command} {' '.join(short)}\n{error}\n{capsys.readouterr().out[-2000:]}") from error
+
+
+def write_hub_model(folder: Path) -> None:
+    """A tiny network of that family where the README names one of the hub, so that nothing is fetched."""
+    pytest.importorskip("transformers")
+    parity.build("qwen2: qkv bias, tied", folder)
 
 
 @pytest.mark.parametrize("program", SETTINGS)
