@@ -12,7 +12,6 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     # level 0
     "configurator": "",
-    "atomic": "",
     "draws": "",
     "device": "",
     "optimizers": "",
@@ -31,12 +30,9 @@ MAY_IMPORT = {
     "encdec": "model rope",
     "cost": "model encdec",
     "data.loader": "data.objectives data.tokenizer",
-    "sharded": "atomic configurator",
-    "checkpoint": "atomic configurator sharded model encdec data.tokenizer",
+    "checkpoint": "model encdec data.tokenizer",
     # level 2
-    "run_folder": "atomic",
-    "trouble": "atomic cost model",
-    "distributed": "device checkpoint sharded",
+    "run_folder": "checkpoint",
     "heldout": "device draws autoregressive diffusion data.tokenizer",
     "speculative": "device draws samplers diffusion",
     "data.sources": "data.loader data.tokenizer",
@@ -50,7 +46,7 @@ MAY_IMPORT = {
     "data.loader data.tokenizer data.objectives",
     # level 3
     "train": "configurator device draws model encdec cost autoregressive diffusion checkpoint optimizers run_folder "
-    "heldout trouble distributed data.loader data.tokenizer data.objectives",
+    "heldout data.loader data.tokenizer data.objectives",
     "view.cells": "data.tokenizer",
     "view.record": "",
     "view.terminal": "data.tokenizer view.cells view.record",
@@ -75,7 +71,6 @@ MAY_IMPORT = {
     # level 4
     "eval.*": "configurator device draws model cost autoregressive diffusion checkpoint ar2diff train sample data.* "
     "eval.common eval.metrics eval.sandbox eval.python_code eval.exact_match",
-    "eval.faults": "configurator ar2diff atomic checkpoint data.* heldout run_folder train eval.common",
     "eval.train_speed": "configurator data.objectives device draws eval.common eval.timing model train",
     "eval.speed": "configurator device eval.plots eval.common eval.decoders eval.limits eval.peers eval.speed_table "
     "eval.timing fast",
