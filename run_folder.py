@@ -16,6 +16,7 @@ MAY_CHANGE = {
     "device",
     "dtype",
     "compile",
+    "gradient_checkpointing",
     "grad_accum_steps",
 }
 MAY_CHANGE |= {"log_interval", "eval_interval", "eval_batches", "sample_interval", "save_interval"}

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import autoregressive
 import diffusion
+from anneal import AnnealConfig, Annealing
 from checkpoint import load, save
 from configurator import describe, read_settings, refuse_changes, run
 from cost import num_params, train_flops
@@ -28,19 +29,20 @@ from data.objectives import ObjectiveConfig
 from data.tokenizer import get_tokenizer
 from device import autocast, compile_or_say_why_not, measured_flops, pick_device
 from diffusion import LossConfig
-from draws import EDGES, draws_for
+from draws import draws_for
 from encdec import build_model
 from heldout import evaluate, sample_line
 from model import ModelConfig, Transformer, model_settings
 from optimizers import learning_rate_at, make_optimizers
+from recompute import recompute_blocks
 from run_folder import MAY_CHANGE, Log, StopSignals
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 
 
 @dataclass
-class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig):
-    """A run: the settings of the model, of the diffusion loss and of the objective, and these."""
+class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig, AnnealConfig):
+    """A run: the settings of the model, of the diffusion loss, of the objective and of annealing, and these."""
 
     data: str = "out/data/mini"  # a folder as data/loader.py writes it; the generated sets are built when missing
     init_from: str = "scratch"  # scratch | resume | a checkpoint whose weights are the start
@@ -61,11 +63,11 @@ class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig):
     beta1: float = 0.9
     beta2: float = 0.98
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
-    anneal_steps: int = 0  # open the causal mask edge by edge over so many steps; 0: at once, as the paper does
     seed: int = 1337
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "float32"  # float32 | bfloat16 (autocast; weights stay float32)
     compile: bool = False
+    gradient_checkpointing: bool = False  # a third more time for much less memory: recompute.py
     log_interval: int = 20
     eval_interval: int = 200
     eval_batches: int = 8
@@ -76,6 +78,7 @@ class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig):
         ModelConfig.__post_init__(self)
         LossConfig.__post_init__(self)
         ObjectiveConfig.__post_init__(self)
+        AnnealConfig.__post_init__(self)
         for name, allowed in (
             ("schedule", ("constant", "linear", "cosine")),
             ("optimizer", ("muon", "adamw")),
@@ -98,10 +101,10 @@ class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig):
             raise ValueError(
                 f"batch_size must be a multiple of grad_accum_steps, got {self.batch_size} and {self.grad_accum_steps}"
             )
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("compile and gradient_checkpointing exclude each other: choose speed or memory")
         if self.self_conditioning and self.unroll_steps < 2:
             raise ValueError("self_conditioning is trained in the unrolled pass: it needs unroll_steps of 2 or more")
-        if self.anneal_steps and self.target_attention != "bidirectional":
-            raise ValueError("anneal_steps opens the mask of a bidirectional target; target_attention is 'causal'")
         if self.ar_weight and (self.paradigm == "ar" or self.prefix_attention == "joint" or self.lookahead):
             raise ValueError(
                 "ar_weight keeps the AR loss in a diffusion model that reads its prefix first and no token ahead; got "
@@ -131,6 +134,8 @@ def main(argv: list[str]) -> dict:
         return log.last
     if cfg.compile:
         compile_or_say_why_not(model)
+    if cfg.gradient_checkpointing:
+        recompute_blocks(model)
 
     def checkpoint(name, step):
         save(
@@ -139,7 +144,7 @@ def main(argv: list[str]) -> dict:
             converted_from=state_of_origin(cfg, state),
         )  # fmt: skip
 
-    stop = StopSignals()
+    stop, annealing = StopSignals(), Annealing(cfg, model)
     peak = measured_flops(device, cfg.dtype)
     loss_fn = PARADIGMS[cfg.paradigm].losses
     bar = tqdm(total=cfg.max_steps, initial=first, unit="step", dynamic_ncols=True, disable=None, leave=False)
@@ -160,7 +165,7 @@ def main(argv: list[str]) -> dict:
                 )
                 batch = type(batch)(*(part.to(device) for part in batch))
                 draws = draws_for(cfg.seed, batch.example, step)
-                opened = open_edges(batch, step, cfg) if step < cfg.anneal_steps else None
+                opened = annealing.opened(batch, step)
                 with autocast(device, cfg.dtype):
                     for k, term in enumerate(loss_fn(model, batch, cfg, draws, opened=opened)):
                         term = term / cfg.grad_accum_steps
@@ -299,17 +304,6 @@ def new_run(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
 
 def state_of_origin(cfg: TrainConfig, state: dict | None) -> str:
     return state["converted_from"] if state is not None else cfg.init_from
-
-
-def open_edges(batch, step: int, cfg: TrainConfig) -> torch.Tensor:
-    """Random edges (T, T) open at this step of mask annealing; the share grows linearly (DiffuLLaMA, section 3.2).
-
-    A function of (seed, step) alone, so that all micro-batches see one mask.
-    """
-    P, T = batch.prefix.shape[1] if cfg.prefix_attention == "joint" else 0, batch.target.shape[1]
-    # Target first, so that its edges have the same names however long the prefixes of a micro-batch are.
-    row = torch.cat([torch.arange(T, T + P), torch.arange(T)]).to(batch.target.device)
-    return draws_for(cfg.seed, row, step).uniform(EDGES, P + T)[0][:, row] < (step + 1) / cfg.anneal_steps
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "device": "",
     "optimizers": "",
     "rope": "",
+    "recompute": "",
     "data.objectives": "",
     "data.syntax": "",
     "data.tokenizer_json": "",
@@ -23,6 +24,7 @@ MAY_IMPORT = {
     "model": "rope",
     "data.tokenizer": "data.tokenizer_json",
     "families": "model",
+    "anneal": "draws",
     "autoregressive": "device draws",
     "fast": "model encdec",
     "samplers": "draws",
@@ -45,8 +47,8 @@ MAY_IMPORT = {
     "ar2diff": "configurator draws model encdec autoregressive diffusion checkpoint pretrained "
     "data.loader data.tokenizer data.objectives",
     # level 3
-    "train": "configurator device draws model encdec cost autoregressive diffusion checkpoint optimizers run_folder "
-    "heldout data.loader data.tokenizer data.objectives",
+    "train": "configurator device draws model encdec anneal recompute cost autoregressive diffusion checkpoint "
+    "optimizers run_folder heldout data.loader data.tokenizer data.objectives",
     "view.cells": "data.tokenizer",
     "view.record": "",
     "view.terminal": "data.tokenizer view.cells view.record",
