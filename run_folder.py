@@ -13,6 +13,7 @@ MAY_CHANGE = {
     "init_from",
     "out_dir",
     "overwrite",
+    "plan",
     "device",
     "dtype",
     "compile",

@@ -34,6 +34,7 @@ from encdec import build_model
 from heldout import evaluate, sample_line
 from model import ModelConfig, Transformer, model_settings
 from optimizers import learning_rate_at, make_optimizers
+from plan import print_plan
 from recompute import recompute_blocks
 from run_folder import MAY_CHANGE, Log, StopSignals
 
@@ -48,6 +49,7 @@ class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig, AnnealConfig):
     init_from: str = "scratch"  # scratch | resume | a checkpoint whose weights are the start
     resume: bool = False  # go on from out_dir/ckpt.pt if it is there; --init_from=resume says the same
     out_dir: str = "out/run"
+    plan: bool = False  # print what the run would cost, in memory and time, and stop
     overwrite: bool = False  # let this run take the place of another in out_dir
     max_steps: int = 1000
     batch_size: int = 32  # sequences per optimizer step, all micro-batches together
@@ -116,8 +118,11 @@ OPEN_AT_ZERO = {"block_size", "target_length"}  # 0, also where it is typed: wha
 
 
 def main(argv: list[str]) -> dict:
-    """Train as argv says; returns the last log entry."""
-    cfg, model, state = start(argv)
+    """Train as argv says; returns the last log entry, with --plan what it would cost."""
+    cfg, weights, state = settle(argv)
+    if cfg.plan:
+        return print_plan(cfg, open_set(cfg.data, "train", cfg))
+    model = start(cfg, weights)
     train_set, valid_set = (open_set(cfg.data, split, cfg) for split in ("train", "valid"))
     device = model.tok.weight.device
     optimizers = make_optimizers(model, cfg)
@@ -228,8 +233,9 @@ def main(argv: list[str]) -> dict:
     return log.last
 
 
-def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
-    """(settings, model on its device, the checkpoint that is resumed or None). What can be wrong is found here."""
+def settle(argv: list[str]) -> tuple[TrainConfig, dict | None, dict | None]:
+    """(settings, weights to start from or None, the checkpoint that is resumed or None). What can be wrong is found
+    here, and nothing is written but a set that is missing."""
     resume = "--init_from=resume" in argv
     given, _ = read_settings(TrainConfig, [arg for arg in argv if arg != "--init_from=resume"])
     resume = resume or given.pop("resume", False) or given.get("init_from") == "resume"
@@ -240,7 +246,7 @@ def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
     last = out / "ckpt.pt"
     state = None
     if resume and last.exists():
-        state = load(last)
+        state = load(last, weights_on(given))
         print(f"resuming {last} at step {state['step']}")
     elif resume:
         print(f"no checkpoint in {out} yet: starting at step 0")
@@ -261,14 +267,24 @@ def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
             raise ValueError(
                 f"{data} has changed since {last} was written; use another --out_dir, or bring the data back"
             )
+    return cfg, weights, state
+
+
+def weights_on(given: dict) -> str:
+    """Where a checkpoint is read to: for a plan only the shapes of its tensors count."""
+    return "meta" if given.get("plan") else "cpu"
+
+
+def start(cfg: TrainConfig, weights: dict | None) -> Transformer:
+    """The model on its device, and a folder for the run."""
     model = build_model(ModelConfig(**model_settings(asdict(cfg))))
     if weights is None:
         torch.manual_seed(cfg.seed)
         model._init_weights()
     else:
         model.load_state_dict(weights)
-    out.mkdir(parents=True, exist_ok=True)
-    return cfg, model.to(pick_device(cfg.device)), state
+    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+    return model.to(pick_device(cfg.device))
 
 
 def new_run(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
@@ -282,7 +298,7 @@ def new_run(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
         cfg = TrainConfig(**(given | of_data | {"block_size": given.get("block_size") or train_set.meta["block_size"]}))
         weights = None
     else:
-        state = load(source)
+        state = load(source, weights_on(given))
         if state["tokenizer"] != train_set.tokenizer_name:
             raise ValueError(
                 f"{source} was trained with tokenizer {state['tokenizer']!r}, {train_set.folder} is made with "

@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "samplers": "draws",
     "diffusion": "device draws samplers",
     "encdec": "model rope",
-    "cost": "model encdec",
+    "cost": "model encdec optimizers",
+    "plan": "configurator cost device model",
     "data.loader": "data.objectives data.tokenizer",
     "checkpoint": "model encdec data.tokenizer",
     # level 2
@@ -47,7 +48,7 @@ MAY_IMPORT = {
     "ar2diff": "configurator draws model encdec autoregressive diffusion checkpoint pretrained "
     "data.loader data.tokenizer data.objectives",
     # level 3
-    "train": "configurator device draws model encdec anneal recompute cost autoregressive diffusion checkpoint "
+    "train": "configurator device draws model encdec anneal plan recompute cost autoregressive diffusion checkpoint "
     "optimizers run_folder heldout data.loader data.tokenizer data.objectives",
     "view.cells": "data.tokenizer",
     "view.record": "",
