@@ -74,16 +74,17 @@ def training_memory(
     AdamW's two. padded: whether the prefixes of a batch differ in length, which takes a mask.
     Activations are what autograd keeps of each operation in model.py, attention by a kernel that keeps no scores.
     """
-    C, V, KV, b, L = m.n_embd, m.vocab_size, m.kv_heads * m.head_size, bytes_per_number, m.n_layer
+    C, V, b, L = m.n_embd, m.vocab_size, bytes_per_number, m.n_layer
+    Q, KV = m.n_head * m.head_size, m.kv_heads * m.head_size
     hidden = m.hidden_size * (4 if m.activation == "swiglu" else 2)  # up, act(gate) and their product; up and act(up)
-    qkv = C + 2 * KV  # in one piece, kept where one of its parts is used as it is: v, unless heads share it
-    if KV < C:
-        qkv = 3 * C if m.position == "rope" else qkv + 2 * C
+    qkv = Q + 2 * KV  # in one piece, kept where one of its parts is used as it is: v, unless heads share it
+    if KV < Q:
+        qkv = 3 * Q if m.position == "rope" else qkv + 2 * Q
     elif m.position == "rope":
-        qkv += C + KV  # q and k as they were turned
+        qkv += Q + KV  # q and k as they were turned
     # What the two norms read, float32, and what an RMSNorm makes before its weight; what the four products read.
-    token = 4 * C * (4 if m.norm == "rmsnorm" else 2) + b * (2 * C + qkv + C + hidden)
-    cross = b * (4 * C * target + 3 * KV * prefix) + 4 * C * target if m.arch == "encoder_decoder" else 0
+    token = 4 * C * (4 if m.norm == "rmsnorm" else 2) + b * (2 * C + qkv + Q + hidden)
+    cross = b * ((2 * C + 2 * Q) * target + 3 * KV * prefix) + 4 * C * target if m.arch == "encoder_decoder" else 0
     tokens = prefix + target
     block = rows * (token * tokens + cross)
     kept = rows * 4 * C * tokens  # a block's input

@@ -89,7 +89,7 @@ class Answers:
         for number, (text,) in enumerate(_args(requests)):
             ids = self.tokenizer.encode(text)
             for start in range(0, len(ids), self.room):
-                before_it = ids[max(0, start - self._longest_prefix()) : start]
+                before_it = ids[max(0, start - self.longest_prefix()) : start]
                 windows.append((before_it, ids[start : start + self.room]))
                 owner.append(number)
         found = [0.0] * len(requests)
@@ -97,11 +97,12 @@ class Answers:
             found[number] += log_p
         return found
 
-    def _longest_prefix(self) -> int:
+    def longest_prefix(self) -> int:
+        """Tokens of a prompt that the model can read before a whole target."""
         return self.model.cfg.block_size - self.model.cfg.target_length
 
     def _prompt(self, text: str) -> list[int]:
-        ids, most = self.tokenizer.encode(text), self._longest_prefix()
+        ids, most = self.tokenizer.encode(text), self.longest_prefix()
         self.shortened += len(ids) > most
         return ids[max(0, len(ids) - most) :]
 
@@ -194,8 +195,10 @@ def main(argv: list[str]) -> dict:
     if set(asked) & {"loglikelihood", "loglikelihood_rolling", "multiple_choice"}:
         print(f"likelihoods: {lm.measure}")
     if lm.shortened:
-        print(f"{lm.shortened} prompts were longer than the {lm._longest_prefix()} tokens that the model reads; each lost "
-              "its beginning")  # fmt: skip
+        most = lm.longest_prefix()
+        print(
+            f"{lm.shortened} prompts were longer than the {most} tokens that the model reads: each lost its beginning"
+        )
     result = {"tasks": found["results"], "n": {name: n["effective"] for name, n in found["n-samples"].items()}}
     result |= {"asked": asked, "likelihood": lm.measure, "prompts_shortened": lm.shortened, "settings": asdict(cfg)}
     result |= {"trained": {"step": state["step"], "fingerprint": state.get("fingerprint")}, "model": asdict(model.cfg)}

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from memory import peak_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -9,7 +10,6 @@ from device import autocast
 from diffusion import LossConfig
 from draws import draws_for
 from encdec import EncoderDecoder, build_model
-from memory import peak_bytes
 from model import ModelConfig, Transformer
 from recompute import recompute_blocks
 from train import PARADIGMS
@@ -126,6 +126,7 @@ PEAKS = {
     "frozen, self-conditioning": FROZEN | dict(shift=True, self_conditioning=True),
     "gelu, learned positions": JOINT | dict(activation="gelu", position="learned", norm="layernorm", bias=True),
     "grouped heads": JOINT | dict(n_kv_head=2),
+    "wide heads": JOINT | dict(head_dim=32),
     "bfloat16": JOINT,
     "padded": JOINT,
     "checkpointing": JOINT,

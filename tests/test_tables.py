@@ -73,9 +73,9 @@ def test_the_picture_shows_the_seeds_by_n_and_by_steps(tmp_path):
 def test_a_training_is_priced_by_hand(tmp_path):
     """10 steps of 4 rows, 6 tokens of prefix and 5 of target, two passes.
 
-    Bytes: 16 a parameter (12 of a matrix in the block, by Muon), then float32 numbers. A token of the block: 4 x 16 that
-    the norms keep and 12 x 16 that attention and the two products beside it do, and 4 hidden widths of 64; 2 x 16 at
-    the ends. A slot: its logits 4 times over."""
+    Bytes: 16 a parameter, 12 where Muon steps, then float32 numbers. A token of the block: 4 x 16 of the norms, 8 x 16
+    that attention and the products beside it keep, and 4 hidden widths of 64; 2 x 16 at the ends. A slot: its logits 4
+    times over."""
     encode = get_tokenizer("bytes").encode
     write_pairs(tmp_path / "set", {"train": [(encode("abcdef"), encode("wxyz"))]}, "bytes", 5, 11)
     settings = dict(n_layer=1, n_head=2, n_embd=16, batch_size=4, **SCRATCH)
