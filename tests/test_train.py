@@ -35,6 +35,7 @@ CASES = {
     "modern": DIFFUSION + ["--self_conditioning", "--shift", "--lookahead", "--self_conditioning_prob=0.5"],
     "diffusion_dropout": DIFFUSION + ["--dropout=0.2", "--noise=mask"],
     "annealed": DIFFUSION + ["--anneal_steps=5", "--unroll_temperature=1.0"],
+    "band": DIFFUSION + ["--prefix_attention=bidirectional", "--anneal_steps=5", "--anneal_form=band"],
     "both": DIFFUSION + ["--prefix_attention=causal", "--anneal_steps=3", "--ar_weight=0.5"],
 }
 PASSING = {"tokens_per_s", "mfu", "seconds"}  # what a log line says of the machine and not of the run
@@ -133,7 +134,7 @@ def test_three_steps_and_three_more_equal_six(case, run, monkeypatch, tmp_path):
     assert [entry["step"] for entry in parts_log] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("case", ["ar_adamw", "diffusion", "modern", "annealed", "both"])
+@pytest.mark.parametrize("case", ["ar_adamw", "diffusion", "modern", "annealed", "band", "both"])
 def test_micro_batches_change_nothing_but_the_memory(case, run):
     """To float tolerance, losses and weights. With annealing too: micro-batches of other widths see the same edges."""
     flags = [*CASES[case], "--optimizer=adamw"]
