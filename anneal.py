@@ -21,6 +21,7 @@ skips the tiles of which a band or blocks show nothing; of random edges it reads
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,20 +101,25 @@ def open_edges(batch, step: int, cfg) -> Tensor:
     return draws_for(cfg.seed, row, step).uniform(EDGES, P + T)[0][:, row] < (step + 1) / cfg.anneal_steps
 
 
+class Flex(NamedTuple):
+    """torch's flex_attention and create_block_mask, each compiled where it is to be fast."""
+
+    attention: Callable
+    block_mask: Callable
+
+
 @dataclass
 class Ahead:
     """Open edges as a rule: stands for the tensor `opened` of model.attention_mask where FlexAttention runs."""
 
     rule: Rule
-    flex: Callable  # flex_attention, compiled
+    flex: Flex
 
     def mask(self, past: Tensor | None, real: Tensor | None, S: int, T: int, device) -> "FlexMask":
         """The mask of T new tokens behind S cached ones; past (B, S) and real (B, T) are False at padding."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
         B = None if real is None else len(real)  # one mask for all rows where none has padding
-        seen, on_cuda = self.mask_mod(past, real, S, device), torch.device(device).type == "cuda"
-        return FlexMask(create_block_mask(seen, B, None, T, S + T, device, _compile=on_cuda), self.flex)
+        seen = self.mask_mod(past, real, S, device)
+        return FlexMask(self.flex.block_mask(seen, B, None, T, S + T, device=device), self.flex.attention)
 
     def mask_mod(self, past: Tensor | None, real: Tensor | None, S: int, device) -> Callable:
         """Whether query q sees key kv, as FlexAttention asks: what attention_mask draws as a whole."""
@@ -140,14 +146,14 @@ class FlexMask:
     """What blocks are given in place of a dense mask; KVCache.attend lets it attend."""
 
     blocks: object  # torch's BlockMask
-    flex: Callable
+    attention: Callable
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention (B, H, T, D). Autocast does not cast for FlexAttention; rotated queries and keys are float32."""
-        return self.flex(q.to(v.dtype), k.to(v.dtype), v, block_mask=self.blocks)
+        return self.attention(q.to(v.dtype), k.to(v.dtype), v, block_mask=self.blocks)
 
 
-def compiled_flex(model) -> tuple[Callable | None, str]:
+def compiled_flex(model) -> tuple[Flex | None, str]:
     """(FlexAttention as the model can use it in training, "") or (None, why not)."""
     m, device = model.cfg, model.tok.weight.device
     if device.type != "cuda":
@@ -155,9 +161,9 @@ def compiled_flex(model) -> tuple[Callable | None, str]:
     if m.dropout:
         return None, "FlexAttention has no dropout"
     try:
-        from torch.nn.attention.flex_attention import flex_attention
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        flex = torch.compile(flex_attention)
+        flex = Flex(torch.compile(flex_attention), torch.compile(create_block_mask))
         q = torch.zeros(1, m.n_head, 16, m.head_size, device=device, requires_grad=True)
         mask = Ahead(lambda i, j: j <= i + 1, flex).mask(None, None, 0, 16, device)
         mask.attend(q, q, q).sum().backward()
