@@ -9,6 +9,7 @@ from torch import nn
 
 from encdec import build_model
 from model import ModelConfig
+from optimizers import muon_takes
 
 
 def num_params(model: nn.Module) -> int:
@@ -20,6 +21,12 @@ def count_params(m: ModelConfig) -> int:
     """The same of a network that is not made: a billion parameters take no memory here."""
     with torch.device("meta"):
         return num_params(build_model(m))
+
+
+def count_by_muon(m: ModelConfig) -> int:
+    """How many of these numbers Muon steps, where the optimizer is muon."""
+    with torch.device("meta"):
+        return sum(p.numel() for name, p in build_model(m).named_parameters() if muon_takes(name, p))
 
 
 def forward_flops(m: ModelConfig, prefix: int, target: int) -> int:
@@ -48,18 +55,52 @@ def train_flops(m: ModelConfig, prefix: int, target: int, unroll_steps: int = 1,
     return 3 * forward_flops(m, prefix, target) * passes
 
 
-def training_memory(m: ModelConfig, params: int, rows: int, length: int, bytes_per_number: int = 4) -> dict[str, int]:
-    """Bytes of a training step, roughly: weights, gradients, AdamW's two moments (float32), activations, logits.
+def training_memory(
+    m: ModelConfig,
+    params: int,
+    rows: int,
+    prefix: int,
+    target: int,
+    bytes_per_number: int = 4,
+    by_muon: int = 0,
+    padded: bool = False,
+    gradient_checkpointing: bool = False,
+) -> dict[str, int]:
+    """Bytes that a training step holds at its peak, by what they are for. That is where a backward pass begins: later
+    passes of the loss come when the graph of the one before is gone, however many there are.
 
-    rows, length: of one micro-batch. Activations as Korthikanti et al. (arXiv 2205.05198, section 4.1) count them
-    where attention keeps no scores: 34 bytes a number of the stream and layer in 16 bits. Logits: as they are, in
-    float32 and their gradient.
+    rows, prefix, target: of one micro-batch. bytes_per_number: of what autocast makes, 4 or 2; the stream between the
+    blocks, the loss and all weights are float32. by_muon: how many of the params have Muon's one moment and not
+    AdamW's two. padded: whether the prefixes of a batch differ in length, which takes a mask.
+    Activations are what autograd keeps of each operation in model.py, attention by a kernel that keeps no scores.
     """
-    tokens = rows * length
+    C, V, b, L = m.n_embd, m.vocab_size, bytes_per_number, m.n_layer
+    Q, KV = m.n_head * m.head_size, m.kv_heads * m.head_size
+    hidden = m.hidden_size * (4 if m.activation == "swiglu" else 2)  # up, act(gate) and their product; up and act(up)
+    qkv = Q + 2 * KV  # in one piece, kept where one of its parts is used as it is: v, unless heads share it
+    if KV < Q:
+        qkv = 3 * Q if m.position == "rope" else qkv + 2 * Q
+    elif m.position == "rope":
+        qkv += Q + KV  # q and k as they were turned
+    # What the two norms read, float32, and what an RMSNorm makes before its weight; what the four products read.
+    token = 4 * C * (4 if m.norm == "rmsnorm" else 2) + b * (2 * C + qkv + Q + hidden)
+    cross = b * ((2 * C + 2 * Q) * target + 3 * KV * prefix) + 4 * C * target if m.arch == "encoder_decoder" else 0
+    tokens = prefix + target
+    block = rows * (token * tokens + cross)
+    kept = rows * 4 * C * tokens  # a block's input
+    # The logits, their log-softmax and two gradients; after these the output layer's own gradient is made.
+    logits = max((b + 12) * rows * target * V, (b + 4) * rows * target * V + 4 * V * C)
+    if gradient_checkpointing:  # a block comes to life again when nothing but the logits is left of the loss
+        alive = block + 2 * b * rows * tokens * m.hidden_size  # with the gradients inside an MLP
+        activations = L * kept + max(0, alive - (logits - b * rows * target * V))
+    else:
+        activations = L * block
+    ends = 4 * C * (2 * tokens + (4 * target if m.self_conditioning or m.lookahead else 0))  # embeddings, last norm
+    mask = rows * target * tokens * 5 * L if padded else 0  # a bool and what it adds
     return {
-        "weights": 4 * params,
+        "weights": 4 * params + (2 * params if b == 2 else 0),  # and autocast's copies
         "gradients": 4 * params,
-        "optimizer": 8 * params,
-        "activations": 17 * bytes_per_number * tokens * m.n_embd * m.n_layer,
-        "logits": (bytes_per_number + 8) * tokens * m.vocab_size,
+        "optimizer": 8 * params - 4 * by_muon,
+        "activations": activations + rows * ends + mask,
+        "logits": logits,
     }

@@ -142,7 +142,7 @@ def attention_mask(kind: str, past: Tensor, new: Tensor, opened: Tensor | None =
              GPT         prefix LM        AR2Diff          frozen prefix    AR-readable prompt
 
     opened (T, T) bool: edges among the new tokens that are open beside the causal ones. All open is bidirectional;
-    a growing random share is mask annealing (DiffuLLaMA, arXiv 2410.17891).
+    a growing share of them is mask annealing (anneal.py, which on CUDA has a rule in the place of this tensor).
     """
     (B, S), T = past.shape, new.shape[1]
     square = torch.ones(T, T, dtype=torch.bool, device=new.device)
@@ -192,7 +192,9 @@ class KVCache:
 
     @staticmethod
     def attend(q, k, v, mask, dropout, causal, layer) -> Tensor:
-        """Attention (B, H, T, D). A cache that keeps keys another way (fast.py) has its own."""
+        """Attention (B, H, T, D). A cache that keeps keys another way (fast.py) has its own, and so has a FlexMask."""
+        if hasattr(mask, "attend"):
+            return mask.attend(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
 
     def rows(self, index: Tensor) -> "KVCache":
@@ -432,6 +434,8 @@ ADDED_BY_CONVERSION = ("condition", "ahead")  # the only layers a diffusion mode
 
 def _plan_mask(kind, past, real, opened, S, T, device):
     """(mask, is_causal) for scaled_dot_product_attention. No dense mask where none is needed: it turns off flash."""
+    if hasattr(opened, "mask"):  # anneal.Ahead; a tensor has no such method
+        return opened.mask(past, real, S, T, device), False
     if past is None and opened is None:
         if kind == "bidirectional" or T == 1:
             return None, False

@@ -13,7 +13,7 @@ def make_optimizers(model: nn.Module, cfg) -> list[torch.optim.Optimizer]:
     lr_ratio in a group is its learning rate as a multiple of learning_rate_at.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    by_muon = [p for name, p in named if cfg.optimizer == "muon" and name.startswith("blocks.") and p.dim() == 2]
+    by_muon = [p for name, p in named if cfg.optimizer == "muon" and muon_takes(name, p)]
     rest = [p for _, p in named if all(p is not q for q in by_muon)]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay, "lr_ratio": 1.0},
@@ -24,6 +24,11 @@ def make_optimizers(model: nn.Module, cfg) -> list[torch.optim.Optimizer]:
         group = {"params": by_muon, "weight_decay": cfg.weight_decay, "lr_ratio": cfg.muon_lr_ratio}
         found.append(torch.optim.Muon([group], lr=cfg.learning_rate, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
     return found
+
+
+def muon_takes(name: str, p: torch.Tensor) -> bool:
+    """Whether Muon steps this parameter: a matrix inside a block."""
+    return name.startswith("blocks.") and p.dim() == 2
 
 
 def learning_rate_at(step: int, cfg) -> float:

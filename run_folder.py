@@ -13,9 +13,11 @@ MAY_CHANGE = {
     "init_from",
     "out_dir",
     "overwrite",
+    "plan",
     "device",
     "dtype",
     "compile",
+    "gradient_checkpointing",
     "grad_accum_steps",
 }
 MAY_CHANGE |= {"log_interval", "eval_interval", "eval_batches", "sample_interval", "save_interval"}

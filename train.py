@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import autoregressive
 import diffusion
+from anneal import AnnealConfig, Annealing
 from checkpoint import load, save
 from configurator import describe, read_settings, refuse_changes, run
 from cost import num_params, train_flops
@@ -28,24 +29,27 @@ from data.objectives import ObjectiveConfig
 from data.tokenizer import get_tokenizer
 from device import autocast, compile_or_say_why_not, measured_flops, pick_device
 from diffusion import LossConfig
-from draws import EDGES, draws_for
+from draws import draws_for
 from encdec import build_model
 from heldout import evaluate, sample_line
 from model import ModelConfig, Transformer, model_settings
 from optimizers import learning_rate_at, make_optimizers
+from plan import print_plan
+from recompute import recompute_blocks
 from run_folder import MAY_CHANGE, Log, StopSignals
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 
 
 @dataclass
-class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig):
-    """A run: the settings of the model, of the diffusion loss and of the objective, and these."""
+class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig, AnnealConfig):
+    """A run: the settings of the model, of the diffusion loss, of the objective and of annealing, and these."""
 
     data: str = "out/data/mini"  # a folder as data/loader.py writes it; the generated sets are built when missing
     init_from: str = "scratch"  # scratch | resume | a checkpoint whose weights are the start
     resume: bool = False  # go on from out_dir/ckpt.pt if it is there; --init_from=resume says the same
     out_dir: str = "out/run"
+    plan: bool = False  # print what the run would cost, in memory and time, and stop
     overwrite: bool = False  # let this run take the place of another in out_dir
     max_steps: int = 1000
     batch_size: int = 32  # sequences per optimizer step, all micro-batches together
@@ -61,11 +65,11 @@ class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig):
     beta1: float = 0.9
     beta2: float = 0.98
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
-    anneal_steps: int = 0  # open the causal mask edge by edge over so many steps; 0: at once, as the paper does
     seed: int = 1337
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "float32"  # float32 | bfloat16 (autocast; weights stay float32)
     compile: bool = False
+    gradient_checkpointing: bool = False  # a third more time for much less memory: recompute.py
     log_interval: int = 20
     eval_interval: int = 200
     eval_batches: int = 8
@@ -76,6 +80,7 @@ class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig):
         ModelConfig.__post_init__(self)
         LossConfig.__post_init__(self)
         ObjectiveConfig.__post_init__(self)
+        AnnealConfig.__post_init__(self)
         for name, allowed in (
             ("schedule", ("constant", "linear", "cosine")),
             ("optimizer", ("muon", "adamw")),
@@ -98,10 +103,10 @@ class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig):
             raise ValueError(
                 f"batch_size must be a multiple of grad_accum_steps, got {self.batch_size} and {self.grad_accum_steps}"
             )
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("compile and gradient_checkpointing exclude each other: choose speed or memory")
         if self.self_conditioning and self.unroll_steps < 2:
             raise ValueError("self_conditioning is trained in the unrolled pass: it needs unroll_steps of 2 or more")
-        if self.anneal_steps and self.target_attention != "bidirectional":
-            raise ValueError("anneal_steps opens the mask of a bidirectional target; target_attention is 'causal'")
         if self.ar_weight and (self.paradigm == "ar" or self.prefix_attention == "joint" or self.lookahead):
             raise ValueError(
                 "ar_weight keeps the AR loss in a diffusion model that reads its prefix first and no token ahead; got "
@@ -113,8 +118,11 @@ OPEN_AT_ZERO = {"block_size", "target_length"}  # 0, also where it is typed: wha
 
 
 def main(argv: list[str]) -> dict:
-    """Train as argv says; returns the last log entry."""
-    cfg, model, state = start(argv)
+    """Train as argv says; returns the last log entry, with --plan what it would cost."""
+    cfg, weights, state = settle(argv)
+    if cfg.plan:
+        return print_plan(cfg, open_set(cfg.data, "train", cfg))
+    model = start(cfg, weights)
     train_set, valid_set = (open_set(cfg.data, split, cfg) for split in ("train", "valid"))
     device = model.tok.weight.device
     optimizers = make_optimizers(model, cfg)
@@ -131,6 +139,8 @@ def main(argv: list[str]) -> dict:
         return log.last
     if cfg.compile:
         compile_or_say_why_not(model)
+    if cfg.gradient_checkpointing:
+        recompute_blocks(model)
 
     def checkpoint(name, step):
         save(
@@ -139,7 +149,7 @@ def main(argv: list[str]) -> dict:
             converted_from=state_of_origin(cfg, state),
         )  # fmt: skip
 
-    stop = StopSignals()
+    stop, annealing = StopSignals(), Annealing(cfg, model)
     peak = measured_flops(device, cfg.dtype)
     loss_fn = PARADIGMS[cfg.paradigm].losses
     bar = tqdm(total=cfg.max_steps, initial=first, unit="step", dynamic_ncols=True, disable=None, leave=False)
@@ -160,7 +170,7 @@ def main(argv: list[str]) -> dict:
                 )
                 batch = type(batch)(*(part.to(device) for part in batch))
                 draws = draws_for(cfg.seed, batch.example, step)
-                opened = open_edges(batch, step, cfg) if step < cfg.anneal_steps else None
+                opened = annealing.opened(batch, step)
                 with autocast(device, cfg.dtype):
                     for k, term in enumerate(loss_fn(model, batch, cfg, draws, opened=opened)):
                         term = term / cfg.grad_accum_steps
@@ -223,8 +233,9 @@ def main(argv: list[str]) -> dict:
     return log.last
 
 
-def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
-    """(settings, model on its device, the checkpoint that is resumed or None). What can be wrong is found here."""
+def settle(argv: list[str]) -> tuple[TrainConfig, dict | None, dict | None]:
+    """(settings, weights to start from or None, the checkpoint that is resumed or None). What can be wrong is found
+    here, and nothing is written but a set that is missing."""
     resume = "--init_from=resume" in argv
     given, _ = read_settings(TrainConfig, [arg for arg in argv if arg != "--init_from=resume"])
     resume = resume or given.pop("resume", False) or given.get("init_from") == "resume"
@@ -235,7 +246,7 @@ def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
     last = out / "ckpt.pt"
     state = None
     if resume and last.exists():
-        state = load(last)
+        state = load(last, weights_on(given))
         print(f"resuming {last} at step {state['step']}")
     elif resume:
         print(f"no checkpoint in {out} yet: starting at step 0")
@@ -256,14 +267,24 @@ def start(argv: list[str]) -> tuple[TrainConfig, Transformer, dict | None]:
             raise ValueError(
                 f"{data} has changed since {last} was written; use another --out_dir, or bring the data back"
             )
+    return cfg, weights, state
+
+
+def weights_on(given: dict) -> str:
+    """Where a checkpoint is read to: for a plan only the shapes of its tensors count."""
+    return "meta" if given.get("plan") else "cpu"
+
+
+def start(cfg: TrainConfig, weights: dict | None) -> Transformer:
+    """The model on its device, and a folder for the run."""
     model = build_model(ModelConfig(**model_settings(asdict(cfg))))
     if weights is None:
         torch.manual_seed(cfg.seed)
         model._init_weights()
     else:
         model.load_state_dict(weights)
-    out.mkdir(parents=True, exist_ok=True)
-    return cfg, model.to(pick_device(cfg.device)), state
+    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+    return model.to(pick_device(cfg.device))
 
 
 def new_run(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
@@ -277,7 +298,7 @@ def new_run(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
         cfg = TrainConfig(**(given | of_data | {"block_size": given.get("block_size") or train_set.meta["block_size"]}))
         weights = None
     else:
-        state = load(source)
+        state = load(source, weights_on(given))
         if state["tokenizer"] != train_set.tokenizer_name:
             raise ValueError(
                 f"{source} was trained with tokenizer {state['tokenizer']!r}, {train_set.folder} is made with "
@@ -299,17 +320,6 @@ def new_run(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
 
 def state_of_origin(cfg: TrainConfig, state: dict | None) -> str:
     return state["converted_from"] if state is not None else cfg.init_from
-
-
-def open_edges(batch, step: int, cfg: TrainConfig) -> torch.Tensor:
-    """Random edges (T, T) open at this step of mask annealing; the share grows linearly (DiffuLLaMA, section 3.2).
-
-    A function of (seed, step) alone, so that all micro-batches see one mask.
-    """
-    P, T = batch.prefix.shape[1] if cfg.prefix_attention == "joint" else 0, batch.target.shape[1]
-    # Target first, so that its edges have the same names however long the prefixes of a micro-batch are.
-    row = torch.cat([torch.arange(T, T + P), torch.arange(T)]).to(batch.target.device)
-    return draws_for(cfg.seed, row, step).uniform(EDGES, P + T)[0][:, row] < (step + 1) / cfg.anneal_steps
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from configurator import configure, nearest, run
-from cost import count_params, train_flops, training_memory
+from cost import count_by_muon, count_params, train_flops, training_memory
 from data import mbpp, parallel, squad, wmt14
 from data.loader import build_if_missing, open_set
 from device import measured_flops, pick_device
@@ -208,8 +208,9 @@ def price(settings: dict, data: Path, steps: int) -> dict:
     sized = {"block_size": max(block, settings.get("block_size", 0)), "target_length": T}
     cfg = TrainConfig(**(settings | ids | sized))
     m, rows = ModelConfig(**model_settings(asdict(cfg))), cfg.batch_size // cfg.grad_accum_steps
-    params = _params(tuple(model_settings(asdict(cfg)).items()))
-    memory = training_memory(m, params, rows, block, 2 if cfg.dtype == "bfloat16" else 4)
+    params, by_muon = _params(tuple(model_settings(asdict(cfg)).items()))
+    by_muon = by_muon if cfg.optimizer == "muon" else 0
+    memory = training_memory(m, params, rows, block - T, T, 2 if cfg.dtype == "bfloat16" else 4, by_muon)
     flops = steps * cfg.batch_size * train_flops(m, block - T, T, cfg.unroll_steps)
     return {"params": params, "tokens": steps * cfg.batch_size * block, "flops": flops, "bytes": sum(memory.values())}
 
@@ -218,8 +219,9 @@ GPT2_IDS = dict(vocab_size=50304, n_ordinary=50257, pad_id=50257, sep_id=50258, 
 
 
 @functools.cache
-def _params(settings: tuple) -> int:
-    return count_params(ModelConfig(**dict(settings)))  # a plan asks for the same few networks again and again
+def _params(settings: tuple) -> tuple[int, int]:
+    m = ModelConfig(**dict(settings))
+    return count_params(m), count_by_muon(m)  # a plan asks for the same few networks again and again
 
 
 def plan_table(cfg: TablesConfig) -> str:

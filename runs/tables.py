@@ -15,6 +15,7 @@ from configurator import configure, run
 from eval.common import markdown
 from runs.few_steps import exit_table, ways_table
 from runs.jobs import plain
+from runs.recipes import cells_table, effects_table
 from runs.speed_tables import decode_table, lines_table, peers_table, quality_table
 from runs.study import TRIED
 
@@ -148,6 +149,8 @@ TABLES = {
     "tried": lambda results: tried_table(results / "study"),
     "ways": lambda results: ways_table(results / "few_steps"),
     "exit": lambda results: exit_table(results / "few_steps"),
+    "effects": lambda results: effects_table(results / "recipes"),
+    "recipes": lambda results: cells_table(results / "recipes", results / "study"),
     "origin": lambda results: origin(results / "study"),
     "decode": decode_table,
     "quality": quality_table,

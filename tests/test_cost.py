@@ -1,11 +1,18 @@
 import pytest
 import torch
+from memory import peak_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cost import forward_flops, num_params, train_flops, training_memory
+from cost import count_by_muon, forward_flops, num_params, train_flops, training_memory
+from data.objectives import Batch
+from device import autocast
+from diffusion import LossConfig
+from draws import draws_for
 from encdec import EncoderDecoder, build_model
 from model import ModelConfig, Transformer
+from recompute import recompute_blocks
+from train import PARADIGMS
 
 GPT2 = dict(
     norm="layernorm", activation="gelu_tanh", position="learned", bias=True, qk_norm=False,
@@ -103,6 +110,56 @@ def test_grouped_heads_and_added_layers_are_counted_as_by_hand():
     assert forward_flops(cfg, 3, 2) == 2 * (2 * adds + 2 * head + 2 * 16)
 
 
-def test_adamw_in_float32_takes_sixteen_bytes_a_parameter():
-    parts = training_memory(ModelConfig(), params=1000, rows=1, length=1)
+def test_adamw_takes_sixteen_bytes_a_parameter_and_muon_twelve():
+    parts = training_memory(ModelConfig(), params=1000, rows=1, prefix=1, target=1)
     assert parts["weights"] + parts["gradients"] + parts["optimizer"] == 16_000
+    parts = training_memory(ModelConfig(), params=1000, rows=1, prefix=1, target=1, by_muon=900)
+    assert parts["optimizer"] == 900 * 4 + 100 * 8
+
+
+MEMORY = dict(n_layer=4, n_head=4, n_embd=64, vocab_size=600, n_ordinary=500, pad_id=500, sep_id=501, mask_id=502)
+MEMORY |= dict(block_size=128, target_length=64)
+FROZEN, JOINT = (DIFFUSION | dict(prefix_attention=kind) for kind in ("bidirectional", "joint"))
+PEAKS = {
+    "ar": {},
+    "joint": JOINT,
+    "frozen, self-conditioning": FROZEN | dict(shift=True, self_conditioning=True),
+    "gelu, learned positions": JOINT | dict(activation="gelu", position="learned", norm="layernorm", bias=True),
+    "grouped heads": JOINT | dict(n_kv_head=2),
+    "wide heads": JOINT | dict(head_dim=32),
+    "bfloat16": JOINT,
+    "padded": JOINT,
+    "checkpointing": JOINT,
+    "encoder-decoder": FROZEN | dict(arch="encoder_decoder"),
+}
+
+
+@pytest.mark.parametrize("case", PEAKS)
+def test_activations_and_logits_are_what_a_step_holds(case):
+    """Within an eighth of what torch's profiler counts in a step of all passes, the weights being there before."""
+    m = ModelConfig(**MEMORY | PEAKS[case])
+    model = build_model(m).train()
+    if case == "checkpointing":
+        recompute_blocks(model)
+    prefix, target = torch.randint(0, 500, (8, 64)), torch.randint(0, 500, (8, 64))
+    if case == "padded":
+        prefix[1, 40:] = m.pad_id
+    batch, bf16 = Batch(prefix, target, torch.arange(8)), "bfloat16" if case == "bfloat16" else "float32"
+
+    def step():
+        with autocast(torch.device("cpu"), bf16):
+            for term in PARADIGMS[m.paradigm].losses(model, batch, LossConfig(), draws_for(0, batch.example)):
+                term.backward()
+
+    step()  # gradients are there
+    measured, params = peak_bytes(step), num_params(model)
+    size = 2 if case == "bfloat16" else 4
+    said = training_memory(m, params, 8, 64, 64, size, 0, case == "padded", case == "checkpointing")
+    copies = said["weights"] - 4 * params  # autocast's
+    assert said["activations"] + said["logits"] + copies == pytest.approx(measured, rel=1 / 8)
+
+
+def test_muon_steps_the_matrices_of_the_blocks():
+    """n_embd 4, hidden 6: qkv 4 x 12, projection 4 x 4, up 4 x 12, down 6 x 4; norms and embedding are AdamW's."""
+    sizes = dict(vocab_size=5, n_ordinary=2, pad_id=2, sep_id=3, mask_id=4, n_layer=2, n_head=2, n_embd=4, n_hidden=6)
+    assert count_by_muon(ModelConfig(**sizes, block_size=8)) == 2 * (48 + 16 + 48 + 24)

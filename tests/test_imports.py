@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "device": "",
     "optimizers": "",
     "rope": "",
+    "recompute": "",
     "data.objectives": "",
     "data.syntax": "",
     "data.tokenizer_json": "",
@@ -23,12 +24,14 @@ MAY_IMPORT = {
     "model": "rope",
     "data.tokenizer": "data.tokenizer_json",
     "families": "model",
+    "anneal": "draws",
     "autoregressive": "device draws",
     "fast": "model encdec",
     "samplers": "draws",
     "diffusion": "device draws samplers",
     "encdec": "model rope",
-    "cost": "model encdec",
+    "cost": "model encdec optimizers",
+    "plan": "configurator cost device model",
     "data.loader": "data.objectives data.tokenizer",
     "checkpoint": "model encdec data.tokenizer",
     # level 2
@@ -45,8 +48,8 @@ MAY_IMPORT = {
     "ar2diff": "configurator draws model encdec autoregressive diffusion checkpoint pretrained "
     "data.loader data.tokenizer data.objectives",
     # level 3
-    "train": "configurator device draws model encdec cost autoregressive diffusion checkpoint optimizers run_folder "
-    "heldout data.loader data.tokenizer data.objectives",
+    "train": "configurator device draws model encdec anneal plan recompute cost autoregressive diffusion checkpoint "
+    "optimizers run_folder heldout data.loader data.tokenizer data.objectives",
     "view.cells": "data.tokenizer",
     "view.record": "",
     "view.terminal": "data.tokenizer view.cells view.record",
@@ -72,6 +75,7 @@ MAY_IMPORT = {
     "eval.*": "configurator device draws model cost autoregressive diffusion checkpoint ar2diff train sample data.* "
     "eval.common eval.metrics eval.sandbox eval.python_code eval.exact_match",
     "eval.train_speed": "configurator data.objectives device draws eval.common eval.timing model train",
+    "eval.harness": "configurator data.objectives draws eval.bound eval.common",
     "eval.speed": "configurator device eval.plots eval.common eval.decoders eval.limits eval.peers eval.speed_table "
     "eval.timing fast",
     "eval.parity": "configurator encdec eval.common pretrained",

@@ -1,12 +1,16 @@
 """runs/: jobs run in order and once, tables say what the JSON says."""
 
+import itertools
 import json
+import math
 import runpy
 
 import pytest
 
-from runs import few_steps, quickstart, study, tables
+from runs import few_steps, quickstart, recipes, study, tables
 from runs.jobs import Job, at_step, copy_once, plain, work
+
+BOTH_WAYS = [(a, b) for a in (False, True) for b in (False, True)]
 
 
 def note(folder, word: str) -> list[str]:
@@ -122,6 +126,88 @@ def test_few_steps_trains_only_what_the_study_lacks_and_counts_what_it_saves(tmp
             (tmp_path / f"mini_{seed}_mini_qa_exit_{plain(label)}.json").write_text(json.dumps(result))
     row = few_steps.exit_table(tmp_path).splitlines()[4]
     assert [cell.strip() for cell in row.split("|")[4:6]] == ["95.0 (76.4 to 99.1)", "4.00 (12.5x)"]
+
+
+def test_the_recipes_are_eight_cells_that_exist_and_every_factor_is_balanced_in_every_other():
+    cells = recipes.CELLS
+    assert len(set(cells)) == 8 and not any(cell.joint and cell.ar_loss for cell in cells)
+    for one, other in itertools.combinations(("shift", "annealed"), 2):
+        assert all(sum((getattr(c, one), getattr(c, other)) == pair for c in cells) == 2 for pair in BOTH_WAYS)
+    for extra in ("joint", "ar_loss"):
+        for factor in ("shift", "annealed"):
+            assert sorted(getattr(c, factor) for c in cells if getattr(c, extra)) == [False, True]
+    for name, (among, has, has_not) in recipes.EFFECTS.items():
+        with_it, without = ([cell for cell in among if side(cell)] for side in (has, has_not))
+        assert len(with_it) == len(without) == (2 if "joint" in name or "AR" in name else 4)
+        for factor in {"shift", "annealed"} - {name.split()[0].replace("annealing", "annealed")}:
+            assert sum(getattr(c, factor) for c in with_it) == sum(getattr(c, factor) for c in without)
+
+
+def test_main_effects_are_found_where_effects_add_up():
+    """Shift +30, annealing +4, joint -6, AR loss -1 on a base of 50: each is read off exactly."""
+    worth = dict(shift=30, annealed=4, joint=-6, ar_loss=-1)
+    cells = {c: 50 + sum(worth[name] * value for name, value in c._asdict().items()) for c in recipes.CELLS}
+    assert [recipes.effect(cells, name) for name in recipes.EFFECTS] == [30, 4, -6, -1]
+
+
+def test_an_interval_over_seeds_is_students():
+    """1, 2, 3: standard deviation 1, two degrees of freedom, 4.303 / sqrt(3) to either side."""
+    assert recipes.student([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 2.4843, 2 + 2.4843), abs=1e-4)
+    assert recipes.student([5.0]) == (5.0, -math.inf, math.inf)
+
+
+def recipe_jobs(seed: int = 1) -> list[Job]:
+    return [job for part in recipes.TASKS for job in recipes.jobs_of(part, seed, recipes.RecipesConfig())]
+
+
+def test_every_recipe_has_its_models_its_results_and_its_row(tmp_path):
+    jobs = [job for seed in (1, 2) for job in recipe_jobs(seed)]
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names) and all(name in names for job in jobs for name in job.after)
+    folders = [a for job in jobs for argv in job.commands for a in argv if a.startswith("--out_dir=")]
+    assert len(set(folders)) == len(folders)
+    rows = [plain(cell.name) for cell in recipes.CELLS] + [plain(f"form_{label}") for label in recipes.FORMS]
+    wanted = {f"{part}_{seed}_{task}_{row}" for part, task in recipes.TASKS.items() for seed in (1, 2) for row in rows}
+    wanted |= {
+        f"mini_{seed}_mini_translation_{plain(cell.name)}_left_to_right"
+        for seed in (1, 2)
+        for cell in recipes.CELLS
+        if not cell.joint
+    }
+    assert results_of(jobs) == {f"results/recipes/{name}.json" for name in wanted}
+
+
+def test_recipes_train_as_their_names_say_within_one_budget():
+    """FLOPs: three passes of two thirds of the steps are two passes of all, to the rounding of the steps."""
+    by_name = {job.name: job for job in recipe_jobs()}
+    for cell in recipes.CELLS:
+        convert, adapt, tune = (
+            by_name[f"mini/1/recipe_{plain(cell.name)}_{stage}"].commands[0]
+            for stage in ("start", "adapt", "mini_translation")
+        )
+        assert f"--shift={str(cell.shift).lower()}" in convert
+        assert f"--prefix_attention={'joint' if cell.joint else 'causal'}" in convert
+        assert any(a.startswith("--anneal_steps=") for a in adapt) == cell.annealed
+        for argv, steps in ((adapt, 200), (tune, 200)):
+            assert ("--ar_weight=1.0" in argv) == cell.ar_loss
+            taken = int(next(a for a in argv if a.startswith("--max_steps=")).split("=")[1])
+            assert taken * (3 if cell.ar_loss else 2) == pytest.approx(2 * steps, abs=2)
+    for label in ("band", "blocks"):
+        flags = by_name[f"mini/1/recipe_form_{label}_adapt"].commands[0]
+        assert f"--anneal_form={label}" in flags and "--anneal_steps=100" in flags
+
+
+def test_the_tables_of_recipes_say_mean_and_interval_over_seeds(tmp_path):
+    for seed, right in ((1, 0.90), (2, 0.92), (3, 0.94)):
+        for cell in recipes.CELLS:
+            found = {"exact_match": right if cell.shift else right - 0.5}
+            (tmp_path / f"mini_{seed}_mini_translation_{plain(cell.name)}.json").write_text(json.dumps(found))
+    cells = [[c.strip() for c in line.split("|")] for line in recipes.cells_table(tmp_path, tmp_path).splitlines()]
+    row = next(cells for cells in cells if cells[1:2] == ["shift, annealed, joint"])
+    assert row[2] == "92.0 (87.0 to 97.0)" and row[3] == "-" and row[-2] == "3/0"
+    lines = [[c.strip() for c in line.split("|")] for line in recipes.effects_table(tmp_path).splitlines()]
+    assert next(line for line in lines if line[1:2] == ["shift"])[2] == "+50.0 (+50.0 to +50.0) *"
+    assert next(line for line in lines if line[1].startswith("joint"))[2].startswith("+0.00 (")
 
 
 def test_equal_flops_counts_two_passes_a_diffusion_step():
