@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 LEAST_RESERVED, MULTIPLE = 32, 128  # sizes that are whole 128s are faster
 FIRST = "<|ar2diff_pad|>"
+# How GPT-2 cuts a text into words before it merges: contractions, letters, digits, the rest, spaces.
+WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 PROBE = "A probe: naïve 日本 🙂,\n\ttwo  spaces and 42."
 
 
@@ -66,15 +68,27 @@ def read(text: str, where: str) -> tuple[list[bytes], int, Callable[[str], list[
 
     encode adds nothing to a text, no start token and no space before its first word, though Llama 2's own would: so
     texts can be cut anywhere, and what the parts are decoded to is the text. Raises ValueError, naming `where`, on a
-    file that cannot be read so, and if `tokenizers` is missing.
+    file that cannot be read so, and if `tokenizers` is missing and tiktoken cannot read it either.
     """
-    try:
-        import tokenizers
-    except ImportError:
-        raise ValueError(f"{where}: a tokenizer.json needs tokenizers: pip install tokenizers") from None
     found = parse(text, where)
     pieces, vocab_size = pieces_of(found, where), 1 + max(_added(found))
     _without_first_space(found)
+    encode = _encoder(found, pieces, where)
+    if b"".join(pieces[i] for i in encode(PROBE)) != PROBE.encode():
+        raise ValueError(f"{where}: loses text: {PROBE!r} comes back changed")
+    return pieces, vocab_size, encode
+
+
+def _encoder(found: dict, pieces: list[bytes], where: str) -> Callable[[str], list[int]]:
+    try:
+        import tokenizers
+    except ImportError:
+        ranks = ranks_of(found, pieces)
+        if ranks is None:
+            raise ValueError(f"{where}: this tokenizer.json needs tokenizers: pip install tokenizers") from None
+        import tiktoken
+
+        return tiktoken.Encoding(where, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={}).encode_ordinary
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(found))
     except Exception as error:  # the package raises plain Exception
@@ -82,13 +96,26 @@ def read(text: str, where: str) -> tuple[list[bytes], int, Callable[[str], list[
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # what spells a special token is text like any other
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
 
-    if b"".join(pieces[i] for i in encode(PROBE)) != PROBE.encode():
-        raise ValueError(f"{where}: loses text: {PROBE!r} comes back changed")
-    return pieces, vocab_size, encode
+def ranks_of(found: dict, pieces: list[bytes]) -> dict[bytes, int] | None:
+    """Bytes -> id of a tokenizer that tiktoken cuts alike; None for another.
+
+    tiktoken merges those two neighbours first whose bytes have the lowest id; `tokenizers` follows a list of merges.
+    They agree where the list is the one that the ids imply, and the text is first cut as GPT-2 cuts it.
+    """
+    model, cut = found["model"], found.get("pre_tokenizer") or {}
+    used = {i for token, i in model["vocab"].items() if i not in special_ids(found)}
+    ranks = {pieces[i]: i for i in sorted(used)}
+    merges = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model.get("merges", [])]
+    plain = not found.get("normalizer") and cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
+    plain = plain and not (model.get("dropout") or model.get("ignore_merges") or cut.get("add_prefix_space"))
+    if not plain or len(ranks) != len(used) or any(bytes([byte]) not in ranks for byte in range(256)):
+        return None
+    if merges != [[_visible(part) for part in _halves(piece, ranks)] for piece in ranks if len(piece) > 1]:
+        return None
+    return ranks
 
 
 def pieces_of(found: dict, where: str) -> list[bytes]:

@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "data.mbpp": "configurator data.sources data.text_file",
     "data.parallel": "configurator data.sources",
     "data.wmt14": "configurator data.parallel data.sources",
+    "data.bpe": "configurator checkpoint data.tokenizer_json data.tokenizer data.python_code data.text_file",
     "data.*": "configurator data.loader data.tokenizer data.syntax",
     "pretrained": "data.tokenizer_json data.tokenizer encdec families model",
     "ar2diff": "configurator draws model encdec autoregressive diffusion checkpoint pretrained "

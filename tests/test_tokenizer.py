@@ -244,7 +244,7 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
 
 
 def test_without_the_package_a_tokenizer_json_says_what_to_install(tmp_path, monkeypatch):
-    path = byte_level(tmp_path, "other.json")
+    path = byte_fallback(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     tokenizer_file._READ.clear()
     with pytest.raises(ValueError, match="pip install tokenizers"):
