@@ -1,6 +1,6 @@
 """The Python source on this machine, as a stream to pretrain on and as pairs: signature and docstring -> body.
 
-    python -m data.python_code [--source=stdlib|all|PATH] [--tokenizer=bytes|gpt2] [--out=out/data]
+    python -m data.python_code [--source=stdlib|all|PATH] [--tokenizer=bytes|gpt2|PATH] [--out=out/data]
 
 "stdlib" is the standard library of the Python that runs this: the same numbers for everyone who has that version. "all"
 adds the installed packages. Writes python_code and python_pairs. Tests, demos and generated tables are left out.
@@ -32,10 +32,8 @@ from data.loader import OUT, join_documents, write_pairs, write_stream
 from data.syntax import parse_python
 from data.tokenizer import get_tokenizer
 
-STREAM_TARGET = 128  # tokens, separator included
-STREAM_BLOCK = 256  # tokens
-PAIR_TARGET = 192  # tokens, separator included
-PAIR_PREFIX = 192  # tokens
+STREAM_TARGET, PAIR_TARGET = 128, 192  # tokens, separator included: what target_length=0 means
+STREAM_BLOCK, PAIR_BLOCK = 256, 384  # tokens, prefix and target: what block_size=0 means
 HELD_OUT = 10  # percent of the files
 MAX_FILE = 400_000  # bytes; what is longer is a table that a program wrote
 LICENCE = "each file keeps the licence of its package (the standard library: PSF-2.0); for use here, not for passing on"
@@ -50,7 +48,22 @@ PACKAGES = {"site-packages", "dist-packages"}  # below the standard library, but
 class PythonCodeConfig:
     source: str = "stdlib"  # stdlib | all (with the installed packages) | a folder or file
     tokenizer: str = "bytes"  # bytes | gpt2 | the path of a tokenizer.json
+    target_length: int = 0  # tokens, separator included; 0: 128 in the stream, 192 in pairs, and longer bodies go
+    block_size: int = 0  # tokens, prefix and target; 0: 256 in the stream, 384 in pairs, and longer prefixes go
     out: str = OUT  # the folder the sets go into
+
+    def __post_init__(self):
+        least = (self.target_length or PAIR_TARGET) + 1
+        if self.target_length < 0 or self.target_length == 1 or 0 < self.block_size < least or self.block_size < 0:
+            raise ValueError(
+                f"target_length must be 0 or at least 2, and block_size 0 or more than it; got {self.target_length} "
+                f"and {self.block_size}"
+            )
+        if not self.block_size and self.target_length >= STREAM_BLOCK:
+            raise ValueError(
+                f"a target_length of {self.target_length} needs a block_size above it, such as --block_size="
+                f"{2 * self.target_length}"
+            )
 
 
 @dataclass
@@ -111,15 +124,17 @@ def functions(text: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
         yield "\n".join(prefix) + "\n", "\n".join(body)
 
 
-def fitting_pairs(corpus: Corpus, encode: Callable[[str], list[int]]) -> dict[str, list[tuple[list[int], list[int]]]]:
-    """Per split the (prefix, body) token ids that fit PAIR_PREFIX and PAIR_TARGET; the others are counted."""
+def fitting_pairs(
+    corpus: Corpus, encode: Callable[[str], list[int]], longest_prefix: int, target_length: int
+) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """Per split the (prefix, body) token ids that fit, a separator with the body; the others are counted."""
     kept = {split: [] for split in corpus.functions}
     for split, pairs in corpus.functions.items():
         for prefix, body in pairs:
             # Far over the limit in characters: too long in any tokens, so spare the tokenizer.
-            hopeless = len(prefix) > 8 * PAIR_PREFIX or len(body) > 8 * PAIR_TARGET
+            hopeless = len(prefix) > 8 * longest_prefix or len(body) > 8 * target_length
             ids = ([], []) if hopeless else (encode(prefix), encode(body))
-            if hopeless or len(ids[0]) > PAIR_PREFIX or len(ids[1]) > PAIR_TARGET - 1:
+            if hopeless or len(ids[0]) > longest_prefix or len(ids[1]) > target_length - 1:
                 corpus.dropped["functions too long"] += 1
             elif not parses(prefix, body):
                 corpus.dropped["functions that cannot be dedented"] += 1
@@ -213,9 +228,13 @@ def _dedent(lines: list[str], column: int) -> list[str]:
 def main(argv: list[str]) -> None:
     cfg = configure(PythonCodeConfig, argv)
     tokenizer, corpus = get_tokenizer(cfg.tokenizer), read_corpus(cfg.source)
-    pairs = fitting_pairs(corpus, tokenizer.encode)
+    (stream_target, stream_block), (pair_target, pair_block) = (
+        (cfg.target_length or target, cfg.block_size or block)
+        for target, block in ((STREAM_TARGET, STREAM_BLOCK), (PAIR_TARGET, PAIR_BLOCK))
+    )
+    pairs = fitting_pairs(corpus, tokenizer.encode, pair_block - pair_target, pair_target)
     free = {
-        "command": f"python -m data.python_code --source={cfg.source} --tokenizer={cfg.tokenizer} --out={cfg.out}",
+        "command": " ".join(["python -m data.python_code", *argv]),
         "source": cfg.source,
         "python": platform.python_version(),
         "packages": _package_versions() if cfg.source == "all" else {},
@@ -226,8 +245,8 @@ def main(argv: list[str]) -> None:
     stream = {split: join_documents(texts, tokenizer) for split, texts in corpus.files.items()}
     out = Path(cfg.out)
     metas = [
-        write_stream(out / "python_code", stream, cfg.tokenizer, STREAM_TARGET, STREAM_BLOCK, **free),
-        write_pairs(out / "python_pairs", pairs, cfg.tokenizer, PAIR_TARGET, PAIR_PREFIX + PAIR_TARGET, **free),
+        write_stream(out / "python_code", stream, cfg.tokenizer, stream_target, stream_block, **free),
+        write_pairs(out / "python_pairs", pairs, cfg.tokenizer, pair_target, pair_block, **free),
     ]
     for reason, n in free["dropped"].items():
         print(f"left out: {n:6,} {reason}")

@@ -161,6 +161,32 @@ def test_pairs_that_do_not_fit_are_counted(folder, tmp_path, capsys, length):
     assert sum(map(len, pairs)) == 40
 
 
+def test_lengths_are_as_asked_and_the_longer_pairs_go(folder, tmp_path, capsys):
+    body = '    return "' + "x" * 30 + '"'  # 43 bytes; with the separator 44
+    (folder / "m0.py").write_text(f'def long(x):\n    """Doc."""\n{body}\n' + module(0))
+    for target, too_long in ((44, 0), (43, 1)):
+        out = tmp_path / str(target)
+        python_code.main([f"--source={folder}", f"--target_length={target}", "--block_size=90", f"--out={out}"])
+        for name in ("python_code", "python_pairs"):
+            made = open_set(out / name, "train")
+            assert (made.target_length, made.block_size) == (target, 90)
+        assert made.meta["dropped"].get("functions too long", 0) == too_long
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--target_length=1"], "at least 2"),
+        (["--block_size=192"], "more than it"),
+        (["--target_length=64", "--block_size=64"], "more than it"),
+        (["--target_length=256"], "needs a block_size"),
+    ],
+)
+def test_lengths_that_leave_no_prefix_are_refused(argv, says):
+    with pytest.raises(ValueError, match=says):
+        python_code.main(argv)
+
+
 def test_a_source_that_is_not_there_or_empty_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be stdlib, all or a path, got 'sdtlib'"):
         read_corpus("sdtlib")
