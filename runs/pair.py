@@ -1,0 +1,109 @@
+"""The pair in the folder pair/: a small AR model of Python and the diffusion model converted from it, and their scores.
+
+    python -m runs.pair              # some hours on 2 cores, minutes on a GPU (--device=cuda); again: goes on
+    python -m runs.pair --device=cuda
+
+Trained on the standard library of one version of Python and nothing else, in a vocabulary of 2,048 of its own
+(data/bpe.py). Kept are the weights in bfloat16 and what is needed to read them; the scores in results/pair are those of
+the files that are kept.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint import load, write_atomically
+from configurator import configure, run
+from data.tokenizer import FILE
+from runs.jobs import Job, at_step, work
+
+NETWORK = ["--n_layer=6", "--n_head=6", "--n_embd=192"]
+TARGET, BLOCK = 64, 192  # tokens of a body with its separator; signature, docstring and body
+A, N, F = 3000, 1500, 600  # steps of AR pretraining, adaptation, fine-tuning on bodies
+KEPT = ("format", "step", "model", "model_config", "tokenizer", "train_config", "converted_from", "fingerprint")
+PROMPT = 'def is_empty(self):\n    """Return True if the queue is empty."""\n'
+
+
+@dataclass
+class PairConfig:
+    out: str = "out/pair"  # where the trainings go
+    kept: str = "pair"  # where the files go that are kept
+    results: str = "results/pair"
+    source: str = "stdlib"  # what is learned, as in data.python_code
+    scale: float = 1.0  # of the steps
+    n: int = 200  # held-out bodies that are judged
+    seed: int = 1337
+    device: str = "auto"  # auto | cpu | cuda | mps
+    dtype: str = "float32"  # float32 | bfloat16
+
+
+# row of results/pair -> which of the two models, how it is decoded
+READOUTS = {
+    "ar": ("ar", ["--temperature=0.2"]),
+    "diffusion_10": ("diffusion", ["--steps=10", "--candidates=1"]),
+    "diffusion_10_of_8": ("diffusion", ["--steps=10", "--candidates=8"]),
+    "diffusion_50": ("diffusion", ["--steps=50", "--candidates=1"]),
+    "diffusion_50_of_8": ("diffusion", ["--steps=50", "--candidates=8"]),
+}
+
+
+def jobs(cfg: PairConfig) -> list[Job]:
+    """The trainings, one after the other."""
+    out, data = Path(cfg.out), Path(cfg.out) / "data"
+    steps_of = lambda steps: max(2, round(steps * cfg.scale))  # noqa: E731
+    every = [f"--seed={cfg.seed}", f"--device={cfg.device}", f"--dtype={cfg.dtype}"]
+
+    def train(name: str, data_set: str, steps: int, *flags: str, after: str, source: str = "") -> Job:
+        start = [f"--init_from={out / source / 'ckpt.pt'}"] if source else []
+        argv = ["train.py", *start, f"--data={data / data_set}", f"--out_dir={out / name}", *every, *flags]
+        argv += [f"--max_steps={steps_of(steps)}", "--sample_interval=0", "--init_from=resume"]
+        return Job(name, [argv], [after], lambda: at_step(out / name, steps_of(steps)))
+
+    vocabulary, sets = out / FILE, [f"--target_length={TARGET}", f"--block_size={BLOCK}", f"--out={data}"]
+    convert = ["ar2diff.py", f"--init_from={out / 'ar' / 'ckpt.pt'}", f"--out_dir={out / 'start'}", "--check"]
+    opening = f"--anneal_steps={steps_of(N) // 2}"
+    return [
+        Job("tokenizer", [["-m", "data.bpe", f"--source={cfg.source}", f"--out={vocabulary}"]], [], vocabulary.exists),
+        Job(
+            "data",
+            [["-m", "data.python_code", f"--source={cfg.source}", f"--tokenizer={vocabulary}", *sets]],
+            ["tokenizer"],
+            (data / "python_pairs" / "meta.json").exists,
+        ),
+        train("ar", "python_code", A, *NETWORK, "--schedule=cosine", "--min_lr_ratio=0.1", after="data"),
+        train("ar_bodies", "python_pairs", F, after="ar", source="ar"),
+        Job("start", [[*convert, "--overwrite"]], ["ar"], (out / "start" / "ckpt.pt").exists),
+        train("adapt", "python_code", N, "--schedule=constant", opening, after="start", source="start"),
+        train("bodies", "python_pairs", F, "--full_noise_prob=0.5", after="adapt", source="adapt"),
+    ]
+
+
+def keep(source: Path, target: Path) -> None:
+    """A checkpoint as it is kept: weights in bfloat16, no optimizer. Its tokenizer's file must stand beside target."""
+    state = load(source)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in state["model"].items()}
+    found = {name: state[name] for name in KEPT if name in state} | {"model": weights}
+    write_atomically(target, lambda file: torch.save(found, file))
+
+
+def main(argv: list[str]) -> None:
+    """Train what is missing, keep both models, judge what is kept."""
+    cfg = configure(PairConfig, argv)
+    out, kept = Path(cfg.out), Path(cfg.kept)
+    work(jobs(cfg), out / "logs", lanes=1, threads=0)
+    kept.mkdir(parents=True, exist_ok=True)
+    vocabulary = (out / "ar" / FILE).read_bytes()
+    write_atomically(kept / FILE, lambda file: file.write(vocabulary))
+    for name, folder in (("ar", "ar_bodies"), ("diffusion", "bodies")):
+        keep(out / folder / "ckpt.pt", kept / f"{name}.pt")
+    judge = []
+    for row, (name, decoding) in READOUTS.items():
+        result = Path(cfg.results) / f"{row}.json"
+        command = ["-m", "eval.python_code", f"--init_from={kept / name}.pt", f"--n={cfg.n}", f"--json={result}"]
+        judge.append(Job(row, [[*command, f"--data={out / 'data' / 'python_pairs'}", *decoding]], []))
+    work(judge, out / "logs", lanes=1, threads=0)
+
+
+if __name__ == "__main__":
+    run(main)
