@@ -23,6 +23,13 @@ def configure(cls: type, argv: list[str]):
     return cls(**values)
 
 
+def checked(cls: type, stored: dict, source: str):
+    """A `cls` from settings that a file holds. Raises ValueError, one line, for unknown names and wrong types."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {key: _check(value, _field(str(key), fields, source), source) for key, value in stored.items()}
+    return cls(**values)
+
+
 def read_settings(cls: type, argv: list[str]) -> tuple[dict, set[str]]:
     """(every setting that was given, the names given on the command line rather than in a file)."""
     fields, values, typed = {f.name: f for f in dataclasses.fields(cls)}, {}, set()
