@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.fsdp  # what DDP imports late, a second each time: forks find it there
+import torch._dynamo  # what optimizers and DDP import late, a second each time: forks find it there
 
 import ar2diff
 import atomic
