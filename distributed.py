@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 import checkpoint
-from device import pick_device
+from device import autocast, pick_device
 
 
 @dataclass
@@ -61,7 +61,7 @@ class World:
     """The processes of a run, this one among them. Number 0 leads: it writes and prints."""
 
     rank, size, watch = 0, 1, None
-    sharded = False
+    sharded, gathered = False, "float32"  # under FSDP, and the dtype in which weights are gathered then
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -83,6 +83,7 @@ class World:
         """
         self.sharded = cfg.parallel == "fsdp"
         if self.sharded:
+            self.gathered = cfg.dtype
             return shard(model, self, cfg)
         whole = Whole(model.to(self.device))
         if self.size == 1:
@@ -97,7 +98,8 @@ class World:
 
     def look(self, whole: nn.Module, do: Callable):
         """do(), without gradients, in all processes alike: under FSDP each holds only a share of the weights."""
-        with torch.no_grad():
+        # Weights that are gathered in bfloat16 compute in nothing else, not even a sample.
+        with torch.no_grad(), autocast(self.device, self.gathered):
             found = (whole if self.sharded else whole_of(whole))(do)
         if self.sharded:
             whole.reshard()  # the next step moves the shares, and what was put together of them is old
