@@ -70,6 +70,8 @@ def _checked(path: Path, state: dict) -> dict:
     for name, kind in FIELDS.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{path}: its field {name!r} is missing or no {kind.__name__}")
+    if not isinstance(state.get("train_config", {}), dict):
+        raise ValueError(f"{path}: its field 'train_config' is no dict")
     if not all(isinstance(name, str) for name in state["model"]):
         raise ValueError(f"{path}: its weights have no names")
     checked(ModelConfig, state["model_config"], f"{path}, model_config")

@@ -27,6 +27,7 @@ import ar2diff
 import sample
 import train
 from checkpoint import load
+from configurator import one_line
 from data import text_file
 from device import pick_device
 from model import ModelConfig
@@ -75,7 +76,7 @@ def is_one_line(main, argv: list[str]) -> str:
         with time_limit(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             main(argv)
     except (ValueError, OSError) as error:
-        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        said = one_line(error)
         assert said and "\n" not in said, f"{argv}: {said!r}"
         return said
     except SystemExit as error:
