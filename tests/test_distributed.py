@@ -31,6 +31,10 @@ WAYS = {
     "encoder_decoder": [*FROZEN, "--arch=encoder_decoder"],
 }
 
+# Muon multiplies in bfloat16: a last bit of the gradient may turn into a 256th of an entry of its step, and what follows
+# is the gradient at weights that far apart. The promise is the gradient at the same weights.
+AFTER_MUON = 1e-2
+
 
 @pytest.fixture(scope="module")
 def copy_set(tmp_path_factory) -> Path:
@@ -119,7 +123,8 @@ def test_one_two_and_four_processes_compute_one_gradient(way, run):
     one = run(1, *flags, out="one")
     for processes, accum in ((2, 1), (2, 2), (4, 1)):
         found = run(processes, *flags, f"--grad_accum_steps={accum}", out=f"{processes}_{accum}")
-        assert relative(one, found) < 1e-5, (processes, accum)
+        assert relative(one[:1], found[:1]) < 1e-5, (processes, accum)
+        assert relative(one, found) < AFTER_MUON, (processes, accum)
 
 
 @pytest.mark.slow
@@ -130,8 +135,8 @@ def test_a_shared_out_model_computes_the_same(way, run, tmp_path):
         flags = [*WAYS[way], f"--optimizer={optimizer}", "--max_steps=3", "--learning_rate=0.001"]
         one = run(1, *flags, out=f"one_{optimizer}")
         two = run(2, *flags, "--parallel=fsdp", out=f"two_{optimizer}")
-        assert relative(one[:1], two[:1]) < 1e-5  # after a step of Muon, which multiplies in bfloat16, a little more
-        assert relative(one, two) < (1e-5 if optimizer == "adamw" else 1e-2)
+        assert relative(one[:1], two[:1]) < 1e-5
+        assert relative(one, two) < (1e-5 if optimizer == "adamw" else AFTER_MUON)
         states = [load(tmp_path / f"{name}_{optimizer}" / "ckpt.pt") for name in ("one", "two")]
         assert furthest(*states) < (1e-5 if optimizer == "adamw" else 1e-3)
 
