@@ -64,12 +64,15 @@ def load(path: str | Path, device: str = "cpu") -> dict:
 
 def _checked(path: Path, state: dict) -> dict:
     """The same fields, if they are those of a checkpoint. What they hold may still not fit together."""
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if type(found) is not int or found != FORMAT:
+        found = found if isinstance(found, int | str) else type(found).__name__
         raise ValueError(f"{path}: checkpoint format {found}, this code reads {FORMAT}")
     for name, kind in FIELDS.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{path}: its field {name!r} is missing or no {kind.__name__}")
+    if state["step"] < 0:
+        raise ValueError(f"{path}: its step is {state['step']}")
     if not isinstance(state.get("train_config", {}), dict):
         raise ValueError(f"{path}: its field 'train_config' is no dict")
     if not all(isinstance(name, str) for name in state["model"]):

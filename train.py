@@ -335,6 +335,9 @@ def check_run(source: Path, state: dict) -> None:
     kinds = {"train_config": dict, "best_loss": float, "fingerprint": str, "converted_from": str}
     missing = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
     missing += [] if isinstance(state.get("optimizer", state.get("param_groups")), list) else ["optimizer"]
+    made_on = state.get("made_on", {})  # the first checkpoints had none
+    if not isinstance(made_on, dict) or not all(isinstance(fact, int | str) for fact in made_on.values()):
+        missing.append("made_on")
     if missing or "data" not in state["train_config"]:
         raise ValueError(
             f"{source} holds no run that could be resumed, no {', '.join(missing) or 'data'} in it; to start from its "
