@@ -110,6 +110,7 @@ class World:
         mine = [float(number) for number in numbers]
         if self.size == 1:
             return [mine]
+        self.beat()  # who waits here is ahead of who has not come
         every = [torch.zeros(len(mine), dtype=torch.float64) for _ in range(self.size)]
         dist.all_gather(every, torch.tensor(mine, dtype=torch.float64))
         return [numbers.tolist() for numbers in every]
@@ -130,6 +131,7 @@ class World:
         """Raise ValueError, naming the process, where not all hold the same values: another folder, other settings."""
         if self.size == 1:
             return
+        self.beat()
         every = [None] * self.size
         dist.all_gather_object(every, what)
         for rank, other in enumerate(every):
@@ -139,10 +141,10 @@ class World:
                     "settings, and see the same out_dir and data"
                 )
 
-    def beat(self, where: str) -> None:
-        """Say that this process goes on, and where it is. All processes do so at the same places."""
+    def beat(self, where: str = "") -> None:
+        """Say that this process goes on, and where it is ("": as before). All processes do so at the same places."""
         if self.watch is not None:
-            self.watch.count, self.watch.where = self.watch.count + 1, where
+            self.watch.count, self.watch.where = self.watch.count + 1, where or self.watch.where
 
     def save(self, path: Path, model, optimizers: list, step: int, tokenizer: str, keep: int = 1, **rest) -> None:
         """Write a checkpoint: the leader a file, or all together a folder of shards."""
@@ -358,15 +360,17 @@ class Watch(threading.Thread):
                     seen, since = self.count, time.monotonic()
                 elif time.monotonic() - since > self.patience:
                     who = self.culprit(min(self.patience, 30.0))
-                    if who and not self.over.is_set():
-                        print(f"error: {who}; go on with --init_from=resume", file=sys.stderr, flush=True)
-                        os._exit(2)  # the main thread is waiting inside a collective and cannot be woken
+                    if who.startswith(f"process {self.rank} "):
+                        self.over.wait(5 * self.every)  # let the others say it too: they would see a broken connection
+                    if who:
+                        self._end(f"{who}; go on with --init_from=resume")
             except RuntimeError as error:
-                if self.over.is_set():
-                    return
-                reason = str(error).splitlines()[0][:100]
-                print(f"error: torchrun's store does not answer: {reason}", file=sys.stderr, flush=True)
-                os._exit(2)
+                self._end(f"torchrun's store does not answer: {str(error).splitlines()[0][:100]}")
+
+    def _end(self, line: str) -> None:
+        if not self.over.is_set():
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            os._exit(2)  # the main thread is waiting inside a collective and cannot be woken
 
     def culprit(self, seconds: float) -> str:
         """Who keeps the others waiting, in words; "" where all are at the same place and alive.
@@ -391,6 +395,13 @@ class Watch(threading.Thread):
         return " and ".join(found)
 
     def _told(self) -> list[tuple[int, int, str, str]]:
-        keys = [f"rank {rank}" for rank in range(self.size)]
-        every = [value.decode().split("|", 3) for value in self.store.multi_get(keys)]
+        keys, seconds = [f"rank {rank}" for rank in range(self.size)], min(self.patience, 30.0)
+        # torch waits without end for a store whose process is stopped.
+        silent = threading.Timer(seconds, self._end, [f"torchrun's store does not answer: not a word in {seconds:g} s"])
+        silent.daemon = True
+        silent.start()
+        try:
+            every = [value.decode().split("|", 3) for value in self.store.multi_get(keys)]
+        finally:
+            silent.cancel()
         return [(int(told), int(count), where, host) for told, count, where, host in every]

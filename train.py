@@ -201,6 +201,7 @@ def train(world: World, out: Path, cfg: TrainConfig, model: Transformer, source:
                 now.update(step=step, rows=B, prefix=P, target=T)
                 draws = draws_for(cfg.seed, batch.example, step)
                 opened = annealing.opened(batch, step)
+                world.beat(f"in the forward pass of step {step}")
                 terms = loss_fn(model, batch, cfg, draws, opened=opened)
                 with autocast(device, cfg.dtype):
                     for k, term in enumerate(each_term(whole, terms, n_terms, micro + 1 == cfg.grad_accum_steps)):

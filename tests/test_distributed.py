@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -316,6 +317,22 @@ def test_who_is_behind_and_who_says_nothing_is_named(watches):
         "stopped; last heard of in step 2",
         watches[0].culprit(0.5),
     )
+
+
+def test_a_store_that_never_answers_ends_the_process(monkeypatch, capsys):
+    """Its host was stopped: torch's multi_get then waited without end, and so did the process."""
+
+    class Silent(Store):
+        def multi_get(self, keys):
+            time.sleep(1.0)
+            return super().multi_get(keys)
+
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    watch = Watch(Silent(), 0, 1, patience=0.2)
+    assert ended.wait(3.0)
+    watch.over.set()
+    assert "error: torchrun's store does not answer: not a word in 0.2 s" in capsys.readouterr().err
 
 
 def torchrun(*args: str, **env: str) -> subprocess.Popen:
