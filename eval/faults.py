@@ -505,7 +505,7 @@ def main(argv: list[str]) -> dict:
     """Run what is not done yet, print the table, write the JSON; exits with status 1 where something was wrong."""
     cfg = configure(FaultsConfig, argv)
     torch.set_num_threads(1)  # forks share no threads, and one thread is enough for these sizes
-    work, begun = Path(cfg.work).absolute(), time.monotonic()
+    work, begun, made_on = Path(cfg.work).absolute(), time.monotonic(), environment()
     bench, journal = Bench(work), work / ("quick.jsonl" if cfg.quick else "trials.jsonl")
     bench.prepare()
     lines = journal.read_text().splitlines() if journal.exists() and not cfg.quick else []
@@ -515,7 +515,7 @@ def main(argv: list[str]) -> dict:
         journal.write_text("")
 
     def record(fault, number, **found):
-        trials.append({"fault": fault, "number": number, "seed": cfg.seed, **found})
+        trials.append({"fault": fault, "number": number, "seed": cfg.seed, "commit": made_on["commit"], **found})
         with open(journal, "a") as file:
             file.write(json.dumps(trials[-1]) + "\n")
 
@@ -533,7 +533,8 @@ def main(argv: list[str]) -> dict:
     seconds = time.monotonic() - begun
     print(f"{kills} kills, {len(trials)} runs, {wrong} lost or changed, {seconds:.0f} s now")
     result = {"kills": kills, "lost_or_changed": wrong, "table": table, "seconds_this_time": round(seconds, 1)}
-    result |= {"command": " ".join(["python -m eval.faults", *argv]), "seed": cfg.seed, **environment()}
+    result |= {"command": " ".join(["python -m eval.faults", *argv]), "seed": cfg.seed, **made_on}
+    result["commit"] = ", ".join(sorted({trial["commit"] for trial in trials}))
     if cfg.out:
         write_json(cfg.out, result)
     if wrong:
