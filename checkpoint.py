@@ -1,29 +1,38 @@
 """The file format of a checkpoint: tensors and plain values, written atomically, read without unpickling code.
 
 Fields: format, step, model (state_dict), model_config, tokenizer (name), train_config, optimizer, best_loss,
-fingerprint (of the data), converted_from. No random state and no loader position: both are functions of (seed, step).
+fingerprint (of the data), converted_from, made_on. No random state and no loader position: both are functions of
+(seed, step).
+
+Under FSDP a checkpoint is a folder of the same name: see sharded.py.
 """
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
+from atomic import read_state, write_state
+from atomic import write_atomically as write_atomically  # eval/ takes it from here
+from configurator import checked
 from data.tokenizer import FILE, Tokenizer, get_tokenizer
 from encdec import build_model
 from model import ModelConfig, Transformer
 
 FORMAT = 1  # raise when a field changes its meaning; load() refuses other numbers
+FIELDS = {"step": int, "model": dict, "model_config": dict, "tokenizer": str}  # what every checkpoint has
 
 
-def save(path: str | Path, model: Transformer, step: int, tokenizer: str, **rest) -> None:
-    """Write one checkpoint. A reader sees the old file or the new one, never half of one, also after a power cut."""
-    state = dict(
-        format=FORMAT, step=step, model=model.state_dict(), model_config=asdict(model.cfg), tokenizer=tokenizer
-    )
+def save(path: str | Path, model: Transformer, step: int, tokenizer: str, keep: int = 0, **rest) -> None:
+    """Write one checkpoint. A reader sees the old file or the new one, never half of one, also after a power cut.
+
+    keep: so many files stay, the new one included; see atomic.history.
+    """
     keep_tokenizer(tokenizer, Path(path).parent)
-    write_atomically(path, lambda file: torch.save(state | rest, file))
+    write_state(path, head(model, step, tokenizer) | {"model": model.state_dict()} | rest, keep)
+
+
+def head(model: Transformer, step: int, tokenizer: str) -> dict:
+    """The fields that every checkpoint has, but for the weights."""
+    return dict(format=FORMAT, step=step, model_config=asdict(model.cfg), tokenizer=tokenizer)
 
 
 def keep_tokenizer(name: str, folder: Path) -> None:
@@ -34,38 +43,41 @@ def keep_tokenizer(name: str, folder: Path) -> None:
             write_atomically(path, lambda file: file.write(text))
 
 
-def write_atomically(path: str | Path, write) -> None:
-    """Let write(file) fill a temporary file, then put it in the place of path. What fails leaves path as it was."""
-    path = Path(path)
-    half = path.with_name(path.name + ".tmp")
-    try:
-        with open(half, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(half, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        half.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written ({error}); what stood there before is untouched") from None
-
-
 def load(path: str | Path, device: str = "cpu") -> dict:
-    """The fields of a checkpoint. Raises ValueError, one line, where it is missing, truncated or of another format."""
+    """The fields of a checkpoint, whole also where it was written in shards.
+
+    Raises ValueError, one line, where it is missing, of another format or lacks a field; Damaged, which is one, where
+    it is truncated or changed.
+    """
     path = Path(path)
     if path.is_dir():
+        from sharded import is_shards, read_whole  # torch's distributed checkpoints take a second to import
+
+        if is_shards(path):
+            return _checked(path, read_whole(path, device))
         raise ValueError(f"{path} is a folder; name a checkpoint in it, such as {path / 'ckpt.pt'}")
     if not path.exists():
         near = sorted(str(p) for p in path.parent.glob("*.pt")) or sorted(str(p) for p in Path("out").glob("*/*.pt"))
         raise ValueError(f"{path}: no such checkpoint" + (f"; there are: {', '.join(near[:8])}" if near else ""))
-    with open(path, "rb") as file:  # what cannot be opened is an OSError that says why
-        try:
-            state = torch.load(file, map_location=device, weights_only=True)
-        except Exception as error:  # damaged bytes raise nearly anything, also OSError, IndexError and struct.error
-            reason = (str(error).strip() or type(error).__name__).split("\n")[0][:120]
-            raise ValueError(f"{path}: not a readable checkpoint (truncated, or not ours): {reason}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    return _checked(path, read_state(path, device))
+
+
+def _checked(path: Path, state: dict) -> dict:
+    """The same fields, if they are those of a checkpoint. What they hold may still not fit together."""
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if type(found) is not int or found != FORMAT:
+        found = found if isinstance(found, int | str) else type(found).__name__
         raise ValueError(f"{path}: checkpoint format {found}, this code reads {FORMAT}")
+    for name, kind in FIELDS.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"{path}: its field {name!r} is missing or no {kind.__name__}")
+    if state["step"] < 0:
+        raise ValueError(f"{path}: its step is {state['step']}")
+    if not isinstance(state.get("train_config", {}), dict):
+        raise ValueError(f"{path}: its field 'train_config' is no dict")
+    if not all(isinstance(name, str) for name in state["model"]):
+        raise ValueError(f"{path}: its weights have no names")
+    checked(ModelConfig, state["model_config"], f"{path}, model_config")
     return state
 
 

@@ -23,6 +23,13 @@ def configure(cls: type, argv: list[str]):
     return cls(**values)
 
 
+def checked(cls: type, stored: dict, source: str):
+    """A `cls` from settings that a file holds. Raises ValueError, one line, for unknown names and wrong types."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {key: _check(value, _field(str(key), fields, source), source) for key, value in stored.items()}
+    return cls(**values)
+
+
 def read_settings(cls: type, argv: list[str]) -> tuple[dict, set[str]]:
     """(every setting that was given, the names given on the command line rather than in a file)."""
     fields, values, typed = {f.name: f for f in dataclasses.fields(cls)}, {}, set()
@@ -53,9 +60,14 @@ def run(main: Callable[[list[str]], object]) -> None:
     except BrokenPipeError:  # the reader left, as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line whatever it quotes."""
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    return "\\n".join(text.splitlines())
 
 
 def refuse_changes(given: dict, fixed: dict, says: str, hint: str = "drop the setting", except_for=frozenset()) -> None:

@@ -15,16 +15,17 @@ RATES = [0.1, 0.3, 0.5, 0.7, 0.9]  # corruption rates of the held-out loss
 
 
 @torch.no_grad()
-def evaluate(model, valid_set, cfg) -> dict:
+def evaluate(model, valid_set, cfg, world) -> dict:
     """Held-out loss, nats per slot: the AR loss, or the mean of L(1) over fixed corruption rates, and each of them.
     val_ar_loss: beside it, where ar_weight keeps that loss.
 
-    The same examples and the same noise every time, so that points of one curve and of two runs compare.
+    The same examples and the same noise every time, so that points of one curve and of two runs compare. Each process
+    of a world takes its slice of every batch.
     """
     model.eval()
     device, found = model.tok.weight.device, {}
     for step in range(cfg.eval_batches):
-        batch = valid_set.batch(0, step, cfg.batch_size)
+        batch = valid_set.batch(0, step, cfg.batch_size, world.rows(cfg.batch_size, 1, 0))
         batch = type(batch)(*(part.to(device) for part in batch))
         draws = draws_for(0, batch.example, step)
         with autocast(device, cfg.dtype):
@@ -36,6 +37,7 @@ def evaluate(model, valid_set, cfg) -> dict:
                     terms["ar"] = float(diffusion.causal_loss(model, batch))
         for name, value in terms.items():
             found[name] = found.get(name, 0.0) + value / cfg.eval_batches
+    found = world.mean(found)
     if cfg.paradigm == "ar":
         return found
     ar = {"val_ar_loss": found.pop("ar")} if cfg.ar_weight else {}

@@ -9,8 +9,10 @@ Every draw is a function of (seed, step, global example index): micro-batches, r
 """
 
 import math
+import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,14 +23,15 @@ from tqdm import tqdm
 import autoregressive
 import diffusion
 from anneal import AnnealConfig, Annealing
-from checkpoint import load, save
-from configurator import describe, read_settings, refuse_changes, run
+from checkpoint import load
+from configurator import checked, describe, read_settings, refuse_changes, run
 from cost import num_params, train_flops
 from data.loader import build_if_missing, open_set
 from data.objectives import ObjectiveConfig
 from data.tokenizer import get_tokenizer
-from device import autocast, compile_or_say_why_not, measured_flops, pick_device
+from device import autocast, compile_or_say_why_not, measured_flops
 from diffusion import LossConfig
+from distributed import ParallelConfig, World, each_term, joined, whole_tensor
 from draws import draws_for
 from encdec import build_model
 from heldout import evaluate, sample_line
@@ -36,14 +39,15 @@ from model import ModelConfig, Transformer, model_settings
 from optimizers import learning_rate_at, make_optimizers
 from plan import print_plan
 from recompute import recompute_blocks
-from run_folder import MAY_CHANGE, Log, StopSignals
+from run_folder import MAY_CHANGE, Log, StopSignals, checkpoints, clear, inexact, locked, newest
+from trouble import explained, keep_bad_batch, no_number
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 
 
 @dataclass
-class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig, AnnealConfig):
-    """A run: the settings of the model, of the diffusion loss, of the objective and of annealing, and these."""
+class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig, AnnealConfig, ParallelConfig):
+    """A run: the settings of the model, the diffusion loss, the objective, annealing and the processes, and these."""
 
     data: str = "out/data/mini"  # a folder as data/loader.py writes it; the generated sets are built when missing
     init_from: str = "scratch"  # scratch | resume | a checkpoint whose weights are the start
@@ -75,12 +79,14 @@ class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig, AnnealConfig):
     eval_batches: int = 8
     sample_interval: int = 200  # print a sample every so many steps; 0: never
     save_interval: int = 200
+    keep: int = 2  # checkpoints that stay: ckpt.pt, the newest, ckpt.1.pt, the one before, ..; best.pt beside them
 
     def __post_init__(self):
         ModelConfig.__post_init__(self)
         LossConfig.__post_init__(self)
         ObjectiveConfig.__post_init__(self)
         AnnealConfig.__post_init__(self)
+        ParallelConfig.__post_init__(self)
         for name, allowed in (
             ("schedule", ("constant", "linear", "cosine")),
             ("optimizer", ("muon", "adamw")),
@@ -96,6 +102,7 @@ class TrainConfig(ModelConfig, LossConfig, ObjectiveConfig, AnnealConfig):
             "eval_interval",
             "eval_batches",
             "save_interval",
+            "keep",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -119,79 +126,102 @@ OPEN_AT_ZERO = {"block_size", "target_length"}  # 0, also where it is typed: wha
 
 def main(argv: list[str]) -> dict:
     """Train as argv says; returns the last log entry, with --plan what it would cost."""
-    cfg, weights, state = settle(argv)
-    if cfg.plan:
-        return print_plan(cfg, open_set(cfg.data, "train", cfg))
-    model = start(cfg, weights)
+    given, resume = asked(argv)
+    out, plan = Path(given.get("out_dir", TrainConfig.out_dir)), given.get("plan", False)
+    device, patience = (given.get(name, getattr(TrainConfig, name)) for name in ("device", "patience"))
+    with joined(device, patience) as world, locked(out) if world.leader and not plan else nullcontext():
+        if not world.leader:
+            world.barrier()  # the leader finds out alone what is wrong, builds the data and puts damaged files aside
+        cfg, weights, source, state = settle(given, resume, out, world)
+        if world.leader:
+            world.barrier()
+        if cfg.plan:
+            return print_plan(cfg, open_set(cfg.data, "train", cfg))
+        return train(world, out, cfg, make_model(cfg, weights, source or cfg.init_from), source, state)
+
+
+def train(world: World, out: Path, cfg: TrainConfig, model: Transformer, source: Path | None, state: dict | None):
+    """The loop. source, state: the checkpoint that is resumed, None for a run that begins."""
     train_set, valid_set = (open_set(cfg.data, split, cfg) for split in ("train", "valid"))
-    device = model.tok.weight.device
+    device, facts = world.device, made_on(world)
+    whole = world.wrap(model, cfg)
     optimizers = make_optimizers(model, cfg)
     first, best = 0, math.inf
     if state is not None:
-        for optimizer, kept in zip(optimizers, state["optimizer"]):
-            optimizer.load_state_dict(kept)
+        world.restore(source, state, model, optimizers)
         first, best = state["step"], state["best_loss"]
-    out = Path(cfg.out_dir)
-    log = Log(out / "log.jsonl", first)
+        if line := inexact(state["train_config"] | state.get("made_on", {}), asdict(cfg) | facts):
+            print(line)
+    world.agree({"first step": first, "data": train_set.fingerprint, "settings": describe(cfg)})
+    log = Log(out / "log.jsonl", first, writes=world.leader)
     print(f"{num_params(model):,} parameters | {cfg.data} {len(train_set):,} | {device} {cfg.dtype} | {describe(cfg)}")
     if first >= cfg.max_steps:
-        print(f"nothing to do: {out / 'ckpt.pt'} is at step {first} of max_steps {cfg.max_steps}")
+        print(f"nothing to do: {source} is at step {first} of max_steps {cfg.max_steps}")
         return log.last
     if cfg.compile:
         compile_or_say_why_not(model)
     if cfg.gradient_checkpointing:
         recompute_blocks(model)
 
-    def checkpoint(name, step):
-        save(
-            out / name, model, step, train_set.tokenizer_name, train_config=asdict(cfg),
-            optimizer=[o.state_dict() for o in optimizers], best_loss=best, fingerprint=train_set.fingerprint,
-            converted_from=state_of_origin(cfg, state),
+    def checkpoint(name, step, keep=1):
+        log.sync()
+        world.beat(f"writing {name} of step {step}")
+        world.save(
+            out / name, model, optimizers, step, train_set.tokenizer_name, keep, train_config=asdict(cfg),
+            best_loss=best, fingerprint=train_set.fingerprint, converted_from=state_of_origin(cfg, state),
+            made_on=facts,
         )  # fmt: skip
 
-    stop, annealing = StopSignals(), Annealing(cfg, model)
-    peak = measured_flops(device, cfg.dtype)
+    stop, annealing = StopSignals(patient=world.size > 1), Annealing(cfg, model)
+    peak = measured_flops(device, cfg.dtype) * world.size
     loss_fn = PARADIGMS[cfg.paradigm].losses
-    bar = tqdm(total=cfg.max_steps, initial=first, unit="step", dynamic_ncols=True, disable=None, leave=False)
+    n_terms = 1 if cfg.paradigm == "ar" else cfg.unroll_steps + (cfg.ar_weight > 0)
+    bar = tqdm(
+        total=cfg.max_steps, initial=first, unit="step", dynamic_ncols=True, disable=None if world.leader else True,
+        leave=False,
+    )  # fmt: skip
     tokens, flops, since = 0, 0, time.perf_counter()
     if first == 0:
+        if world.leader and state is None:
+            clear(out)
         checkpoint("ckpt.pt", 0)  # from here on a killed run resumes from its own start, whatever it began with
-    with stop:
+    with bar, stop, explained(asdict(cfg), world.size) as now:
         for step in range(first, cfg.max_steps):
+            world.beat(f"in step {step}")
             model.train()
-            torch.manual_seed(cfg.seed + step)  # dropout follows the step too
+            torch.manual_seed(cfg.seed + step + (world.rank << 40))  # dropout follows the step too
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = learning_rate_at(step, cfg) * group["lr_ratio"]
-            total, ar_loss, passes, flops_before = 0.0, 0.0, {}, flops
+            total, ar_loss, passes, flops_before = 0.0, 0.0, [0.0] * n_terms, flops
             for micro in range(cfg.grad_accum_steps):
-                size = cfg.batch_size // cfg.grad_accum_steps
-                batch = train_set.batch(
-                    cfg.seed, step, cfg.batch_size, slice(micro * size, (micro + 1) * size), cfg.bucket
-                )
+                rows = world.rows(cfg.batch_size, cfg.grad_accum_steps, micro)
+                batch = train_set.batch(cfg.seed, step, cfg.batch_size, rows, cfg.bucket)
                 batch = type(batch)(*(part.to(device) for part in batch))
+                (B, P), T = batch.prefix.shape, batch.target.shape[1]
+                now.update(step=step, rows=B, prefix=P, target=T)
                 draws = draws_for(cfg.seed, batch.example, step)
                 opened = annealing.opened(batch, step)
+                world.beat(f"in the forward pass of step {step}")
+                terms = loss_fn(model, batch, cfg, draws, opened=opened)
                 with autocast(device, cfg.dtype):
-                    for k, term in enumerate(loss_fn(model, batch, cfg, draws, opened=opened)):
+                    for k, term in enumerate(each_term(whole, terms, n_terms, micro + 1 == cfg.grad_accum_steps)):
                         term = term / cfg.grad_accum_steps
+                        world.beat(f"in the backward pass of step {step}")
                         term.backward()  # each as it comes: its graph is freed before the next is built
                         total += term.detach()
-                        passes[k] = passes.get(k, 0.0) + term.detach()
+                        passes[k] += term.detach()
                     if cfg.ar_weight:  # it is the last term
                         ar_loss += float(term.detach()) / cfg.ar_weight
-                (B, P), T = batch.prefix.shape, batch.target.shape[1]
-                tokens += B * (P + T)
-                flops += B * train_flops(model.cfg, P, T, cfg.unroll_steps, cfg.ar_weight)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-            total, norm = float(total), float(norm)
+                tokens += world.size * B * (P + T)
+                flops += world.size * B * train_flops(model.cfg, P, T, cfg.unroll_steps, cfg.ar_weight)
+            norm = float(whole_tensor(nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)))
+            losses, ar_losses, asked_by, *passes = zip(*world.gather([total, ar_loss, stop.asked, *passes]))
+            total, stopping = sum(losses) / world.size, int(max(asked_by))
             if not (math.isfinite(total) and math.isfinite(norm)):
-                bar.close()
-                rows = f"{step * cfg.batch_size}..{(step + 1) * cfg.batch_size - 1}"
-                raise ValueError(
-                    f"loss {total}, gradient norm {norm} at step {step} (examples {rows} of {cfg.data}, "
-                    f"seed {cfg.seed}); {out / 'ckpt.pt'} holds the last good step. Try a lower --learning_rate or "
-                    "--dtype=float32."
-                )
+                if world.leader:
+                    everything = train_set.batch(cfg.seed, step, cfg.batch_size, bucket=cfg.bucket)
+                    keep_bad_batch(out, step, losses, norm, everything, asdict(cfg))
+                raise ValueError(no_number(out, step, losses, norm, asdict(cfg)))
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -199,9 +229,9 @@ def main(argv: list[str]) -> dict:
             done, last = step + 1, step + 1 == cfg.max_steps
             entry = {"step": done, "loss": total, "grad_norm": norm, "lr": learning_rate_at(step, cfg)}
             entry |= {"flops": flops - flops_before}
-            entry |= {"passes": [float(term) for term in passes.values()]} if len(passes) > 1 else {}
-            entry |= {"ar_loss": ar_loss} if cfg.ar_weight else {}
-            if done % cfg.log_interval == 0 or last or stop.asked:
+            entry |= {"passes": [sum(term) / world.size for term in passes]} if len(passes) > 1 else {}
+            entry |= {"ar_loss": sum(ar_losses) / world.size} if cfg.ar_weight else {}
+            if done % cfg.log_interval == 0 or last or stopping:
                 seconds = time.perf_counter() - since
                 entry |= {
                     "tokens_per_s": round(tokens / seconds),
@@ -210,47 +240,53 @@ def main(argv: list[str]) -> dict:
                 }
                 bar.set_postfix_str(f"loss {total:.3f}, {tokens / seconds:,.0f} tokens/s, {entry['mfu']:.0%} MFU")
             if done % cfg.eval_interval == 0 or last:
-                entry |= evaluate(model, valid_set, cfg)
+                world.beat(f"evaluating after step {done}")
+                entry |= world.look(whole, lambda: evaluate(model, valid_set, cfg, world))
                 tqdm.write(log.line(entry))
                 if entry["val_loss"] < best:
                     best = entry["val_loss"]
                     checkpoint("best.pt", done)
             if cfg.sample_interval and (done % cfg.sample_interval == 0 or last):
-                entry["sample"] = sample_line(model, PARADIGMS[cfg.paradigm], valid_set, done)
+                paradigm = PARADIGMS[cfg.paradigm]
+                entry["sample"] = world.look(whole, lambda: sample_line(model, paradigm, valid_set, done))  # noqa: B023
                 tqdm.write(entry["sample"])
             log.write(entry)
-            stopping = stop.asked  # read once: a signal that comes now waits for the next step, which will be saved
             if done % cfg.save_interval == 0 or last or stopping:
-                checkpoint("ckpt.pt", done)
+                checkpoint("ckpt.pt", done, cfg.keep)
             if tokens and "seconds" in entry:
                 tokens, flops, since = 0, 0, time.perf_counter()
             if stopping and not last:
-                bar.close()
-                print(f"stopped by {stop.name} at step {done}; go on with --init_from=resume", file=sys.stderr)
+                name = signal.Signals(stopping).name
+                print(f"stopped by {name} at step {done}; go on with --init_from=resume", file=sys.stderr)
                 sys.exit(128 + stopping)
-    bar.close()
     print(f"done: {out / 'ckpt.pt'} at step {cfg.max_steps}, best held-out loss {best:.4f} in {out / 'best.pt'}")
     return log.last
 
 
-def settle(argv: list[str]) -> tuple[TrainConfig, dict | None, dict | None]:
-    """(settings, weights to start from or None, the checkpoint that is resumed or None). What can be wrong is found
-    here, and nothing is written but a set that is missing."""
+def asked(argv: list[str]) -> tuple[dict, bool]:
+    """(settings that were given, whether to resume)."""
     resume = "--init_from=resume" in argv
     given, _ = read_settings(TrainConfig, [arg for arg in argv if arg != "--init_from=resume"])
     resume = resume or given.pop("resume", False) or given.get("init_from") == "resume"
     if given.get("init_from") == "resume":
         del given["init_from"]
-    given = {name: value for name, value in given.items() if value or name not in OPEN_AT_ZERO}
-    out = Path(given.get("out_dir", TrainConfig.out_dir))
-    last = out / "ckpt.pt"
-    state = None
-    if resume and last.exists():
-        state = load(last, weights_on(given))
-        print(f"resuming {last} at step {state['step']}")
+    return {name: value for name, value in given.items() if value or name not in OPEN_AT_ZERO}, resume
+
+
+def settle(given: dict, resume: bool, out: Path, world: World):
+    """(settings, weights to start from or None, path and fields of the checkpoint that is resumed or None).
+
+    What can be wrong is found here, and nothing is written but a set that is missing.
+    """
+    source = state = None
+    there = checkpoints(out)
+    if resume and there:
+        source, state = newest(out, lambda path: world.read(path, given.get("parallel"), weights_on(given)))
+        check_run(source, state)
+        print(f"resuming {source} at step {state['step']}")
     elif resume:
         print(f"no checkpoint in {out} yet: starting at step 0")
-    elif last.exists() and not given.get("overwrite", False):
+    elif there and not given.get("overwrite", False):
         raise ValueError(
             f"{out} already holds a run; go on with --init_from=resume, start over with --overwrite, "
             "or name another --out_dir"
@@ -261,13 +297,18 @@ def settle(argv: list[str]) -> tuple[TrainConfig, dict | None, dict | None]:
     if state is None:
         cfg, weights = new_run(given, train_set)
     else:
-        refuse_changes(given, state["train_config"], f"{last} was trained with", except_for=MAY_CHANGE)
-        cfg, weights = TrainConfig(**(state["train_config"] | given)), state["model"]
+        refuse_changes(given, state["train_config"], f"{source} was trained with", except_for=MAY_CHANGE)
+        cfg, weights = TrainConfig(**(state["train_config"] | given)), state.get("model")
         if state["fingerprint"] != train_set.fingerprint:
             raise ValueError(
-                f"{data} has changed since {last} was written; use another --out_dir, or bring the data back"
+                f"{data} has changed since {source} was written; use another --out_dir, or bring the data back"
             )
-    return cfg, weights, state
+    if cfg.batch_size % (cfg.grad_accum_steps * world.size):
+        raise ValueError(
+            f"batch_size must be a multiple of grad_accum_steps times processes, got {cfg.batch_size}, "
+            f"{cfg.grad_accum_steps} and {world.size}"
+        )
+    return cfg, weights, source, state
 
 
 def weights_on(given: dict) -> str:
@@ -275,16 +316,45 @@ def weights_on(given: dict) -> str:
     return "meta" if given.get("plan") else "cpu"
 
 
-def start(cfg: TrainConfig, weights: dict | None) -> Transformer:
-    """The model on its device, and a folder for the run."""
-    model = build_model(ModelConfig(**model_settings(asdict(cfg))))
-    if weights is None:
-        torch.manual_seed(cfg.seed)
-        model._init_weights()
-    else:
-        model.load_state_dict(weights)
-    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
-    return model.to(pick_device(cfg.device))
+def make_model(cfg: TrainConfig, weights: dict | None, source) -> Transformer:
+    """The network on the CPU, with fresh weights or those given. Raises ValueError where they do not fit."""
+    try:
+        model = build_model(ModelConfig(**model_settings(asdict(cfg))))
+        if weights is None:
+            torch.manual_seed(cfg.seed)
+            model._init_weights()
+        else:
+            model.load_state_dict(weights)
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        fault = "cannot be made" if weights is None else f"does not take the weights of {source}"
+        raise ValueError(f"a network of these settings {fault}: {str(error).splitlines()[-1].strip()[:120]}") from None
+    return model
+
+
+def check_run(source: Path, state: dict) -> None:
+    """Raise ValueError where a checkpoint is no run that could be resumed, but a model to start from, or broken."""
+    kinds = {"train_config": dict, "best_loss": float, "fingerprint": str, "converted_from": str}
+    missing = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    missing += [] if isinstance(state.get("optimizer", state.get("param_groups")), list) else ["optimizer"]
+    made_on = state.get("made_on", {})  # the first checkpoints had none
+    if not isinstance(made_on, dict) or not all(isinstance(fact, int | str) for fact in made_on.values()):
+        missing.append("made_on")
+    if missing or "data" not in state["train_config"]:
+        raise ValueError(
+            f"{source} holds no run that could be resumed, no {', '.join(missing) or 'data'} in it; to start from its "
+            f"weights: --init_from={source} and another --out_dir"
+        )
+    checked(TrainConfig, state["train_config"], f"{source}, train_config")
+
+
+def made_on(world: World) -> dict:
+    """What the last bits of a run depend on, beside its settings."""
+    return {
+        "device": world.device.type,
+        "processes": world.size,
+        "threads": torch.get_num_threads() if world.device.type == "cpu" else 0,
+        "torch": str(torch.__version__),
+    }
 
 
 def new_run(given: dict, train_set) -> tuple[TrainConfig, dict | None]:

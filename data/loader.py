@@ -89,7 +89,13 @@ class _Set:
 
     def _collate(self, pairs: list, step: int, batch_size: int, rows: slice) -> Batch:
         examples = step * batch_size + np.arange(batch_size)[rows]
-        return collate(pairs, examples, self.tokenizer.pad_id, self.tokenizer.sep_id, self.target_length)
+        batch = collate(pairs, examples, self.tokenizer.pad_id, self.tokenizer.sep_id, self.target_length)
+        if any(part.numel() and int(part.max()) >= self.tokenizer.vocab_size for part in batch[:2]):
+            raise ValueError(
+                f"{self.folder}/{self.split}.bin: holds ids that tokenizer {self.tokenizer_name!r} has not; build the "
+                f"set with: {_command(self.folder)}"
+            )
+        return batch
 
 
 class TokenStream(_Set):
@@ -128,6 +134,11 @@ class Pairs(_Set):
         n = meta["splits"][split]["pairs"]
         self.index = _map(folder, f"{split}.idx", "int64", 3 * n, meta).reshape(n, 3)  # (N, 3) start, split, end
         self._plans = {}
+        start, split, end = self.index.T  # (N,) each
+        if not ((0 <= start) & (start <= split) & (split <= end) & (end <= len(self.tokens))).all():
+            raise ValueError(
+                f"{folder}/{self.split}.idx: points outside the tokens; build the set with: {_command(folder)}"
+            )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -244,7 +255,27 @@ def _read_meta(folder: Path) -> dict:
     found = meta.get("format") if isinstance(meta, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path}: format {found!r}, this code reads {FORMAT}; build the set with: {_command(folder)}")
+    wrong = _wrong_field(meta)
+    if wrong:
+        raise ValueError(f"{path}: its field {wrong!r} is missing or wrong; build the set with: {_command(folder)}")
     return meta
+
+
+def _wrong_field(meta: dict) -> str:
+    """The first field of a header that is not what a writer puts there, or ""."""
+    kinds = {"tokenizer": str, "sha256": str, "target_length": int, "block_size": int, "splits": dict}
+    for name, kind in kinds.items():
+        if type(meta.get(name)) is not kind:
+            return name
+    if meta.get("kind") not in ("stream", "pairs") or meta.get("dtype") not in ("uint16", "uint32"):
+        return "kind" if meta.get("kind") not in ("stream", "pairs") else "dtype"
+    if not 2 <= meta["target_length"] <= meta["block_size"]:
+        return "target_length"
+    counted = ("tokens", "pairs") if meta["kind"] == "pairs" else ("tokens",)
+    for split, counts in meta["splits"].items():
+        if not isinstance(counts, dict) or not all(type(counts.get(c)) is int and counts[c] > 0 for c in counted):
+            return f"splits.{split}"
+    return ""
 
 
 def _map(folder: Path, name: str, dtype: str, count: int, meta: dict) -> np.ndarray:

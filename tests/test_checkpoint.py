@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-import checkpoint
 from checkpoint import FORMAT, load, load_model, save, write_atomically
 from model import ModelConfig, Transformer
 
@@ -113,10 +112,10 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(path, monkeypa
         file.write(old[: len(old) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.torch, "save", half)
+    monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="not written .*No space left.*untouched"):
         save(path, build(n_layer=2), 8, "bytes")
-    monkeypatch.setattr(checkpoint.torch, "save", real)
+    monkeypatch.setattr(torch, "save", real)
     assert path.read_bytes() == old and load(path)["step"] == 7
     assert [p.name for p in path.parent.iterdir()] == ["ckpt.pt"]
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from configurator import configure, describe, nearest, read_settings, run
+from configurator import configure, describe, nearest, one_line, read_settings, run
 
 
 @dataclass
@@ -131,3 +131,8 @@ def test_a_command_ends_with_one_line_and_status_2(capsys):
         run(main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: steps must be 1 or more, got 0\n"
+
+
+def test_an_error_is_one_line_whatever_it_quotes():
+    assert one_line(ValueError("--steps=\n: wants int")) == "--steps=\\n: wants int"
+    assert one_line(FileNotFoundError(2, "No such file", "a\r\nb")) == "a\\nb: No such file"

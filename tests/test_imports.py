@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     # level 0
     "configurator": "",
+    "atomic": "",
     "draws": "",
     "device": "",
     "optimizers": "",
@@ -33,9 +34,12 @@ MAY_IMPORT = {
     "cost": "model encdec optimizers",
     "plan": "configurator cost device model",
     "data.loader": "data.objectives data.tokenizer",
-    "checkpoint": "model encdec data.tokenizer",
+    "sharded": "atomic configurator",
+    "checkpoint": "atomic configurator sharded model encdec data.tokenizer",
     # level 2
-    "run_folder": "checkpoint",
+    "run_folder": "atomic",
+    "trouble": "atomic cost model",
+    "distributed": "device checkpoint sharded",
     "heldout": "device draws autoregressive diffusion data.tokenizer",
     "speculative": "device draws samplers diffusion",
     "data.sources": "data.loader data.tokenizer",
@@ -50,7 +54,7 @@ MAY_IMPORT = {
     "data.loader data.tokenizer data.objectives",
     # level 3
     "train": "configurator device draws model encdec anneal plan recompute cost autoregressive diffusion checkpoint "
-    "optimizers run_folder heldout data.loader data.tokenizer data.objectives",
+    "optimizers run_folder heldout trouble distributed data.loader data.tokenizer data.objectives",
     "view.cells": "data.tokenizer",
     "view.record": "",
     "view.terminal": "data.tokenizer view.cells view.record",
@@ -75,6 +79,7 @@ MAY_IMPORT = {
     # level 4
     "eval.*": "configurator device draws model cost autoregressive diffusion checkpoint ar2diff train sample data.* "
     "eval.common eval.metrics eval.sandbox eval.python_code eval.exact_match",
+    "eval.faults": "configurator ar2diff atomic checkpoint data.* heldout run_folder train eval.common",
     "eval.train_speed": "configurator data.objectives device draws eval.common eval.timing model train",
     "eval.harness": "configurator data.objectives draws eval.bound eval.common",
     "eval.speed": "configurator device eval.plots eval.common eval.decoders eval.limits eval.peers eval.speed_table "

@@ -1,6 +1,7 @@
 """plan.py: what it says is what a run takes, and what cannot fit is refused with what to lower."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ import train
 from configurator import run as as_command
 from cost import num_params
 from data.loader import open_set, write_pairs
+from distributed import World
 from encdec import build_model
 from model import ModelConfig, model_settings
 from plan import free_memory, plan, size, span
-from train import main, settle
+from train import asked, main, settle
 
 FLAGS = ["--device=cpu", "--n_layer=3", "--n_head=4", "--n_embd=64", "--batch_size=8", "--max_steps=3"]
 FLAGS += ["--log_interval=1", "--eval_interval=3", "--eval_batches=1", "--save_interval=3", "--sample_interval=0"]
@@ -48,17 +50,23 @@ def settings(folder, tmp_path, *flags: str) -> list[str]:
     return [*FLAGS, f"--data={folder}", f"--out_dir={tmp_path / 'run'}", *flags]
 
 
+def settled(argv: list[str]):
+    """The settings of the run that argv asks for."""
+    given, resume = asked(argv)
+    return settle(given, resume, Path(given["out_dir"]), World(torch.device("cpu")))[0]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_peak_is_that_of_the_run(case, folder, tmp_path):
     """Of the whole command, model, optimizer and held-out loss included, within a fifth."""
     argv = settings(folder, tmp_path, *CASES[case])
-    cfg, *_ = settle(argv)
+    cfg = settled(argv)
     said = sum(plan(cfg, open_set(folder, "train", cfg))["memory"].values())
     assert said == pytest.approx(peak_bytes(lambda: main(argv)), rel=0.2)
 
 
 def test_parameters_are_those_of_the_model(folder, tmp_path):
-    cfg, *_ = settle(settings(folder, tmp_path, *DIFFUSION, "--self_conditioning", "--n_kv_head=2"))
+    cfg = settled(settings(folder, tmp_path, *DIFFUSION, "--self_conditioning", "--n_kv_head=2"))
     found = plan(cfg, open_set(folder, "train", cfg))
     assert found["params"] == num_params(build_model(ModelConfig(**model_settings(vars(cfg)))))
 
@@ -94,7 +102,7 @@ def test_a_plan_writes_nothing_and_reads_no_weights(folder, tmp_path, monkeypatc
 def test_what_cannot_fit_is_refused_with_what_fits(folder, tmp_path, monkeypatch, capsys):
     """The flags that it names do fit, by its own count; exit status 2, one line on stderr."""
     argv = settings(folder, tmp_path, *DIFFUSION, "--plan")
-    cfg, *_ = settle(argv)
+    cfg = settled(argv)
     peak = sum(plan(cfg, open_set(folder, "train", cfg))["memory"].values())
     monkeypatch.setattr(plan_file, "free_memory", lambda _: int(0.6 * peak))
     monkeypatch.setattr("sys.argv", ["train.py", *argv])
@@ -119,7 +127,7 @@ def test_what_cannot_fit_is_refused_with_what_fits(folder, tmp_path, monkeypatch
 )
 def test_what_is_lowered_depends_on_what_is_large(share, flags, said, folder, tmp_path, monkeypatch):
     argv = settings(folder, tmp_path, "--n_layer=12", "--plan", *flags)
-    cfg, *_ = settle(argv)
+    cfg = settled(argv)
     found = plan(cfg, open_set(folder, "train", cfg))["memory"]
     fixed = sum(found[name] for name in ("weights", "gradients", "optimizer"))
     free = fixed + 0.5 * (sum(found.values()) - fixed) if flags else share * fixed

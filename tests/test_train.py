@@ -19,8 +19,9 @@ import train
 from checkpoint import load
 from cost import train_flops
 from data.loader import open_set, write_pairs
+from device import measured_flops, pick_device
 from model import ModelConfig, Transformer
-from train import TrainConfig, main, measured_flops, pick_device
+from train import TrainConfig, main
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4", "--max_steps=6"]
