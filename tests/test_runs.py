@@ -7,7 +7,7 @@ import runpy
 
 import pytest
 
-from runs import few_steps, quickstart, recipes, study, tables
+from runs import choices, few_steps, quickstart, recipes, study, tables
 from runs.jobs import Job, at_step, copy_once, plain, work
 
 BOTH_WAYS = [(a, b) for a in (False, True) for b in (False, True)]
@@ -128,6 +128,22 @@ def test_few_steps_trains_only_what_the_study_lacks_and_counts_what_it_saves(tmp
     assert [cell.strip() for cell in row.split("|")[4:6]] == ["95.0 (76.4 to 99.1)", "4.00 (12.5x)"]
 
 
+def test_every_choice_is_a_row_that_some_job_measures(tmp_path):
+    """And its cells are the mean and the range of what is there, with what that is out of."""
+    jobs = jobs_of("mini") + few_steps.jobs_of(1, few_steps.FewStepsConfig())
+    measured = results_of(jobs)
+    for choice, (_, folder, row) in choices.CHOICES.items():
+        assert f"results/{folder}/mini_1_mini_translation_{plain(row)}.json" in measured, choice
+    (tmp_path / "study").mkdir()
+    for seed, right in ((1, 0.5), (2, 0.75), (3, 1.0)):
+        result = {"exact_match": right, "n": 8, "calls_per_sample": 9.0 + seed}
+        (tmp_path / f"study/mini_{seed}_mini_translation_ar2diff_0.json").write_text(json.dumps(result))
+    lines = [[c.strip() for c in line.split("|")] for line in choices.choices_table(tmp_path).splitlines()]
+    row = next(cells for cells in lines if cells[1:2] == ["N = 0"])
+    assert row[3:8] == ["11.0", "75.0 (50.0 to 100.0)", "-", "-", "3 x 8, -, -"]
+    assert len(lines) == 2 + len(choices.CHOICES)
+
+
 def test_the_recipes_are_eight_cells_that_exist_and_every_factor_is_balanced_in_every_other():
     cells = recipes.CELLS
     assert len(set(cells)) == 8 and not any(cell.joint and cell.ar_loss for cell in cells)
@@ -235,6 +251,7 @@ def test_tables_are_written_behind_their_markers_and_nowhere_else(tmp_path):
     (tmp_path / "study").mkdir()
     result = {
         "exact_match": 0.5,
+        "n": 500,
         "calls_per_sample": 10.0,
         "seconds_per_sample": 0.02,
         "hardware": "h",
