@@ -4,12 +4,16 @@ import itertools
 import json
 import math
 import runpy
+import shutil
+from pathlib import Path
 
 import pytest
 
+from eval.check_results import run_differences
 from runs import choices, few_steps, quickstart, recipes, study, tables
 from runs.jobs import Job, at_step, copy_once, plain, work
 
+ROOT = Path(__file__).parent.parent
 BOTH_WAYS = [(a, b) for a in (False, True) for b in (False, True)]
 
 
@@ -235,6 +239,33 @@ def test_equal_flops_counts_two_passes_a_diffusion_step():
     assert 2 * quickstart.SCRATCH_EQUAL == size.A + 2 * quickstart.SCRATCH_N
     settings = {name: runpy.run_path(f"config/{name}.py")["max_steps"] for name in ("ar2diff_1_ar", "ar2diff_2_adapt")}
     assert settings == {"ar2diff_1_ar": size.A, "ar2diff_2_adapt": quickstart.SCRATCH_N}
+
+
+@pytest.mark.slow
+def test_two_quickstarts_are_the_same_but_for_their_times(tmp_path, monkeypatch):
+    """Act 1 as it is, but of few steps and items: once with two trainings at a time, once with one."""
+    left_out = shutil.ignore_patterns("out", ".*", "__pycache__", "*.png", "results", "tests")
+    measure, pages = quickstart.exact_match.main, []
+
+    def short(jobs, logs, lanes, show):
+        more = ["--batch_size=8", "--eval_batches=1", "--device=cpu"]
+        for job in jobs:
+            for argv in job.commands:
+                if argv[0] == "train.py":
+                    argv += [*more, f"--max_steps={9 if job.name.endswith('longer') else 6}"]
+        work(jobs, logs, lanes)
+
+    monkeypatch.setattr(quickstart, "work", short)
+    monkeypatch.setattr(quickstart.exact_match, "main", lambda argv: measure([*argv, "--n=8", "--device=cpu"]))
+    for lanes in (2, 1):
+        folder = shutil.copytree(ROOT, tmp_path / f"{lanes}", ignore=left_out)
+        monkeypatch.chdir(folder)
+        quickstart.main(["--acts=1", f"--lanes={lanes}"])
+        pages.append(folder / "out/quickstart.md")
+    assert pages[0].read_text().count("\n|") == 7 and "ms a sample" in pages[0].read_text()
+    assert run_differences(*pages) == []
+    said = [json.loads((page.parent / "quality.json").read_text()) for page in pages]
+    assert said[0] == said[1] and len(said[0]["series"]) == 3
 
 
 def test_the_mini_table_says_mean_and_range_over_seeds(tmp_path):
