@@ -1,9 +1,11 @@
 """Do the pages say what the results say? Every table is made again from the JSON and compared, line by line.
 
     python -m eval.check_results        # status 1 and a line for each difference, where there is one
+    python -m eval.check_results --same=out/quickstart.md --against=../other/out/quickstart.md   # two runs of a command
 
 A table stands between <!-- table: NAME --> and <!-- end -->; runs/tables.py makes it and writes it. Each JSON must also
-say how its numbers came about: command, seed, commit, hardware, versions.
+say how its numbers came about: command, seed, commit, hardware, versions. Of two runs all must be the same but for the
+columns of time.
 """
 
 import json
@@ -18,6 +20,7 @@ from configurator import configure, nearest, run
 from runs.tables import TABLES
 
 BEGIN, END = re.compile(r"<!-- table: (\S+) -->"), "<!-- end -->"
+TIME = re.compile(r"\b(ms|seconds?|minutes?|tokens/s)\b")  # in the head of a column
 ORIGIN = ("command", "seed", "commit", "hardware", "torch", "python")
 
 
@@ -25,6 +28,12 @@ ORIGIN = ("command", "seed", "commit", "hardware", "torch", "python")
 class CheckConfig:
     results: str = "results"
     pages: str = "README.md results/README.md docs/*.md"  # files and patterns, a space between them
+    same: str = ""  # instead: a page that a command wrote ..
+    against: str = ""  # .. and the page that it wrote when it ran again
+
+    def __post_init__(self):
+        if bool(self.same) != bool(self.against):
+            raise ValueError("two runs are compared: give both --same=PAGE and --against=PAGE")
 
 
 def page_differences(page: Path, results: Path) -> tuple[int, list[str]]:
@@ -83,9 +92,46 @@ def origin_differences(path: Path) -> list[str]:
     return [f"{path}: it does not say its {', '.join(missing)}"] if missing else []
 
 
+def run_differences(one: Path, other: Path) -> list[str]:
+    """A line for each line in which two pages differ, the columns of time in their tables left out."""
+    pages = [without_times(page.read_text(encoding="utf-8")) for page in (one, other)]
+    return [
+        f"{one}:{number}: {'nothing' if a is None else repr(a)}, {other} has {'nothing' if b is None else repr(b)}"
+        for number, (a, b) in enumerate(zip_longest(*pages), 1)
+        if a != b
+    ]
+
+
+def without_times(text: str) -> list[str]:
+    """The lines of a page; of a table's lines the cells of all columns but those whose head names a unit of time."""
+    lines, times = [], None
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            lines.append(line)
+            times = None
+            continue
+        cells = [cell.strip() for cell in line.split("|")]
+        if times is None:  # the head
+            times = {i for i, cell in enumerate(cells) if TIME.search(cell)}
+        if not set(line) <= set("|- "):  # the rule under the head is as wide as the cells
+            lines.append(" | ".join(cell for i, cell in enumerate(cells) if i not in times).strip())
+    return lines
+
+
+def report(found: list[str], agreement: str, remedy: str) -> None:
+    """Print the differences and exit with status 1, or print the agreement."""
+    print("\n".join(found) or agreement)
+    if found:
+        print(f"{len(found)} differences{remedy}", file=sys.stderr)
+        sys.exit(1)
+
+
 def main(argv: list[str]) -> None:
     """Compare all; exits with status 1 where something differs."""
     cfg = configure(CheckConfig, argv)
+    if cfg.same:
+        found = run_differences(Path(cfg.same), Path(cfg.against))
+        return report(found, f"{cfg.same} and {cfg.against} are the same but for the columns of time", "")
     results, pages = Path(cfg.results), []
     if not results.is_dir():
         raise ValueError(f"{results}: no such folder of results")
@@ -101,10 +147,8 @@ def main(argv: list[str]) -> None:
     tables = sum(count for count, _ in compared)
     if not tables and not found:
         found = [f"no table on {', '.join(map(str, pages))}: nothing was compared"]
-    print("\n".join(found) or f"{tables} tables on {len(pages)} pages agree with {len(files)} files of results")
-    if found:
-        print(f"{len(found)} differences; write tables with python -m runs.tables --into=PAGE", file=sys.stderr)
-        sys.exit(1)
+    agreement = f"{tables} tables on {len(pages)} pages agree with {len(files)} files of results"
+    report(found, agreement, "; write tables with python -m runs.tables --into=PAGE")
 
 
 if __name__ == "__main__":

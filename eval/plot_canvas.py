@@ -1,4 +1,7 @@
-"""A picture of one canvas over its steps, a row a step: python -m eval.plots --canvas=CKPT --prompt=TEXT."""
+"""A picture of one canvas over its steps, a row a step: python -m eval.plots --canvas=CKPT --prompt=TEXT.
+
+With --out=NAME.svg it moves instead, a frame a step: animate_canvas.py.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +11,8 @@ from typing import NamedTuple
 import torch
 
 import diffusion
+from checkpoint import write_atomically
+from eval.animate_canvas import animation
 from eval.figures import CHANGED, INK, MONO, WIDTH, blue, glyphs, new_figure, save_figure
 from sample import encode_prompt
 from view.cells import NEWLINE, PAD, UNPRINTABLE, spans
@@ -22,7 +27,7 @@ class CanvasConfig(diffusion.SamplerConfig):
 
     canvas: str = ""  # a diffusion checkpoint
     prompt: str = ""
-    out: str = "out/canvas.png"
+    out: str = "out/canvas.png"  # or .svg: it moves
     candidates: int = 1
     seed: int = 1337
 
@@ -39,10 +44,12 @@ class Row(NamedTuple):
 
 
 def plot_canvas(model, tokenizer, prompt: str, path: str | Path, sampler: CanvasConfig | None = None) -> str:
-    """Draw how one canvas becomes text, a row a step; returns the text.
+    """Draw how one canvas becomes text, a row a step, or a frame a step where path ends in .svg; returns the text.
 
     A cell's blue says how likely the network found the character, before temperature; a frame that it just changed.
     """
+    if Path(path).suffix not in (".png", ".svg"):
+        raise ValueError(f"a canvas is drawn as .png or, moving, as .svg; got {path}")
     if model.cfg.paradigm != "diffusion":
         raise ValueError("a canvas over steps needs a diffusion checkpoint; this one is AR, which writes left to right")
     sampler = sampler or CanvasConfig()
@@ -60,7 +67,13 @@ def plot_canvas(model, tokenizer, prompt: str, path: str | Path, sampler: Canvas
     if ids != rows[-1].ids:  # some samplers answer with something else than their canvas
         rows.append(_row("answer", made.tokens[0], probs))
     text = tokenizer.decode(ids[: ids.index(model.cfg.pad_id)] if model.cfg.pad_id in ids else ids)
-    title = f"{prompt!r} \N{RIGHTWARDS ARROW} {text!r}   {int(made.calls[0])} network calls, sampler {sampler.sampler}"
+    calls = int(made.calls[0])
+    if Path(path).suffix == ".svg":
+        picture = animation(rows, tokenizer, f"{prompt} \N{RIGHTWARDS ARROW} {text}   {calls} network calls")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(picture.encode()))
+        return text
+    title = f"{prompt!r} \N{RIGHTWARDS ARROW} {text!r}   {calls} network calls, sampler {sampler.sampler}"
     save_figure(draw_canvas(rows, tokenizer, title), path)
     return text
 

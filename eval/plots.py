@@ -2,13 +2,14 @@
 
     python -m eval.plots RUN_DIR [RUN_DIR ...] [--out=out/loss.png]
     python -m eval.plots --canvas=CKPT --prompt="fr nine hundred eighty-one" [--out=out/canvas.png] [sampler settings]
+    python -m eval.plots --canvas=CKPT --prompt="fr nine hundred eighty-one" --out=out/canvas.svg       # it moves
     python -m eval.plots --quality=FILE.json [--out=out/quality.png]
 
 FILE.json: {"title": text, "metric": "exact match",
             "ar": {"value": 0.9, "interval": [0.87, 0.93], "calls": 22.5},
             "series": [{"name": text, "points": [{"steps": 10, "calls": 10, "value": 0.8, "interval": [0.76, 0.83]}]}]}
 "ar" may be left out, and so may an interval. AR and diffusion losses stand on panels of their own: a likelihood and a
-denoising loss have no scale in common. Needs matplotlib, which nothing else here does.
+denoising loss have no scale in common. All but the moving canvas need matplotlib, which nothing else here does.
 """
 
 import json

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from configurator import configure, run
 from eval.common import markdown
+from runs.choices import choices_table
 from runs.few_steps import exit_table, ways_table
 from runs.jobs import plain
 from runs.recipes import cells_table, effects_table
@@ -149,6 +150,7 @@ TABLES = {
     "tried": lambda results: tried_table(results / "study"),
     "ways": lambda results: ways_table(results / "few_steps"),
     "exit": lambda results: exit_table(results / "few_steps"),
+    "choices": choices_table,
     "effects": lambda results: effects_table(results / "recipes"),
     "recipes": lambda results: cells_table(results / "recipes", results / "study"),
     "origin": lambda results: origin(results / "study"),

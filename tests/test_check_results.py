@@ -113,6 +113,39 @@ def test_what_is_not_there_is_said(copy):
             main(flags)
 
 
+RUN = """## Act
+
+| row      | exact | ms a sample | calls |
+| -------- | ----- | ----------- | ----- |
+| AR       | 96.0% | 2.5         | 25.5  |
+| AR2Diff  | 98.3% | 6.3         | 10.0  |
+
+hardware, commit
+"""
+
+
+def test_two_runs_may_differ_in_their_times_alone(copy, capsys):
+    """A wider time makes a wider rule under the head, which is no difference."""
+    Path("a.md").write_text(RUN)
+    Path("b.md").write_text(
+        RUN.replace("| 2.5         |", "| 1234567.890123 |").replace(" ------------", " -----------------")
+    )
+    main(["--same=a.md", "--against=b.md"])
+    assert capsys.readouterr().out == "a.md and b.md are the same but for the columns of time\n"
+    for old, new in (
+        ("98.3%", "98.5%"),
+        ("10.0", "11.0"),
+        ("commit", "commit 2"),
+        ("| AR2Diff  | 98.3% | 6.3         | 10.0  |\n", ""),
+    ):
+        Path("b.md").write_text(RUN.replace(old, new))
+        with pytest.raises(SystemExit) as left:
+            main(["--same=a.md", "--against=b.md"])
+        assert left.value.code == 1 and "a.md:" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="give both"):
+        main(["--same=a.md"])
+
+
 def test_pages_without_a_table_do_not_pass(copy, capsys):
     (copy / "a.md").write_text("nothing")
     with pytest.raises(SystemExit):

@@ -73,7 +73,8 @@ MAY_IMPORT = {
     "eval.peers": "autoregressive diffusion eval.decoders eval.timing model",
     "eval.figures": "checkpoint",
     "eval.plot_runs": "checkpoint eval.figures view.cells",
-    "eval.plot_canvas": "diffusion eval.figures sample view.cells",
+    "eval.animate_canvas": "eval.figures view.cells",
+    "eval.plot_canvas": "checkpoint diffusion eval.animate_canvas eval.figures sample view.cells",
     "eval.doc_figures": "configurator data.tokenizer diffusion draws eval.figures model samplers",
     "eval.plots": "checkpoint configurator eval.figures eval.plot_canvas eval.plot_runs",
     # level 4

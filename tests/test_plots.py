@@ -3,16 +3,20 @@
 import json
 import struct
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 pytest.importorskip("matplotlib")
 
+import diffusion  # noqa: E402
 from checkpoint import save  # noqa: E402
 from data.tokenizer import get_tokenizer  # noqa: E402
-from eval import figures, plot_canvas, plot_runs, plots  # noqa: E402
+from eval import animate_canvas, figures, plot_canvas, plot_runs, plots  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
+from tests.browser import Browser, find_browser  # noqa: E402
+from view.cells import spans  # noqa: E402
 
 BYTES = get_tokenizer("bytes")
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=24, target_length=12)
@@ -234,6 +238,68 @@ def test_every_sampler_can_be_drawn(sampler, tmp_path):
     assert size_of(tmp_path / "a.png")[0] == 1150
 
 
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def frames_of(svg: str) -> list[str]:
+    """The characters of each frame, in order."""
+    groups = [g for g in ElementTree.fromstring(svg) if g.tag == f"{SVG}g"]
+    assert [g.get("id") for g in groups] == [f"f{k}" for k in range(len(groups))]
+    return ["".join(t.text for t in g if t.tag == f"{SVG}text" and "c" in t.get("class").split()) for g in groups]
+
+
+@pytest.mark.parametrize("settings", [{"steps": 4, "temperature": 1.0}, {"steps": 3, "sampler": "entropy_bound"}])
+def test_a_moving_canvas_has_a_frame_a_step_and_says_what_generate_writes(settings, tmp_path, capsys):
+    path, out = a_checkpoint(tmp_path / "d.pt", **DIFFUSION), tmp_path / "new" / "canvas.svg"
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    plots.main([f"--canvas={path}", "--prompt=a<&", f"--out={out}", *flags])
+    model, sampler = plots.load_model(path)[0], plot_canvas.CanvasConfig(**settings)
+    seen = []
+    made = diffusion.generate(model, torch.tensor([BYTES.encode("a<&")]), sampler, sampler.seed,
+                              on_step=lambda step, canvas, *_: seen.append(canvas[0].tolist()))  # fmt: skip
+    ids = made.tokens[0].tolist()
+    seen += [ids] if ids != seen[-1] else []
+    expected = ["".join(text for text, _, _ in spans(canvas, BYTES)) for canvas in seen]
+    assert frames_of(out.read_text(encoding="utf-8")) == [animate_canvas.shown(text) for text in expected]
+    assert len(seen) in (settings["steps"] + 1, settings["steps"] + 2)  # entropy_bound answers with its argmax
+    assert [p.name for p in out.parent.iterdir()] == ["canvas.svg"]
+
+
+def test_a_moving_canvas_frames_what_changed_and_says_what_it_leaves_out():
+    rows = [plot_canvas.Row("0: noise", [97] * 400, [0.5] * 400), plot_canvas.Row("1", [98] + [97] * 399, [1.0] * 400)]
+    root = ElementTree.fromstring(animate_canvas.animation(rows, BYTES, "a <b> & 'c'"))
+    first, second = (g for g in root if g.tag == f"{SVG}g")
+    cells = [r for r in second if r.tag == f"{SVG}rect"][1:]
+    assert len(cells) == animate_canvas.PER_LINE * animate_canvas.MAX_LINES
+    assert [r.get("class") for r in cells] == ["n"] + [None] * (len(cells) - 1)
+    assert cells[0].get("fill").lower() == figures.COLOURS[0].lower() and not any(
+        r.get("class") for r in first.iter(f"{SVG}rect")
+    )
+    assert "the first 320 of 400 slots" in "".join(root.itertext())
+
+
+def test_one_frame_of_a_moving_canvas_is_seen_at_a_time(tmp_path):
+    """In a browser, at the middle of each frame; the picture in docs/ is of the same form and small."""
+    browser = find_browser()
+    if browser is None:
+        pytest.skip("no chromium or chrome here")
+    page, picture = Browser(browser), figures.Path(__file__).parent.parent / "docs" / "canvas.svg"
+    assert picture.stat().st_size < 100_000
+    frames = len(frames_of(picture.read_text(encoding="utf-8")))
+    try:
+        page.open(picture)
+        for k in range(frames):
+            at = 1000 * animate_canvas.STEP_SECONDS * (k + 0.5)
+            seen = page.run(
+                f"document.getAnimations().forEach(a => {{ a.pause(); a.currentTime = {at}; }});"
+                "[...document.querySelectorAll('g')].filter(g => getComputedStyle(g).visibility == 'visible')"
+                ".map(g => g.id).join()"
+            )
+            assert seen == f"f{k}"
+    finally:
+        page.close()
+
+
 # Quality
 
 
@@ -288,6 +354,7 @@ def test_what_is_asked_for_must_be_one_thing(tmp_path):
         ([f"--canvas={diffusion}", "--prompt=x", "--candidates=2"], "candidates must be 1"),
         ([f"--canvas={diffusion}", f"--prompt={'x' * 20}"], "a prompt of at most 12 tokens fits"),
         ([f"--canvas={tmp_path / 'none.pt'}", "--prompt=x"], "no such checkpoint"),
+        ([f"--canvas={diffusion}", "--prompt=x", "--out=a.gif"], "drawn as .png or, moving, as .svg; got a.gif"),
         ([f"--quality={ar}"], "no JSON"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Every command of the README runs: in its order, on the outputs of those before it, in a short form."""
+"""Every command of the README, then of docs/using.md, runs: in order, on what those before it left, in a short form."""
 
 import asyncio
 import email
@@ -18,6 +18,8 @@ from eval import parity
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "docs/using.md")
+PROSE = ["README.md", "results/README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 # Appended to make a command short; later arguments win. By the file or module that runs.
 SHORT = {
@@ -35,7 +37,6 @@ SHORT = {
     "eval.bound": ["--n=2"],
     "eval.python_code": ["--n=4", "--steps=2"],
     "eval.check_results": [],
-    "eval.plots": [],
     "runs.study": ["--table"],
     "runs.tables": [],
 }
@@ -43,19 +44,26 @@ SHORT = {
 LONG = {
     "python -m pip": "downloads; .ci/run installs with this very line",
     "python -m pytest": "that is who is asking",
-    "python -m runs.quickstart": "8 minutes; .ci/run plays it whole",
+    "python -m eval.check_results --same": "wants a second clone; tests/test_runs.py compares two",
+    "python -m eval.harness": "fetches its task; tests/test_harness.py runs one from disk",
     "python -m eval.speed": "minutes; tests/test_speed.py measures smaller shapes",
     "python -m eval.tables": "hours; tests/test_tables.py starts every job of it",
     "bash quickstart.sh": "8 minutes; .ci/run plays it whole",
     "ruff": "lint is no test; .ci/run runs both",
     ".ci/run": "runs these tests",
 }
-SETTINGS = {"runs.quickstart": "QuickstartConfig", "eval.speed": "SpeedConfig", "eval.tables": "TablesConfig"}
+SETTINGS = {
+    "eval.check_results": "CheckConfig",
+    "eval.harness": "HarnessConfig",
+    "eval.speed": "SpeedConfig",
+    "eval.tables": "TablesConfig",
+}
 
 
-def commands() -> list[str]:
+def commands(pages: tuple[str, ...] = PAGES) -> list[str]:
     """The command lines of all ```bash blocks, continued lines joined, without comments."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [part.strip() for line in lines for part in re.sub(r"\s#\s.*", "", line).split("&&") if part.strip()]
 
@@ -72,13 +80,21 @@ def copy(tmp_path_factory) -> Path:
 
 
 def test_every_command_is_run_or_named_as_an_exception():
-    assert len(commands()) > 20
+    assert len(commands(PAGES[:1])) > 12 and len(commands(PAGES[1:])) > 30
     for command in commands():
         words = shlex.split(command)
         program = words[2] if words[1:2] == ["-m"] else words[1] if len(words) > 1 else ""
         assert long_form(command) or (words[0] == "python" and program in SHORT), f"who tests this? {command}"
     for start in LONG:
-        assert any(command.startswith(start) for command in commands()), f"the README has no {start}"
+        assert any(command.startswith(start) for command in commands()), f"no page has {start}"
+
+
+def test_the_newcomer_needs_two_commands_to_start_and_two_for_weights_of_his_own():
+    for heading, count in (("Install, quickstart", 2), ("Bring your own weights", 2)):
+        section = re.search(rf"^## {heading}\n(.*?)^## ", README, flags=re.MULTILINE | re.DOTALL)[1]
+        (block,) = re.findall(r"^```bash\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+        assert len(block.splitlines()) == count
+    assert len(README.splitlines()) <= 230, "what is longer belongs on a page of docs/"
 
 
 def test_the_commands_run_one_after_the_other(copy, monkeypatch, capsys):
@@ -129,6 +145,7 @@ def test_what_the_tree_names_is_there():
         assert (ROOT / inside / name).exists(), inside + name
         for other in re.findall(r"\b\w+\.py\b", comment):
             assert (ROOT / folder / other).exists(), folder + other
+            top |= set() if folder else {other}
     left_out = {path.name for path in ROOT.glob("*.py")} - top
     assert not left_out, f"at the top, but not in the tree: {left_out}"
 
@@ -136,6 +153,25 @@ def test_what_the_tree_names_is_there():
 def test_paths_in_the_text_are_there():
     for path in set(re.findall(r"`([\w./]+\.(?:py|sh|txt|cff))`", README)) - {"python ar2diff.py"}:
         assert (ROOT / path).exists() or list(ROOT.glob(f"*/{path}")), path
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings: lower case, spaces to hyphens, only letters, digits, - and _ left."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    heads = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PROSE)
+def test_links_lead_to_a_file_and_to_a_heading_in_it(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)", text):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
 
 
 def test_quickstart_is_valid_bash():

@@ -4,12 +4,16 @@ import itertools
 import json
 import math
 import runpy
+import shutil
+from pathlib import Path
 
 import pytest
 
-from runs import few_steps, quickstart, recipes, study, tables
+from eval.check_results import run_differences
+from runs import choices, few_steps, quickstart, recipes, study, tables
 from runs.jobs import Job, at_step, copy_once, plain, work
 
+ROOT = Path(__file__).parent.parent
 BOTH_WAYS = [(a, b) for a in (False, True) for b in (False, True)]
 
 
@@ -128,6 +132,22 @@ def test_few_steps_trains_only_what_the_study_lacks_and_counts_what_it_saves(tmp
     assert [cell.strip() for cell in row.split("|")[4:6]] == ["95.0 (76.4 to 99.1)", "4.00 (12.5x)"]
 
 
+def test_every_choice_is_a_row_that_some_job_measures(tmp_path):
+    """And its cells are the mean and the range of what is there, with what that is out of."""
+    jobs = jobs_of("mini") + few_steps.jobs_of(1, few_steps.FewStepsConfig())
+    measured = results_of(jobs)
+    for choice, (_, folder, row) in choices.CHOICES.items():
+        assert f"results/{folder}/mini_1_mini_translation_{plain(row)}.json" in measured, choice
+    (tmp_path / "study").mkdir()
+    for seed, right in ((1, 0.5), (2, 0.75), (3, 1.0)):
+        result = {"exact_match": right, "n": 8, "calls_per_sample": 9.0 + seed}
+        (tmp_path / f"study/mini_{seed}_mini_translation_ar2diff_0.json").write_text(json.dumps(result))
+    lines = [[c.strip() for c in line.split("|")] for line in choices.choices_table(tmp_path).splitlines()]
+    row = next(cells for cells in lines if cells[1:2] == ["N = 0"])
+    assert row[3:8] == ["11.0", "75.0 (50.0 to 100.0)", "-", "-", "3 x 8, -, -"]
+    assert len(lines) == 2 + len(choices.CHOICES)
+
+
 def test_the_recipes_are_eight_cells_that_exist_and_every_factor_is_balanced_in_every_other():
     cells = recipes.CELLS
     assert len(set(cells)) == 8 and not any(cell.joint and cell.ar_loss for cell in cells)
@@ -221,6 +241,33 @@ def test_equal_flops_counts_two_passes_a_diffusion_step():
     assert settings == {"ar2diff_1_ar": size.A, "ar2diff_2_adapt": quickstart.SCRATCH_N}
 
 
+@pytest.mark.slow
+def test_two_quickstarts_are_the_same_but_for_their_times(tmp_path, monkeypatch):
+    """Act 1 as it is, but of few steps and items: once with two trainings at a time, once with one."""
+    left_out = shutil.ignore_patterns("out", ".*", "__pycache__", "*.png", "results", "tests")
+    measure, pages = quickstart.exact_match.main, []
+
+    def short(jobs, logs, lanes, show):
+        more = ["--batch_size=8", "--eval_batches=1", "--device=cpu"]
+        for job in jobs:
+            for argv in job.commands:
+                if argv[0] == "train.py":
+                    argv += [*more, f"--max_steps={9 if job.name.endswith('longer') else 6}"]
+        work(jobs, logs, lanes)
+
+    monkeypatch.setattr(quickstart, "work", short)
+    monkeypatch.setattr(quickstart.exact_match, "main", lambda argv: measure([*argv, "--n=8", "--device=cpu"]))
+    for lanes in (2, 1):
+        folder = shutil.copytree(ROOT, tmp_path / f"{lanes}", ignore=left_out)
+        monkeypatch.chdir(folder)
+        quickstart.main(["--acts=1", f"--lanes={lanes}"])
+        pages.append(folder / "out/quickstart.md")
+    assert pages[0].read_text().count("\n|") == 7 and "ms a sample" in pages[0].read_text()
+    assert run_differences(*pages) == []
+    said = [json.loads((page.parent / "quality.json").read_text()) for page in pages]
+    assert said[0] == said[1] and len(said[0]["series"]) == 3
+
+
 def test_the_mini_table_says_mean_and_range_over_seeds(tmp_path):
     for seed, share in ((1, 0.90), (2, 0.94), (3, 0.95)):
         result = {"exact_match": share, "calls_per_sample": 10.0, "seconds_per_sample": 0.02}
@@ -235,6 +282,7 @@ def test_tables_are_written_behind_their_markers_and_nowhere_else(tmp_path):
     (tmp_path / "study").mkdir()
     result = {
         "exact_match": 0.5,
+        "n": 500,
         "calls_per_sample": 10.0,
         "seconds_per_sample": 0.02,
         "hardware": "h",

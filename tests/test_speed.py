@@ -506,8 +506,8 @@ def test_the_table_of_results_has_the_faster_form_of_each_system(measured, tmp_p
     assert lines.count("\n| loop ") == 2 and "| gemm " not in lines and measured[0]["command"] in lines
     assert quality_table(tmp_path) == peers_table(tmp_path) == "(not measured yet)"
     short = decode_table(tmp_path, short=True)
-    assert "frozen, 20 steps " in short and "joint, 10 steps " in short
-    assert "50 steps" not in short and "joint, 20 steps" not in short and "50 steps" in text
+    assert "frozen, 10 steps " in short and "AR: seconds" in short
+    assert "20 steps" not in short and "joint" not in short and "candidates" not in short and "50 steps" in text
 
 
 def test_peers_stand_in_a_row_each(tmp_path):
