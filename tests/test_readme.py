@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from configurator import configure
-from eval import parity
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -118,7 +117,9 @@ def test_the_commands_run_one_after_the_other(copy, monkeypatch, capsys):
 def write_hub_model(folder: Path) -> None:
     """A tiny network of that family where the README names one of the hub, so that nothing is fetched."""
     pytest.importorskip("transformers")
-    parity.build("qwen2: qkv bias, tied", folder)
+    from tests.test_pretrained import source
+
+    source(folder, "qwen2", max_position_embeddings=1024)
 
 
 @pytest.mark.parametrize("program", SETTINGS)
