@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from configurator import configure
-from eval import parity
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,6 +43,7 @@ SHORT = {
 LONG = {
     "python -m pip": "downloads; .ci/run installs with this very line",
     "python -m pytest": "that is who is asking",
+    "python -m runs.quickstart": "6 minutes; tests/test_runs.py plays it short, .ci/run whole",
     "python -m eval.check_results --same": "wants a second clone; tests/test_runs.py compares two",
     "python -m eval.harness": "fetches its task; tests/test_harness.py runs one from disk",
     "python -m eval.speed": "minutes; tests/test_speed.py measures smaller shapes",
@@ -57,6 +57,7 @@ SETTINGS = {
     "eval.harness": "HarnessConfig",
     "eval.speed": "SpeedConfig",
     "eval.tables": "TablesConfig",
+    "runs.quickstart": "QuickstartConfig",
 }
 
 
@@ -118,7 +119,9 @@ def test_the_commands_run_one_after_the_other(copy, monkeypatch, capsys):
 def write_hub_model(folder: Path) -> None:
     """A tiny network of that family where the README names one of the hub, so that nothing is fetched."""
     pytest.importorskip("transformers")
-    parity.build("qwen2: qkv bias, tied", folder)
+    from tests.test_pretrained import source
+
+    source(folder, "qwen2", max_position_embeddings=1024)
 
 
 @pytest.mark.parametrize("program", SETTINGS)
@@ -148,6 +151,15 @@ def test_what_the_tree_names_is_there():
             top |= set() if folder else {other}
     left_out = {path.name for path in ROOT.glob("*.py")} - top
     assert not left_out, f"at the top, but not in the tree: {left_out}"
+
+
+def test_the_list_of_files_in_using_names_files_that_are_there():
+    text = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^## Files of .*?\n\n```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    for line in listed.splitlines():
+        name, comment = line.split(maxsplit=1)
+        for path in [name, *(f"{Path(name).parent}/{other}" for other in re.findall(r"\b\w+\.(?:py|sh)\b", comment))]:
+            assert (ROOT / path).is_file(), path
 
 
 def test_paths_in_the_text_are_there():
