@@ -318,18 +318,21 @@ def joined(device: str, patience: float) -> Iterator[World]:
     with contextlib.ExitStack() as stack:
         if not world.leader:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        stopped = None
         try:
-            yield world
-        except SystemExit:  # a signal stopped all of them, in good order
+            try:
+                yield world
+            except SystemExit as stop:  # a signal stopped all of them, in good order
+                stopped = stop
             world.leave()
-            raise
-        except BaseException as error:
-            if isinstance(error, RuntimeError) and is_exchange(error):
+        except RuntimeError as error:
+            if is_exchange(error):
                 raise ValueError(world.lost(error)) from None
             raise
         finally:
             world.watch.over.set()
-        world.leave()
+        if stopped is not None:
+            raise stopped
 
 
 class Watch(threading.Thread):
@@ -384,7 +387,7 @@ class Watch(threading.Thread):
                 self._tell()  # the others are listening too
             now = self._told()
         except RuntimeError:
-            return ""
+            return "torchrun's store does not answer, the process that holds it is gone"
         furthest = max(count for _, count, _, _ in now)
         found = []
         for rank, ((told, *_), (told_now, count, where, host)) in enumerate(zip(before, now)):

@@ -141,6 +141,27 @@ def grid(number: int) -> Callable[[Path], str]:
     return table
 
 
+def scale(name: str) -> Callable[[Path], str]:
+    """One of the tables of docs/scale.md, at the assumptions of runs/scale.py."""
+
+    def table(_: Path) -> str:
+        from runs.scale import TABLES, ScaleConfig  # it comes back here by way of eval/tables.py
+
+        return TABLES[name](ScaleConfig())
+
+    return table
+
+
+def faults_table(results: Path) -> str:
+    """Kills and other faults, and how many runs were lost or changed by them."""
+    if not (results / "faults.json").exists():
+        return "(no campaign yet)"
+    rows = json.loads((results / "faults.json").read_text())["table"]
+    cells = [[row["fault"], *(str(row[name]) for name in ("runs", "kills", "lost_or_changed"))] for row in rows]
+    total = [str(sum(row[name] for row in rows)) for name in ("runs", "kills", "lost_or_changed")]
+    return markdown(["fault", "runs", "kills", "lost or changed"], [*cells, ["together", *total]])
+
+
 TABLES = {
     "table1": grid(1),
     "table2": grid(2),
@@ -158,6 +179,8 @@ TABLES = {
     "quality": quality_table,
     "decode, short": lambda results: decode_table(results, short=True),
     "peers": peers_table,
+    "faults": faults_table,
+    **{name: scale(name) for name in ("scale_costs", "scale_shares", "scale_rows", "scale_gpus")},
     "lines": lambda results: lines_table(results, ("loop", "gemm", "prefix", "train", "unroll")),
 }
 

@@ -32,8 +32,8 @@ WAYS = {
     "encoder_decoder": [*FROZEN, "--arch=encoder_decoder"],
 }
 
-# Muon multiplies in bfloat16: the last bit of a gradient may become a 256th of an entry of its step, and what follows
-# is the gradient at weights that far apart. The promise is the gradient at the same weights.
+# Muon multiplies in bfloat16: a last bit of the gradient may turn into a 256th of an entry of its step, and what
+# follows is the gradient at weights that far apart. The promise is the gradient at the same weights.
 AFTER_MUON = 1e-2
 
 

@@ -531,6 +531,20 @@ def test_a_compiler_that_does_not_work_is_named_and_the_run_goes_on(run, monkeyp
     assert "compile=True has no effect here, running eagerly: no compiler\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ar", "modern", "annealed", "both"])
+def test_a_compiled_run_is_the_eager_one(case, run, capsys):
+    """To rounding: losses, gradient norms and weights of six steps of AdamW. A minute each: the compiler."""
+    flags = [*CASES[case], "--optimizer=adamw", "--learning_rate=0.001"]
+    (eager, log), (compiled, other) = run(*flags), run(*flags, "--compile", out="b")
+    if "running eagerly" in capsys.readouterr().out:
+        pytest.skip("no compiler works here")
+    for a, b in zip(log, other):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    assert furthest(eager, compiled) < 1e-4
+
+
 def test_the_device_is_what_is_asked_for_and_there():
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type in ("cuda", "mps", "cpu")
