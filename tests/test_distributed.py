@@ -102,7 +102,7 @@ def furthest(a: dict, b: dict) -> float:
     return max((a["model"][name] - b["model"][name]).abs().max().item() for name in a["model"])
 
 
-@pytest.mark.parametrize("way", ["modern", "both"])
+@pytest.mark.parametrize("way", ["modern", pytest.param("both", marks=pytest.mark.slow)])
 def test_two_processes_compute_the_gradient_of_one(way, run, tmp_path):
     """Accumulation too: of four processes, or two with two micro-batches each. Three steps, so weights follow."""
     flags = [*WAYS[way], "--optimizer=adamw", "--max_steps=3"]
@@ -285,6 +285,23 @@ def test_settings_that_differ_between_processes_are_named(copy_set, tmp_path, mo
     assert codes == [2, 2] and "process 1 has settings" in said and "--seed=8" in said, said
 
 
+def test_who_dies_at_the_very_end_leaves_no_traceback(copy_set, tmp_path, monkeypatch):
+    """The last barrier stood outside of what turns a broken connection into a line."""
+    monkeypatch.chdir(tmp_path)
+    argv = [*TINY, f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}", "--patience=5", "--max_steps=1"]
+
+    def work(rank):
+        if rank == 1:
+            World.leave = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+        train.measured_flops = lambda *_: 1e12
+        train.main(argv)
+
+    codes = [child.wait() for child in start(2, work)]
+    said = Path("said_0").read_text()
+    assert codes == [2, -signal.SIGKILL] and "Traceback" not in said, said
+    assert "error: process 0 lost the others at the end: process 1 (" in said, said
+
+
 class Store(dict):
     """What a Watch needs of torch's store."""
 
@@ -317,6 +334,17 @@ def test_who_is_behind_and_who_says_nothing_is_named(watches):
         "stopped; last heard of in step 2",
         watches[0].culprit(0.5),
     )
+
+
+def test_a_store_that_is_gone_is_what_is_named(watches):
+    """With the process that held it: the line said only that a connection was reset."""
+
+    def gone(keys):
+        raise RuntimeError("Connection reset by peer")
+
+    watches[0].over.set()
+    watches[0].store.multi_get = gone
+    assert watches[0].culprit(0.1).startswith("torchrun's store does not answer, the process that holds it is gone")
 
 
 def test_a_store_that_never_answers_ends_the_process(monkeypatch, capsys):

@@ -327,7 +327,7 @@ def test_a_hundred_through_the_shell(place):
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,  # a busy machine takes minutes to start Python
         )
         assert done.returncode in (0, 2) and "Traceback" not in done.stderr, (argv, done.stderr)
         assert done.returncode == 0 or done.stderr.splitlines()[-1].startswith("error: "), (argv, done.stderr)
