@@ -1,6 +1,6 @@
 """Recipes of adaptation: what the shift, annealing, the prefix's attention and the kept AR loss are worth.
 
-    python -m runs.recipes              # about an hour and a half on 2 cores, two jobs at a time; again: goes on
+    python -m runs.recipes              # an hour and three quarters on 2 cores, two jobs at a time; again: goes on
     python -m runs.recipes --table      # only print the tables of what is there
 
 Each cell converts the AR model of runs.study (trained if it is missing), adapts it and fine-tunes it at the sizes of
@@ -151,8 +151,11 @@ def values_of(folder: Path, part: str, name: str, value: Callable[[dict], float]
     return found
 
 
-def effects_table(folder: Path) -> str:
-    """Main effects: the mean over seeds and its interval; those that do not contain 0 are marked."""
+def effects_table(folder: Path, study: Path) -> str:
+    """Main effects of the cells, then the default's form against the others, seed by seed: mean and interval.
+
+    Those that do not contain 0 are marked.
+    """
     rows = []
     for name in EFFECTS:
         cells = [name]
@@ -161,6 +164,15 @@ def effects_table(folder: Path) -> str:
             seeds = set.intersection(*(set(by_seed) for by_seed in found.values()))
             each = [effect({cell: by_seed[seed] for cell, by_seed in found.items()}, name) for seed in sorted(seeds)]
             cells.append(_said(each, signed=True))
+        rows.append(cells)
+    for label in FORMS:
+        cells = [f"opened by edges (against {label}), bidirectional prefix"]
+        for part, value in COLUMNS.values():
+            ours = values_of(study, part, plain("AR2Diff_N"), value)
+            theirs = values_of(folder, part, plain(f"form_{label}"), value)
+            cells.append(
+                _said([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())], signed=True)
+            )
         rows.append(cells)
     return markdown(["effect, mean over seeds (95%)", *COLUMNS], rows)
 
@@ -207,7 +219,8 @@ def main(argv: list[str]) -> None:
             build_if_missing(Path(size.folder) / size.pretrain)
         run_jobs([job for seed in range(1, cfg.seeds + 1) for part in wanted for job in jobs_of(part, seed, cfg)], cfg)
     folder = Path(cfg.results)
-    print(f"{effects_table(folder)}\n\n{cells_table(folder, folder.parent / 'study')}")
+    study = folder.parent / "study"
+    print(f"{effects_table(folder, study)}\n\n{cells_table(folder, study)}")
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ TABLES = {
     "ways": lambda results: ways_table(results / "few_steps"),
     "exit": lambda results: exit_table(results / "few_steps"),
     "choices": choices_table,
-    "effects": lambda results: effects_table(results / "recipes"),
+    "effects": lambda results: effects_table(results / "recipes", results / "study"),
     "recipes": lambda results: cells_table(results / "recipes", results / "study"),
     "origin": lambda results: origin(results / "study"),
     "decode": decode_table,

@@ -222,12 +222,18 @@ def test_the_tables_of_recipes_say_mean_and_interval_over_seeds(tmp_path):
         for cell in recipes.CELLS:
             found = {"exact_match": right if cell.shift else right - 0.5}
             (tmp_path / f"mini_{seed}_mini_translation_{plain(cell.name)}.json").write_text(json.dumps(found))
+        for name, value in (("ar2diff_n", right), ("form_band", right - 0.1 * seed)):
+            (tmp_path / f"mini_{seed}_mini_translation_{name}.json").write_text(json.dumps({"exact_match": value}))
     cells = [[c.strip() for c in line.split("|")] for line in recipes.cells_table(tmp_path, tmp_path).splitlines()]
     row = next(cells for cells in cells if cells[1:2] == ["shift, annealed, joint"])
     assert row[2] == "92.0 (87.0 to 97.0)" and row[3] == "-" and row[-2] == "3/0"
-    lines = [[c.strip() for c in line.split("|")] for line in recipes.effects_table(tmp_path).splitlines()]
+    lines = [[c.strip() for c in line.split("|")] for line in recipes.effects_table(tmp_path, tmp_path).splitlines()]
     assert next(line for line in lines if line[1:2] == ["shift"])[2] == "+50.0 (+50.0 to +50.0) *"
     assert next(line for line in lines if line[1].startswith("joint"))[2].startswith("+0.00 (")
+    band = next(line for line in lines if line[1].startswith("opened by edges (against band)"))
+    assert band[2] == "+20.0 (-4.8 to +44.8)"  # 10, 20, 30: 20 -+ 4.303 * 10 / sqrt(3)
+    blocks = next(line for line in lines if line[1].startswith("opened by edges (against blocks)"))
+    assert blocks[2] == "-"
 
 
 def test_equal_flops_counts_two_passes_a_diffusion_step():
