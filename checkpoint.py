@@ -66,7 +66,7 @@ def _checked(path: Path, state: dict) -> dict:
     """The same fields, if they are those of a checkpoint. What they hold may still not fit together."""
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if type(found) is not int or found != FORMAT:
-        found = found if isinstance(found, int | str) else type(found).__name__
+        found = found if isinstance(found, int | str | None) else type(found).__name__
         raise ValueError(f"{path}: checkpoint format {found}, this code reads {FORMAT}")
     for name, kind in FIELDS.items():
         if not isinstance(state.get(name), kind):
