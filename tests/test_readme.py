@@ -48,6 +48,7 @@ LONG = {
     "python -m eval.harness": "fetches its task; tests/test_harness.py runs one from disk",
     "python -m eval.speed": "minutes; tests/test_speed.py measures smaller shapes",
     "python -m eval.tables": "hours; tests/test_tables.py starts every job of it",
+    "torchrun": "many processes; tests/test_distributed.py starts 2 and 4 on one machine, and two nodes on loopback",
     "bash quickstart.sh": "8 minutes; .ci/run plays it whole",
     "ruff": "lint is no test; .ci/run runs both",
     ".ci/run": "runs these tests",
