@@ -4,6 +4,7 @@ python -m eval.train_speed --out=results/speed_train.json --nanogpt=PATH    # PA
 
 train   an AR training step against nanoGPT's own model and optimizer, same shape and settings
 unroll  a diffusion training step of two passes against an AR step of the same model and tokens
+anneal  a diffusion step whose mask is half open, by each form of anneal.py, against one that sees the whole target
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from anneal import FORMS, Annealing
 from configurator import configure, run
 from data.objectives import Batch
 from device import autocast
@@ -31,13 +33,14 @@ from train import PARADIGMS, TrainConfig, make_optimizers
 class TrainSpeedConfig:
     nanogpt: str = ""  # a checkout of github.com/karpathy/nanoGPT; empty: the line train is left out
     out: str = ""  # where the raw times go, as JSON; empty: nowhere
-    only: str = "train,unroll"  # the lines to measure
+    only: str = "train,unroll,anneal"  # the lines to measure
     runs: int = 7  # timed runs of each system, after one that is not counted
     threads: int = 0  # 0: what torch takes
     seed: int = 1337
 
 
 JOINT = dict(paradigm="diffusion", prefix_attention="joint", target_attention="bidirectional")
+FROZEN = JOINT | dict(prefix_attention="bidirectional")
 
 
 @dataclass
@@ -106,21 +109,39 @@ def unroll_lines(cfg: TrainSpeedConfig, shapes: Shapes) -> Iterator[Line]:
             yield Line("unroll", name, system, "AR", "<= 2.1", times, warmup, note=note)
 
 
-LINES = {"train": train_lines, "unroll": unroll_lines}
+def anneal_lines(cfg: TrainSpeedConfig, shapes: Shapes) -> Iterator[Line]:
+    """The same diffusion step behind a frozen prefix with the mask half open: on a CPU a dense mask serves."""
+    for name in ("small", "six"):
+        shape, (B, T) = getattr(shapes, name), shapes.batch[name]
+        batch = batch_of(shape, B, T - T // 2, T // 2, cfg.seed)
+        systems = {"all open": our_step(cfg, shape | FROZEN, batch)}
+        with redirect_stdout(StringIO()):  # that a dense mask serves
+            for form in FORMS:
+                systems[form] = our_step(cfg, shape | FROZEN, batch, anneal_steps=2, anneal_form=form)
+        times, warmup = in_turn(systems, cfg.runs)
+        for form in FORMS:
+            yield Line("anneal", name, form, "all open", "", times, warmup, note=dict(tokens_per_step=B * T))
 
 
-def our_step(cfg: TrainSpeedConfig, shape: dict, batch: Batch, dtype: str = "float32") -> Callable[[], None]:
+LINES = {"train": train_lines, "unroll": unroll_lines, "anneal": anneal_lines}
+
+
+def our_step(
+    cfg: TrainSpeedConfig, shape: dict, batch: Batch, dtype: str = "float32", **settings
+) -> Callable[[], None]:
     """One optimizer step as train.py makes it."""
     sizes = model_config(shape, batch.prefix.shape[1], batch.target.shape[1])
-    settings = TrainConfig(**sizes, dtype=dtype, optimizer="adamw")
+    settings = TrainConfig(**sizes, dtype=dtype, optimizer="adamw", **settings)
     torch.manual_seed(cfg.seed)
     model = Transformer(ModelConfig(**model_settings(asdict(settings))))
+    annealing = Annealing(settings, model)
     optimizers, losses, cpu = make_optimizers(model, settings), PARADIGMS[settings.paradigm].losses, torch.device("cpu")
 
     def step():
         total = 0.0
         with autocast(cpu, dtype):
-            for term in losses(model, batch, settings, draws_for(cfg.seed, batch.example)):
+            opened = annealing.opened(batch, 0)
+            for term in losses(model, batch, settings, draws_for(cfg.seed, batch.example), opened=opened):
                 term.backward()
                 total += term.detach()
         nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)

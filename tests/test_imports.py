@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "eval.*": "configurator device draws model cost autoregressive diffusion checkpoint ar2diff train sample data.* "
     "eval.common eval.metrics eval.sandbox eval.python_code eval.exact_match",
     "eval.faults": "configurator ar2diff atomic checkpoint data.* heldout run_folder train eval.common",
-    "eval.train_speed": "configurator data.objectives device draws eval.common eval.timing model train",
+    "eval.train_speed": "anneal configurator data.objectives device draws eval.common eval.timing model train",
     "eval.harness": "configurator data.objectives draws eval.bound eval.common",
     "eval.speed": "configurator device eval.plots eval.common eval.decoders eval.limits eval.peers eval.speed_table "
     "eval.timing fast",

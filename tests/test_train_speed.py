@@ -45,7 +45,7 @@ def tiny() -> train_speed.Shapes:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """(the lines, the file) of a run with both lines."""
+    """(the lines, the file) of a run with all lines."""
     folder = tmp_path_factory.mktemp("speed")
     (folder / "model.py").write_text(NANOGPT)
     out = folder / "results" / "speed.json"
@@ -53,10 +53,10 @@ def measured(tmp_path_factory):
     return lines, json.loads(out.read_text())
 
 
-def test_both_lines_are_measured(measured):
+def test_all_lines_are_measured(measured):
     """Each with a positive ratio that lies in its range, from two timed runs and a warm-up of its own."""
     lines, _ = measured
-    assert [line["name"] for line in lines] == ["train"] * 4 + ["unroll"] * 6
+    assert [line["name"] for line in lines] == ["train"] * 4 + ["unroll"] * 6 + ["anneal"] * 6
     for line in lines:
         assert 0 < line["ratio"]["low"] <= line["ratio"]["median"] <= line["ratio"]["high"]
         assert all(len(times) == 2 and line["warmup"][name] > 0 for name, times in line["times"].items())
@@ -75,8 +75,28 @@ def test_without_nanogpt_its_line_is_left_out_and_said_so(capsys):
 
 
 def test_an_unknown_line_stops_the_run():
-    with pytest.raises(ValueError, match="there are train, unroll"):
+    with pytest.raises(ValueError, match="there are train, unroll, anneal"):
         train_speed.main(["--only=trian"], tiny())
+
+
+def test_the_mask_of_an_annealed_step_is_half_open(monkeypatch):
+    """A system that is called for must see its form's mask: at step 0 of 2 a band of half of the target is open."""
+    seen, shapes = [], tiny()
+    monkeypatch.setattr(Transformer, "decode", spy(Transformer.decode, seen))
+    batch = batch_of(shapes.small, 2, 4, 4, seed=0)
+    cfg = train_speed.TrainSpeedConfig()
+    for settings in ({}, dict(anneal_steps=2, anneal_form="band")):
+        train_speed.our_step(cfg, shapes.small | train_speed.FROZEN, batch, **settings)()
+    assert seen[:2] == [None, None] and len(seen) == 4  # two passes each
+    assert seen[2].tolist() == [[j <= i + 1 for j in range(4)] for i in range(4)]
+
+
+def spy(decode, seen):
+    def spied(self, *args, **kwargs):
+        seen.append(kwargs.get("opened"))
+        return decode(self, *args, **kwargs)
+
+    return spied
 
 
 def test_an_empty_prefix_reads_the_target_alone():
