@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cross_entropy import cross_entropy_
 from device import Late
 from draws import SAMPLE, Draws, Generated, draw_tokens, draws_for, forbidden_ids
 
@@ -31,7 +32,7 @@ def losses(model, batch, cfg, draws: Draws, opened: Tensor | None = None) -> Ite
     """The one term of the loss: next-token cross-entropy over the target, nats per slot, pads included."""
     logits = model(batch.prefix, batch.target)  # (B, T, V): position i predicts slot i + 1, the last one nothing
     expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)  # -100 is not scored; slicing the logits would copy them
-    yield F.cross_entropy(logits.flatten(0, 1), expected.flatten())
+    yield cross_entropy_(logits, expected)
 
 
 def loss(model, batch, cfg, draws: Draws) -> Tensor:

@@ -7,6 +7,7 @@ appendix B). A backward pass costs two forward passes.
 import torch
 from torch import nn
 
+from diffusion import SOFTENED
 from encdec import build_model
 from model import ModelConfig
 from optimizers import muon_takes
@@ -65,6 +66,7 @@ def training_memory(
     by_muon: int = 0,
     padded: bool = False,
     gradient_checkpointing: bool = False,
+    scores: bool = False,
 ) -> dict[str, int]:
     """Bytes that a training step holds at its peak, by what they are for. That is where a backward pass begins: later
     passes of the loss come when the graph of the one before is gone, however many there are.
@@ -72,7 +74,8 @@ def training_memory(
     rows, prefix, target: of one micro-batch. bytes_per_number: of what autocast makes, 4 or 2; the stream between the
     blocks, the loss and all weights are float32. by_muon: how many of the params have Muon's one moment and not
     AdamW's two. padded: whether the prefixes of a batch differ in length, which takes a mask.
-    Activations are what autograd keeps of each operation in model.py, attention by a kernel that keeps no scores.
+    scores: whether attention keeps its scores (attention.py, in bfloat16 on a CPU), which no other kernel does.
+    Activations are what autograd keeps of each operation in model.py.
     """
     C, V, b, L = m.n_embd, m.vocab_size, bytes_per_number, m.n_layer
     Q, KV = m.n_head * m.head_size, m.kv_heads * m.head_size
@@ -88,11 +91,17 @@ def training_memory(
     tokens = prefix + target
     block = rows * (token * tokens + cross)
     kept = rows * 4 * C * tokens  # a block's input
-    # The logits, their log-softmax and two gradients; after these the output layer's own gradient is made.
-    logits = max((b + 12) * rows * target * V, (b + 4) * rows * target * V + 4 * V * C)
-    if gradient_checkpointing:  # a block comes to life again when nothing but the logits is left of the loss
+    together = m.prefix_attention == "joint" or m.prefix_attention == m.target_attention == "causal"  # in one pass
+    if scores:
+        pairs = tokens**2 if together else prefix**2 + target * tokens
+        block += rows * b * m.n_head * pairs
+    # The logits, whose gradient takes their place, and beside them the output layer's own, or a soft answer.
+    answer = min(rows * target * V, max(target * V, SOFTENED)) * (4 if b == 4 else 8) if m.self_conditioning else 0
+    logits = b * rows * target * V + max(V * C * (4 if b == 4 else 6), answer)
+    if gradient_checkpointing:  # a block comes to life again when nothing is left of the loss
         alive = block + 2 * b * rows * tokens * m.hidden_size  # with the gradients inside an MLP
-        activations = L * kept + max(0, alive - (logits - b * rows * target * V))
+        alive = alive if together else alive * max(prefix, target) // tokens
+        activations = L * kept + max(0, alive - logits)
     else:
         activations = L * block
     ends = 4 * C * (2 * tokens + (4 * target if m.self_conditioning or m.lookahead else 0))  # embeddings, last norm

@@ -1,5 +1,7 @@
 """Where a run takes place: the device, its number format, its compiler and its speed."""
 
+import ctypes
+import sys
 import time
 from contextlib import nullcontext
 
@@ -48,6 +50,19 @@ class Late:
     def sees_none(flags: Tensor) -> bool:
         """Whether none of flags (bool) is set, where it costs nothing to look: elsewhere False."""
         return flags.device.type == "cpu" and not flags.any()
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep what is freed on a CPU for what comes next; whether it is one that can (Linux, glibc).
+
+    It gives arrays of megabytes back to the kernel otherwise, which hands them out again page by page, each filled with
+    zeros first: a quarter of a bfloat16 step of GPT-2 small. The process holds its peak from then on.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def compile_or_say_why_not(model: nn.Module) -> None:

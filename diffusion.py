@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cross_entropy import cross_entropy_
 from device import Late
 from draws import CANVAS, CONDITION, CORRUPT, RATE, UNROLL, Draws, Generated, draw_tokens, forbidden_ids, noise_tokens
 from samplers import SAMPLERS, SamplerConfig, State, nll
@@ -81,15 +82,16 @@ def losses(model, batch, cfg, draws: Draws, rate: Tensor | None = None, opened: 
     expected = F.pad(target[:, 1:], (0, 1) if m.shift else (1, 0), value=-100)  # (B, T)
     for k in range(cfg.unroll_steps):
         logits = model(batch.prefix, canvas, estimate=estimate, opened=opened)  # (B, T, V)
-        yield F.cross_entropy(logits.flatten(0, 1), expected.flatten())
-        logits = readout(logits, m.shift)  # (B, T - 1, V)
-        if k + 1 < cfg.unroll_steps:
+        if k + 1 < cfg.unroll_steps:  # now, for the loss uses the logits up
             with torch.no_grad():
-                answer = draw_tokens(logits, cfg.unroll_temperature, draws.uniform(UNROLL, logits.shape[1], k)[0])
+                said = readout(logits, m.shift)  # (B, T - 1, V)
+                answer = draw_tokens(said, cfg.unroll_temperature, draws.uniform(UNROLL, said.shape[1], k)[0])
                 canvas = torch.cat([target[:, :1], answer], dim=1)
                 if m.self_conditioning:
                     told = draws.uniform(CONDITION, 1, k)[0] < cfg.self_conditioning_prob  # (B, 1)
-                    estimate = soft_estimate(model, logits) * told[..., None]
+                    estimate = soft_estimate(model, said) * told[..., None]
+        term, logits, said = cross_entropy_(logits, expected), None, None  # the next pass makes as many
+        yield term
     if cfg.ar_weight:
         yield cfg.ar_weight * causal_loss(model, batch)
 
@@ -104,7 +106,7 @@ def causal_loss(model, batch) -> Tensor:
     closed = torch.zeros(T, T, dtype=torch.bool, device=batch.target.device)  # no edge beside the causal ones
     logits = model(batch.prefix, batch.target, opened=closed)  # (B, T, V)
     expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)
-    return F.cross_entropy(logits.flatten(0, 1), expected.flatten())
+    return cross_entropy_(logits, expected)
 
 
 def loss(model, batch, cfg, draws: Draws) -> Tensor:
@@ -116,13 +118,18 @@ def loss(model, batch, cfg, draws: Draws) -> Tensor:
 def loss_by_rate(model, batch, cfg, draws: Draws, rates: list[float]) -> dict[str, float]:
     """L(1) at fixed corruption rates, nats per slot. Comparable between diffusion models, not with an AR loss."""
     fixed = {f"{rate:.1f}": torch.full((len(batch.target), 1), rate, device=batch.target.device) for rate in rates}
-    return {name: next(losses(model, batch, cfg, draws, rate)).item() for name, rate in fixed.items()}
+    once = LossConfig(unroll_steps=1)
+    return {name: next(losses(model, batch, once, draws, rate)).item() for name, rate in fixed.items()}
+
+
+SOFTENED = 1 << 24  # logits that have a softmax beside them at a time, but at least those of one row
 
 
 def soft_estimate(model, logits: Tensor) -> Tensor:
     """Soft embedding (B, T, C) of a prediction (B, T - 1, V). The separator's slot gets zeros, by mask: zero logits
     would give the mean embedding instead."""
-    return F.pad(model.soft_embedding(logits), (0, 0, 1, 0))
+    few = max(1, SOFTENED // logits[0].numel())
+    return F.pad(torch.cat([model.soft_embedding(part) for part in logits.split(few)]), (0, 0, 1, 0))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
+from attention import by_products, products_pay
 from rope import RopeConfig, rope_table, rotate
 
 PARADIGMS = ("ar", "diffusion")
@@ -195,6 +196,8 @@ class KVCache:
         """Attention (B, H, T, D). A cache that keeps keys another way (fast.py) has its own, and so has a FlexMask."""
         if hasattr(mask, "attend"):
             return mask.attend(q, k, v)
+        if products_pay(q, k, dropout):
+            return by_products(q, k, v, mask, causal)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
 
     def rows(self, index: Tensor) -> "KVCache":

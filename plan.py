@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from attention import MOST
 from configurator import describe
 from cost import count_by_muon, count_params, train_flops, training_memory
 from device import measured_flops, pick_device
@@ -71,6 +72,7 @@ def plan(cfg, train_set) -> dict:
         by_muon,
         padded,
         cfg.gradient_checkpointing,
+        cfg.dtype == "bfloat16" and pick_device(cfg.device).type == "cpu" and longest <= MOST,
     )
     found = {"params": params, "by_muon": by_muon, "longest": longest, "memory": memory}
     return found | {"flops": flops // steps * cfg.max_steps}

@@ -26,10 +26,11 @@ from anneal import AnnealConfig, Annealing
 from checkpoint import load
 from configurator import checked, describe, read_settings, refuse_changes, run
 from cost import num_params, train_flops
+from data.ahead import ahead
 from data.loader import build_if_missing, open_set
 from data.objectives import ObjectiveConfig
 from data.tokenizer import get_tokenizer
-from device import autocast, compile_or_say_why_not, measured_flops
+from device import autocast, compile_or_say_why_not, keep_freed_memory, measured_flops
 from diffusion import LossConfig
 from distributed import ParallelConfig, World, each_term, joined, whole_tensor
 from draws import draws_for
@@ -144,6 +145,8 @@ def train(world: World, out: Path, cfg: TrainConfig, model: Transformer, source:
     """The loop. source, state: the checkpoint that is resumed, None for a run that begins."""
     train_set, valid_set = (open_set(cfg.data, split, cfg) for split in ("train", "valid"))
     device, facts = world.device, made_on(world)
+    if device.type == "cpu":
+        keep_freed_memory()
     whole = world.wrap(model, cfg)
     optimizers = make_optimizers(model, cfg)
     first, best = 0, math.inf
@@ -180,6 +183,12 @@ def train(world: World, out: Path, cfg: TrainConfig, model: Transformer, source:
         total=cfg.max_steps, initial=first, unit="step", dynamic_ncols=True, disable=None if world.leader else True,
         leave=False,
     )  # fmt: skip
+    places = (
+        (cfg.seed, step, cfg.batch_size, world.rows(cfg.batch_size, cfg.grad_accum_steps, micro), cfg.bucket)
+        for step in range(first, cfg.max_steps)
+        for micro in range(cfg.grad_accum_steps)
+    )
+    batches = ahead(train_set.batch, places, device)
     tokens, flops, since = 0, 0, time.perf_counter()
     if first == 0:
         if world.leader and state is None:
@@ -194,9 +203,7 @@ def train(world: World, out: Path, cfg: TrainConfig, model: Transformer, source:
                 group["lr"] = learning_rate_at(step, cfg) * group["lr_ratio"]
             total, ar_loss, passes, flops_before = 0.0, 0.0, [0.0] * n_terms, flops
             for micro in range(cfg.grad_accum_steps):
-                rows = world.rows(cfg.batch_size, cfg.grad_accum_steps, micro)
-                batch = train_set.batch(cfg.seed, step, cfg.batch_size, rows, cfg.bucket)
-                batch = type(batch)(*(part.to(device) for part in batch))
+                batch = next(batches)
                 (B, P), T = batch.prefix.shape, batch.target.shape[1]
                 now.update(step=step, rows=B, prefix=P, target=T)
                 draws = draws_for(cfg.seed, batch.example, step)

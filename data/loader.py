@@ -183,10 +183,12 @@ class Pairs(_Set):
     def _plan(self, seed: int, epoch: int, batch_size: int, bucket: int) -> np.ndarray:
         """Which pair goes where in an epoch: (n_batches, batch_size). Kept, for every step asks; else recomputed."""
         key = seed, epoch, batch_size, bucket
-        if key not in self._plans:
+        plan = self._plans.get(key)
+        if plan is None:
             lengths = self.index[:, 1] - self.index[:, 0]
-            self._plans = {key: bucketed_epoch(lengths, batch_size, bucket, _rng("epoch", seed, epoch))}
-        return self._plans[key]
+            plan = bucketed_epoch(lengths, batch_size, bucket, _rng("epoch", seed, epoch))
+            self._plans = {key: plan}  # in one piece: a thread may ask for another epoch meanwhile
+        return plan
 
 
 def bucketed_epoch(lengths: np.ndarray, batch_size: int, bucket: int, rng: np.random.Generator) -> np.ndarray:

@@ -18,22 +18,25 @@ MAY_IMPORT = {
     "optimizers": "",
     "rope": "",
     "recompute": "",
+    "attention": "",
+    "cross_entropy": "",
     "data.objectives": "",
     "data.syntax": "",
     "data.tokenizer_json": "",
     # level 1
-    "model": "rope",
+    "model": "attention rope",
     "data.tokenizer": "data.tokenizer_json",
     "families": "model",
     "anneal": "draws",
-    "autoregressive": "device draws",
+    "autoregressive": "cross_entropy device draws",
     "fast": "model encdec",
     "samplers": "draws",
-    "diffusion": "device draws samplers",
+    "diffusion": "cross_entropy device draws samplers",
     "encdec": "model rope",
-    "cost": "model encdec optimizers",
-    "plan": "configurator cost device model",
+    "cost": "diffusion model encdec optimizers",
+    "plan": "attention configurator cost device model",
     "data.loader": "data.objectives data.tokenizer",
+    "data.ahead": "data.objectives",
     "sharded": "atomic configurator",
     "checkpoint": "atomic configurator sharded model encdec data.tokenizer",
     # level 2
@@ -54,7 +57,7 @@ MAY_IMPORT = {
     "data.loader data.tokenizer data.objectives",
     # level 3
     "train": "configurator device draws model encdec anneal plan recompute cost autoregressive diffusion checkpoint "
-    "optimizers run_folder heldout trouble distributed data.loader data.tokenizer data.objectives",
+    "optimizers run_folder heldout trouble distributed data.ahead data.loader data.tokenizer data.objectives",
     "view.cells": "data.tokenizer",
     "view.record": "",
     "view.terminal": "data.tokenizer view.cells view.record",
@@ -81,7 +84,8 @@ MAY_IMPORT = {
     "eval.*": "configurator device draws model cost autoregressive diffusion checkpoint ar2diff train sample data.* "
     "eval.common eval.metrics eval.sandbox eval.python_code eval.exact_match",
     "eval.faults": "configurator ar2diff atomic checkpoint data.* heldout run_folder train eval.common",
-    "eval.train_speed": "anneal configurator data.objectives device draws eval.common eval.timing model train",
+    "eval.train_speed": "anneal configurator cost data.ahead data.loader data.objectives device draws eval.common "
+    "eval.timing model train",
     "eval.harness": "configurator data.objectives draws eval.bound eval.common",
     "eval.speed": "configurator device eval.plots eval.common eval.decoders eval.limits eval.peers eval.speed_table "
     "eval.timing fast",

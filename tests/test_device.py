@@ -1,0 +1,28 @@
+"""device.py: memory that is kept."""
+
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, torch, device
+if {keep}:
+    assert device.keep_freed_memory()
+torch.set_num_threads(1)
+torch.ones(1 << 24)  # 64 MiB, that is freed at once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt is asked")
+def test_what_was_freed_comes_back_without_new_pages():
+    """64 MiB are 16,384 pages; the kernel counts each that it has to hand out."""
+
+    def faults(keep: bool) -> int:
+        code = [sys.executable, "-c", FAULTS.format(keep=keep)]
+        return int(subprocess.run(code, check=True, capture_output=True, text=True).stdout)
+
+    assert faults(True) < 100 < 10_000 < faults(False)
