@@ -121,7 +121,8 @@ class Line:
     def __str__(self) -> str:
         r, seconds = summary(self.ratios), {name: statistics.median(t) for name, t in self.times.items()}
         spread = f"{r['median']:6.3f}  ({r['low']:.3f} .. {r['high']:.3f})"
-        pair = f"{self.system} {seconds[self.system]:.3f} s, {self.base} {seconds[self.base]:.3f} s"
+        unit = self.note.get("unit", "s")
+        pair = f"{self.system} {seconds[self.system]:.3f} {unit}, {self.base} {seconds[self.base]:.3f} {unit}"
         return f"{self.name:7s} {self.case:20s} {spread:26s} {self.target:8s} {pair}"
 
 

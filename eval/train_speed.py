@@ -100,7 +100,7 @@ def main(argv: list[str], shapes: Shapes | None = None) -> list[dict]:
     jobs = [(name, case) for name in asked for case in CASES[name][: 1 if cfg.quick else None]]
     for name, case in jobs:
         job = " ".join([name, *case])
-        if any(line["job"] == job for line in lines):
+        if any(line.get("job") == job for line in lines):
             print(f"{job}: in {path} already")
             continue
         if name in ("train", "loss") and not cfg.nanogpt:

@@ -30,6 +30,11 @@ mfu() { # training speed of GPT-2 small, AR and unrolled diffusion, compiled and
   for run in out/gpu/mfu_*; do cp "$run/log.jsonl" "results/gpu/$(basename "$run").jsonl"; done
 }
 
+memory() { # GPT-2 small's logits in place: peak bytes and tokens/s, AR and two passes of diffusion, compiled and not
+  python -m pytest -q tests/test_cross_entropy.py tests/test_ahead.py
+  mfu
+}
+
 decode() { # decode speed, 64 to 4,096 tokens, batch 1, 8 and 32: a part of it; repeat until nothing is left
   python -m eval.speed --device=cuda --minutes=4 --out=results/gpu/speed_decode.json
 }

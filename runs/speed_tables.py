@@ -86,10 +86,11 @@ def lines_table(folder: Path, names: tuple[str, ...]) -> str:
         for line in (line for line in result["lines"] if line["name"] in names):
             r, systems = line["ratio"], (line["system"], line["base"])
             ratio = f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})"
-            pair = ", ".join(f"{name} {line['seconds'][name]['median']:.3g} s" for name in systems)
+            unit = line["note"].get("unit", "s" if line["note"].get("clock") != "cpu" else "s of the CPU")
+            pair = ", ".join(f"{name} {line['seconds'][name]['median']:.3g} {unit}" for name in systems)
             rows.append([line["name"], line["case"], ratio, line["target"], pair])
         origins.append(origin(result))
-    table = markdown(["line", "case", "ratio, median (range)", "aim", "median seconds"], rows)
+    table = markdown(["line", "case", "ratio, median (range)", "aim", "medians"], rows)
     return "\n\n".join([table, *dict.fromkeys(origins)]) if rows else NOTHING
 
 

@@ -141,6 +141,9 @@ def grid(number: int) -> Callable[[Path], str]:
     return table
 
 
+TRAINING = ("train", "kept", "mfu", "unroll", "anneal", "memory", "loader", "processes", "loss")
+
+
 def scale(name: str) -> Callable[[Path], str]:
     """One of the tables of docs/scale.md, at the assumptions of runs/scale.py."""
 
@@ -181,7 +184,7 @@ TABLES = {
     "peers": peers_table,
     "faults": faults_table,
     **{name: scale(name) for name in ("scale_costs", "scale_shares", "scale_rows", "scale_gpus")},
-    "lines": lambda results: lines_table(results, ("loop", "gemm", "prefix", "train", "unroll")),
+    "lines": lambda results: lines_table(results, ("loop", "gemm", "prefix", *TRAINING)),
 }
 
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 import autoregressive
+from cost import forward_flops
 from eval import train_speed
-from eval.timing import GPT2_BLOCK, batch_of, model_config
+from eval.timing import CPU, GPT2_BLOCK, batch_of, model_config, peak_bytes
 from model import ModelConfig, Transformer
+from runs.speed_tables import lines_table
+from runs.tables import TRAINING
 
 # What the benchmark uses of nanoGPT's model.py, with a network of one layer.
 NANOGPT = """
@@ -26,7 +29,7 @@ class GPT(Embedding):
 
     def forward(self, read, expected):
         logits = super().forward(read)
-        return logits, F.cross_entropy(logits.flatten(0, 1), expected.flatten())
+        return logits, F.cross_entropy(logits.flatten(0, 1), expected.flatten(), ignore_index=-1)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
@@ -44,59 +47,114 @@ def tiny() -> train_speed.Shapes:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """(the lines, the file) of a run with all lines."""
-    folder = tmp_path_factory.mktemp("speed")
+def nanogpt(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nanogpt")
     (folder / "model.py").write_text(NANOGPT)
-    out = folder / "results" / "speed.json"
-    lines = train_speed.main([f"--nanogpt={folder}", f"--out={out}", "--runs=2"], tiny())
-    return lines, json.loads(out.read_text())
+    return folder
 
 
-def test_all_lines_are_measured(measured):
+@pytest.fixture(scope="module")
+def measured(nanogpt, tmp_path_factory):
+    """(the lines, the file) of a run of the lines that need no other process, and one case of train."""
+    out = tmp_path_factory.mktemp("speed") / "results" / "speed_train.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_speed.CASES, "train", train_speed.ALL[:1])
+        argv = [f"--nanogpt={nanogpt}", f"--out={out}", "--runs=2", "--only=train,unroll,anneal,memory,loader"]
+        lines = train_speed.main(argv, tiny())
+    return lines, out
+
+
+def test_every_line_is_measured(measured):
     """Each with a positive ratio that lies in its range, from two timed runs and a warm-up of its own."""
     lines, _ = measured
-    assert [line["name"] for line in lines] == ["train"] * 4 + ["unroll"] * 6 + ["anneal"] * 6
+    names = (
+        ["train", "kept", "mfu"] + ["unroll", "unroll", "mfu"] * 5 + ["anneal"] * 6 + ["memory"] * 4 + ["loader"] * 2
+    )
+    assert [line["name"] for line in lines] == names
     for line in lines:
         assert 0 < line["ratio"]["low"] <= line["ratio"]["median"] <= line["ratio"]["high"]
+    for line in (line for line in lines if line["name"] != "memory"):
         assert all(len(times) == 2 and line["warmup"][name] > 0 for name, times in line["times"].items())
 
 
-def test_the_file_holds_what_the_table_was_made_of(measured):
-    lines, written = measured
+def test_the_file_holds_what_the_table_was_made_of_and_is_gone_on_with(measured, nanogpt, capsys):
+    lines, out = measured
+    written = json.loads(out.read_text())
     assert written["lines"] == lines
     assert written["seed"] == 1337 and written["command"].startswith("python -m eval.train_speed --nanogpt=")
     assert all(written[name] for name in ("hardware", "threads", "torch", "python", "commit"))
+    again = train_speed.main([f"--nanogpt={nanogpt}", f"--out={out}", "--only=memory,loader"], tiny())
+    assert again == lines and capsys.readouterr().out.count("already") == 4
 
 
-def test_without_nanogpt_its_line_is_left_out_and_said_so(capsys):
-    assert train_speed.main(["--only=train"], tiny()) == []
-    assert "left out" in capsys.readouterr().out
-
-
-def test_an_unknown_line_stops_the_run():
-    with pytest.raises(ValueError, match="there are train, unroll, anneal"):
-        train_speed.main(["--only=trian"], tiny())
+def test_the_table_shows_them_with_their_units(measured):
+    table = lines_table(measured[1].parent, TRAINING)
+    assert table.count("| memory") == 4 and " bytes" in table and "| loader" in table and "MFLOP/token" in table
 
 
 def test_the_mask_of_an_annealed_step_is_half_open(monkeypatch):
-    """A system that is called for must see its form's mask: at step 0 of 2 a band of half of the target is open."""
-    seen, shapes = [], tiny()
-    monkeypatch.setattr(Transformer, "decode", spy(Transformer.decode, seen))
-    batch = batch_of(shapes.small, 2, 4, 4, seed=0)
-    cfg = train_speed.TrainSpeedConfig()
+    """Every pass must see its form's mask: at step 0 of 2 a band of half of the target is open."""
+    seen, shapes, decode = [], tiny(), Transformer.decode
+
+    def spied(self, *args, **kwargs):
+        seen.append(kwargs.get("opened"))
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "decode", spied)
+    cfg, batch = train_speed.TrainSpeedConfig(), batch_of(shapes.small, 2, 4, 4, seed=0)
     for settings in ({}, dict(anneal_steps=2, anneal_form="band")):
         train_speed.our_step(cfg, shapes.small | train_speed.FROZEN, batch, **settings)()
     assert seen[:2] == [None, None] and len(seen) == 4  # two passes each
     assert seen[2].tolist() == [[j <= i + 1 for j in range(4)] for i in range(4)]
 
 
-def spy(decode, seen):
-    def spied(self, *args, **kwargs):
-        seen.append(kwargs.get("opened"))
-        return decode(self, *args, **kwargs)
+def test_flops_of_two_passes_are_twice_those_of_one(measured):
+    """Joint attention over the same tokens, the head over half of them: two passes and one, by cost.py."""
+    notes = {line["name"] + line["case"]: line["note"] for line in measured[0]}
+    shape = ModelConfig(**model_config(tiny().six, 4, 4))
+    one = 3 * forward_flops(shape, 4, 4) / 8
+    assert notes["unrollsix bfloat16"]["flops_per_token"] == 2 * one
 
-    return spied
+
+def test_without_nanogpt_its_lines_are_left_out_and_said_so(capsys):
+    assert train_speed.main(["--only=train,loss"], tiny()) == []
+    assert capsys.readouterr().out.count("left out") == 6
+
+
+def test_an_unknown_line_or_clock_stops_the_run():
+    with pytest.raises(ValueError, match="there are train, unroll, memory, loader, anneal"):
+        train_speed.main(["--only=trian"], tiny())
+    with pytest.raises(ValueError, match="cpu with --threads=1"):
+        train_speed.main(["--clock=cpu"], tiny())
+
+
+def test_a_step_apart_tells_its_seconds_and_ends():
+    cfg = train_speed.TrainSpeedConfig()
+    apart = train_speed.Apart(cfg, False, train_speed.product_step, cfg, 1e9, "float32", 8)
+    assert 0 < apart() < 10
+    apart.end()
+    assert apart.process.exitcode == 0
+
+
+def test_a_diffusion_step_holds_little_more_than_an_ar_step():
+    """Activations weigh more than weights and optimizer here: the second pass comes when the first one's are gone."""
+    shape = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64) | GPT2_BLOCK
+    batch, held = batch_of(shape, 16, 32, 32, seed=0), []
+    for added in ({}, train_speed.JOINT, train_speed.JOINT | dict(self_conditioning=True)):
+        step = train_speed.our_step(train_speed.TrainSpeedConfig(), shape | added, batch)
+        step()
+        held.append(peak_bytes(step, CPU))
+    assert held[0] > 16 * 30_000 * 2  # weights, gradients and optimizer of 30 thousand parameters
+    assert max(held[1:]) <= 1.35 * held[0], held
+
+
+def test_nanogpts_weights_have_our_names():
+    """Those of its GPT without biases, written down from its model.py; shapes are checked by load_state_dict."""
+    block = ("ln_1.weight", "attn.c_attn.weight", "attn.c_proj.weight", "ln_2.weight", "mlp.c_fc.weight")
+    theirs = [f"transformer.h.0.{name}" for name in (*block, "mlp.c_proj.weight")]
+    theirs += ["transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "lm_head.weight"]
+    model = Transformer(ModelConfig(**model_config(tiny().six, 0, 8)))
+    assert set(train_speed.as_ours({name: torch.zeros(1) for name in theirs})) == set(model.state_dict())
 
 
 def test_an_empty_prefix_reads_the_target_alone():
