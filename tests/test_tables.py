@@ -74,8 +74,8 @@ def test_a_training_is_priced_by_hand(tmp_path):
     """10 steps of 4 rows, 6 tokens of prefix and 5 of target, two passes.
 
     Bytes: 16 a parameter, 12 where Muon steps, then float32 numbers. A token of the block: 4 x 16 of the norms, 8 x 16
-    that attention and the products beside it keep, and 4 hidden widths of 64; 2 x 16 at the ends. A slot: its logits 4
-    times over."""
+    that attention and the products beside it keep, and 4 hidden widths of 64; 2 x 16 at the ends. A slot: its
+    logits; once, beside them, the output layer's gradient."""
     encode = get_tokenizer("bytes").encode
     write_pairs(tmp_path / "set", {"train": [(encode("abcdef"), encode("wxyz"))]}, "bytes", 5, 11)
     settings = dict(n_layer=1, n_head=2, n_embd=16, batch_size=4, **SCRATCH)
@@ -84,7 +84,8 @@ def test_a_training_is_priced_by_hand(tmp_path):
     assert cost["tokens"] == 10 * 4 * 11
     assert cost["flops"] == 10 * 4 * train_flops(m, 6, 5, unroll_steps=2)
     by_muon = 16 * 48 + 16 * 16 + 16 * 128 + 64 * 16
-    assert cost["bytes"] == 16 * cost["params"] - 4 * by_muon + 4 * 4 * (11 * (12 * 16 + 4 * 64 + 2 * 16) + 5 * 4 * 288)
+    numbers = 4 * (11 * (12 * 16 + 4 * 64 + 2 * 16) + 5 * 288) + 288 * 16
+    assert cost["bytes"] == 16 * cost["params"] - 4 * by_muon + 4 * numbers
 
 
 SCRATCH = dict(paradigm="diffusion", prefix_attention="bidirectional", target_attention="bidirectional")
