@@ -52,7 +52,14 @@ def describe(cfg) -> str:
 
 
 def run(main: Callable[[list[str]], object]) -> None:
-    """Call main(sys.argv[1:]) as a command: an error that the user can mend is one line and exit status 2."""
+    """Call main(sys.argv[1:]) as a command: an error that the user can mend is one line and exit status 2.
+
+    --help and -h print how it is called, the text at the top of its file, which also names its settings.
+    """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        told = sys.modules[main.__module__]
+        print(f"{told.__doc__}\nEvery setting, its default and what it means: the dataclasses in {told.__file__}")
+        return
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

@@ -227,7 +227,7 @@ def decoder_of(m: ModelConfig, sampler: str | None):
     """
     known = [*SAMPLERS, *LEFT_TO_RIGHT]
     if sampler is not None and sampler not in known:
-        raise ValueError(f"sampler must be one of {', '.join(known)}; got {sampler!r}{nearest(sampler, known)}")
+        raise ValueError(f"unknown sampler {sampler!r}{nearest(sampler, known)}")
     return LEFT_TO_RIGHT.get(sampler, PARADIGMS[m.paradigm])
 
 

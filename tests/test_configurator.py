@@ -1,5 +1,6 @@
 """configurator.py: what is typed is what is set, and a typo stops the run with one line that helps."""
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -136,3 +137,16 @@ def test_a_command_ends_with_one_line_and_status_2(capsys):
 def test_an_error_is_one_line_whatever_it_quotes():
     assert one_line(ValueError("--steps=\n: wants int")) == "--steps=\\n: wants int"
     assert one_line(FileNotFoundError(2, "No such file", "a\r\nb")) == "a\\nb: No such file"
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_says_how_it_is_called_and_runs_nothing(flag, monkeypatch, capsys):
+    """What stands at the top of the file of main, here of this one."""
+    monkeypatch.setattr(sys, "argv", ["x.py", "--seed=1", flag])
+
+    def main(argv):
+        raise AssertionError("it ran")
+
+    run(main)
+    said = capsys.readouterr().out
+    assert __doc__ in said and __file__ in said
