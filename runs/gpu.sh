@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 mkdir -p results/gpu out/gpu
 
 cuda() { # CUDA agrees with the CPU: same draws, same greedy texts; compiled and bf16 training run and learn
-  python -m pytest -q tests/test_draws.py tests/test_model.py tests/test_encdec.py
+  python -m pytest -q tests/test_draws.py tests/test_model.py tests/test_encdec.py tests/test_cross_entropy.py tests/test_ahead.py
   python train.py config/toy_copy_ar.py --device=cuda --out_dir=out/gpu/toy_ar --overwrite
   python train.py config/toy_copy_diffusion.py --device=cuda --compile --dtype=bfloat16 --out_dir=out/gpu/toy --overwrite
   for device in cpu cuda; do
@@ -28,11 +28,6 @@ mfu() { # training speed of GPT-2 small, AR and unrolled diffusion, compiled and
     python train.py $shape $diffusion --compile=$compile --dtype=bfloat16 --out_dir=out/gpu/mfu_diffusion_$compile --overwrite
   done
   for run in out/gpu/mfu_*; do cp "$run/log.jsonl" "results/gpu/$(basename "$run").jsonl"; done
-}
-
-memory() { # GPT-2 small's logits in place: peak bytes and tokens/s, AR and two passes of diffusion, compiled and not
-  python -m pytest -q tests/test_cross_entropy.py tests/test_ahead.py
-  mfu
 }
 
 decode() { # decode speed, 64 to 4,096 tokens, batch 1, 8 and 32: a part of it; repeat until nothing is left

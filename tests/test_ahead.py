@@ -9,15 +9,18 @@ from data.ahead import ahead
 from data.objectives import Batch
 
 CPU = torch.device("cpu")
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def numbered(step: int, rows: int) -> Batch:
     return Batch(*(torch.full((rows, 2), step) for _ in range(3)))
 
 
-def test_batches_come_in_order_and_none_is_missing():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_CUDA)])
+def test_batches_come_in_order_and_none_is_missing(device):
     places = [(step, 3) for step in range(5)]
-    found = list(ahead(numbered, iter(places), CPU))
+    found = list(ahead(numbered, iter(places), torch.device(device)))
+    assert all(batch.target.device.type == device for batch in found)
     assert [int(batch.prefix[0, 0]) for batch in found] == [0, 1, 2, 3, 4]
     assert all(batch.target.shape == (3, 2) for batch in found)
     assert list(ahead(numbered, [], CPU)) == []

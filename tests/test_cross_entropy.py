@@ -17,12 +17,16 @@ def made(rows: int, V: int, dtype=torch.float32) -> tuple[torch.Tensor, torch.Te
     return 5 * torch.randn(2, rows, V, generator=generator).to(dtype), expected
 
 
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_CUDA)])
 @pytest.mark.parametrize("at_a_time", [1, 50, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_value_and_gradient_are_those_of_torch(monkeypatch, dtype, at_a_time):
+def test_value_and_gradient_are_those_of_torch(monkeypatch, dtype, at_a_time, device):
     """Also of a part of the loss, as gradient accumulation asks for it. bfloat16: its own rounding, of the gradient."""
-    monkeypatch.setattr(cross_entropy, "AT_A_TIME", {"cpu": at_a_time})
-    logits, expected = made(7, 19, dtype)
+    monkeypatch.setattr(cross_entropy, "AT_A_TIME", {device: at_a_time})
+    logits, expected = (part.to(device) for part in made(7, 19, dtype))
     exact = logits.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
     theirs = F.cross_entropy(exact.flatten(0, 1), expected.flatten())
     (theirs / 3).backward()
