@@ -85,6 +85,7 @@ def measured(tmp_path_factory):
 # How slow nothing may become
 
 
+@pytest.mark.slow  # 5 seconds a sampler
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_the_loop_around_a_network_costs_less_than_the_network(sampler):
     """GPT-2's vocabulary and width, two blocks: a softmax in float64, multinomial or a sort would cost several times
