@@ -55,7 +55,7 @@ class TrainSpeedConfig:
     out: str = ""  # where the raw times go, as JSON; empty: nowhere
     only: str = "train,unroll,anneal,memory,loader,processes,loss"  # the lines to measure
     runs: int = 10  # timed runs of each system, after one that is not counted
-    quick: bool = False  # the 6-layer shape in bfloat16, three runs
+    quick: bool = False  # the 6-layer shape in bfloat16, at most three runs and three steps of loss
     loss_steps: int = 200
     threads: int = 0  # 0: what torch takes
     clock: str = "wall"  # wall | cpu: seconds of the processor, which other work leaves alone; with threads=1
@@ -224,8 +224,8 @@ def process_lines(cfg: TrainSpeedConfig, shapes: Shapes, name: str, dtype: str) 
         flags = [f"--{key}={shape[key]}" for key in ("n_layer", "n_head", "n_embd")]
         flags += [f"--data={folder}/set", f"--batch_size={B}", f"--dtype={dtype}", "--optimizer=adamw", "--device=cpu"]
         flags += ["--max_steps=8", "--log_interval=4", "--eval_interval=100", "--eval_batches=1", "--sample_interval=0"]
-        starts = dict(one=[sys.executable], two=[sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"])
-        starts["two"] += ["--master_port=29517"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        starts = dict(one=[sys.executable], two=torchrun)
 
         def seconds(system: str) -> float:
             out = Path(folder) / f"run_{system}"
@@ -245,7 +245,7 @@ def loss_lines(cfg: TrainSpeedConfig, shapes: Shapes, name: str, dtype: str) -> 
     shape, (B, T) = getattr(shapes, name), shapes.batch[name]
     text = b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))
     ids = torch.tensor(list(text)) % min(128, shape["vocab_size"] - 3)
-    generator, steps = torch.Generator().manual_seed(cfg.seed), 3 if cfg.quick else cfg.loss_steps
+    generator, steps = torch.Generator().manual_seed(cfg.seed), min(cfg.loss_steps, 3) if cfg.quick else cfg.loss_steps
     some = batch_of(shape, B, 0, T, cfg.seed)
     theirs = nanogpt_step(cfg, shape, B, T, dtype)
     ours = our_step(cfg, shape, some, dtype, as_ours(theirs.model.state_dict()))

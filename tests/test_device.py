@@ -10,17 +10,17 @@ import resource, torch, device
 if {keep}:
     assert device.keep_freed_memory()
 torch.set_num_threads(1)
-for _ in range(40):  # 64 MiB, that is freed at once; what is small stands in between, and the first few do not fit
-    torch.ones(1 << 24)
+for _ in range(40):  # 16 MiB, that is freed at once; what is small stands in between, and the first few do not fit
+    torch.ones(1 << 22)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(1 << 24)
+torch.ones(1 << 22)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt is asked")
 def test_what_was_freed_comes_back_without_new_pages():
-    """64 MiB are 16,384 pages; the kernel counts each that it has to hand out."""
+    """16 MiB are 4,096 pages; the kernel counts each that it has to hand out."""
 
     def faults(keep: bool) -> int:
         code = [sys.executable, "-c", FAULTS.format(keep=keep)]

@@ -285,6 +285,7 @@ def test_settings_that_differ_between_processes_are_named(copy_set, tmp_path, mo
     assert codes == [2, 2] and "process 1 has settings" in said and "--seed=8" in said, said
 
 
+@pytest.mark.slow  # it waits three seconds for a process that is dead
 def test_who_dies_at_the_very_end_leaves_no_traceback(copy_set, tmp_path, monkeypatch):
     """The last barrier stood outside of what turns a broken connection into a line."""
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,7 @@
 """The benchmark of training runs at tiny sizes and writes down all it says. How fast anything is stands in results/."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ import torch
 import autoregressive
 from cost import forward_flops
 from eval import train_speed
-from eval.timing import CPU, GPT2_BLOCK, batch_of, model_config, peak_bytes
+from eval.timing import GPT2_BLOCK, batch_of, model_config
 from model import ModelConfig, Transformer
 from runs.speed_tables import lines_table
 from runs.tables import TRAINING
+
+THEIRS = Path(__file__).parents[2] / "nanoGPT"
 
 # What the benchmark uses of nanoGPT's model.py, with a network of one layer.
 NANOGPT = """
@@ -54,36 +57,56 @@ def nanogpt(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def measured(nanogpt, tmp_path_factory):
-    """(the lines, the file) of a run of the lines that need no other process, and one case of train."""
+def measured(tmp_path_factory):
+    """(the lines, the file) of a run of the lines that need no other process."""
     out = tmp_path_factory.mktemp("speed") / "results" / "speed_train.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train_speed.CASES, "train", train_speed.ALL[:1])
-        argv = [f"--nanogpt={nanogpt}", f"--out={out}", "--runs=2", "--only=train,unroll,anneal,memory,loader"]
-        lines = train_speed.main(argv, tiny())
+    lines = train_speed.main([f"--out={out}", "--runs=2", "--only=unroll,anneal,memory,loader"], tiny())
     return lines, out
 
 
-def test_every_line_is_measured(measured):
-    """Each with a positive ratio that lies in its range, from two timed runs and a warm-up of its own."""
-    lines, _ = measured
-    names = (
-        ["train", "kept", "mfu"] + ["unroll", "unroll", "mfu"] * 5 + ["anneal"] * 6 + ["memory"] * 4 + ["loader"] * 2
-    )
-    assert [line["name"] for line in lines] == names
+def names_of(lines: list[dict]) -> list[str]:
+    """Each line has a positive ratio that lies in its range, from two timed runs and a warm-up of its own."""
     for line in lines:
         assert 0 < line["ratio"]["low"] <= line["ratio"]["median"] <= line["ratio"]["high"]
-    for line in (line for line in lines if line["name"] != "memory"):
-        assert all(len(times) == 2 and line["warmup"][name] > 0 for name, times in line["times"].items())
+        if line["name"] != "memory":
+            assert all(len(times) == 2 and line["warmup"][name] > 0 for name, times in line["times"].items())
+    return [line["name"] for line in lines]
 
 
-def test_the_file_holds_what_the_table_was_made_of_and_is_gone_on_with(measured, nanogpt, capsys):
+def test_every_line_is_measured(measured):
+    names = ["unroll", "unroll", "mfu"] * 5 + ["anneal"] * 6 + ["memory"] * 4 + ["loader"] * 2
+    assert names_of(measured[0]) == names
+
+
+@pytest.mark.slow  # starts four processes
+def test_a_step_beside_nanogpts_is_measured(nanogpt, monkeypatch):
+    monkeypatch.setitem(train_speed.CASES, "train", train_speed.ALL[:1])
+    lines = train_speed.main([f"--nanogpt={nanogpt}", "--runs=2", "--only=train"], tiny())
+    assert names_of(lines) == ["train", "kept", "mfu"]
+
+
+@pytest.mark.slow  # starts train.py six times
+def test_two_processes_are_timed_beside_one():
+    lines = train_speed.main(["--runs=1", "--quick", "--only=processes"], tiny())
+    assert [line["name"] for line in lines] == ["processes"] and lines[0]["ratio"]["median"] > 0
+    assert all(len(times) == 1 for times in lines[0]["times"].values())
+
+
+@pytest.mark.skipif(not (THEIRS / "model.py").exists(), reason="no checkout of karpathy/nanoGPT in ../nanoGPT")
+def test_from_one_start_ours_and_nanogpts_losses_fall_together(monkeypatch):
+    monkeypatch.setitem(train_speed.CASES, "loss", [("six", "float32")])
+    (line,) = train_speed.main([f"--nanogpt={THEIRS}", "--loss_steps=12", "--only=loss"], tiny())
+    ours, theirs = line["note"]["losses"].values()
+    assert len(ours) == 12 and ours[-1] < ours[0] and max(line["times"]["difference"]) < 1e-3
+
+
+def test_the_file_holds_what_the_table_was_made_of_and_is_gone_on_with(measured, capsys):
     lines, out = measured
     written = json.loads(out.read_text())
     assert written["lines"] == lines
-    assert written["seed"] == 1337 and written["command"].startswith("python -m eval.train_speed --nanogpt=")
+    assert written["seed"] == 1337 and written["command"].startswith("python -m eval.train_speed --out=")
     assert all(written[name] for name in ("hardware", "threads", "torch", "python", "commit"))
-    again = train_speed.main([f"--nanogpt={nanogpt}", f"--out={out}", "--only=memory,loader"], tiny())
+    again = train_speed.main([f"--out={out}", "--only=memory,loader"], tiny())
     assert again == lines and capsys.readouterr().out.count("already") == 4
 
 
@@ -134,18 +157,6 @@ def test_a_step_apart_tells_its_seconds_and_ends():
     assert 0 < apart() < 10
     apart.end()
     assert apart.process.exitcode == 0
-
-
-def test_a_diffusion_step_holds_little_more_than_an_ar_step():
-    """Activations weigh more than weights and optimizer here: the second pass comes when the first one's are gone."""
-    shape = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64) | GPT2_BLOCK
-    batch, held = batch_of(shape, 16, 32, 32, seed=0), []
-    for added in ({}, train_speed.JOINT, train_speed.JOINT | dict(self_conditioning=True)):
-        step = train_speed.our_step(train_speed.TrainSpeedConfig(), shape | added, batch)
-        step()
-        held.append(peak_bytes(step, CPU))
-    assert held[0] > 16 * 30_000 * 2  # weights, gradients and optimizer of 30 thousand parameters
-    assert max(held[1:]) <= 1.35 * held[0], held
 
 
 def test_nanogpts_weights_have_our_names():
