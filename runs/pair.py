@@ -1,7 +1,6 @@
-"""The pair in the folder pair/: a small AR model of Python and the diffusion model converted from it, and their scores.
+"""A pair to keep: a small AR model of Python and the diffusion model converted from it, and their scores.
 
-    python -m runs.pair              # some hours on 2 cores, minutes on a GPU (--device=cuda); again: goes on
-    python -m runs.pair --device=cuda
+    python -m runs.pair              # hours on 2 cores; what an earlier run finished is not done again
 
 Trained on the standard library of one version of Python and nothing else, in a vocabulary of 2,048 of its own
 (data/bpe.py). Kept are the weights in bfloat16 and what is needed to read them; the scores in results/pair are those of
@@ -22,7 +21,6 @@ NETWORK = ["--n_layer=6", "--n_head=6", "--n_embd=192"]
 TARGET, BLOCK = 64, 192  # tokens of a body with its separator; signature, docstring and body
 A, N, F = 3000, 1500, 600  # steps of AR pretraining, adaptation, fine-tuning on bodies
 KEPT = ("format", "step", "model", "model_config", "tokenizer", "train_config", "converted_from", "fingerprint")
-PROMPT = 'def is_empty(self):\n    """Return True if the queue is empty."""\n'
 
 
 @dataclass
@@ -51,18 +49,20 @@ READOUTS = {
 def jobs(cfg: PairConfig) -> list[Job]:
     """The trainings, one after the other."""
     out, data = Path(cfg.out), Path(cfg.out) / "data"
-    steps_of = lambda steps: max(2, round(steps * cfg.scale))  # noqa: E731
     every = [f"--seed={cfg.seed}", f"--device={cfg.device}", f"--dtype={cfg.dtype}"]
+
+    def scaled(steps: int) -> int:
+        return max(2, round(steps * cfg.scale))
 
     def train(name: str, data_set: str, steps: int, *flags: str, after: str, source: str = "") -> Job:
         start = [f"--init_from={out / source / 'ckpt.pt'}"] if source else []
         argv = ["train.py", *start, f"--data={data / data_set}", f"--out_dir={out / name}", *every, *flags]
-        argv += [f"--max_steps={steps_of(steps)}", "--sample_interval=0", "--init_from=resume"]
-        return Job(name, [argv], [after], lambda: at_step(out / name, steps_of(steps)))
+        argv += [f"--max_steps={scaled(steps)}", "--sample_interval=0", "--init_from=resume"]
+        return Job(name, [argv], [after], lambda: at_step(out / name, scaled(steps)))
 
     vocabulary, sets = out / FILE, [f"--target_length={TARGET}", f"--block_size={BLOCK}", f"--out={data}"]
     convert = ["ar2diff.py", f"--init_from={out / 'ar' / 'ckpt.pt'}", f"--out_dir={out / 'start'}", "--check"]
-    opening = f"--anneal_steps={steps_of(N) // 2}"
+    opening = f"--anneal_steps={scaled(N) // 2}"
     return [
         Job("tokenizer", [["-m", "data.bpe", f"--source={cfg.source}", f"--out={vocabulary}"]], [], vocabulary.exists),
         Job(

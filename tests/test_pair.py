@@ -1,0 +1,63 @@
+"""runs/pair.py: its jobs are commands that exist, and what is kept is the model in half of the bytes."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from configurator import read_settings
+from data.tokenizer import get_tokenizer
+from model import ModelConfig, Transformer
+from runs import pair
+
+SETTINGS = {"train.py": "TrainConfig", "ar2diff.py": "ConvertConfig"}
+SETTINGS |= {"data.bpe": "BpeConfig", "data.python_code": "PythonCodeConfig"}
+
+
+def test_every_command_has_settings_that_exist_and_waits_for_what_it_reads():
+    done = {""}
+    for job in pair.jobs(pair.PairConfig()):
+        assert set(job.after) <= done
+        done.add(job.name)
+        for command in job.commands:
+            program, argv = (command[1], command[2:]) if command[0] == "-m" else (command[0], command[1:])
+            module = importlib.import_module(program.removesuffix(".py"))
+            given, _ = read_settings(getattr(module, SETTINGS[program]), argv)
+            folder = Path(str(given.get("init_from", ""))).parent.name
+            assert not folder or folder in job.after, f"{job.name} reads {folder} and does not wait for it"
+
+
+def test_every_training_is_as_long_as_its_share():
+    steps = [read_settings_of(job) for job in pair.jobs(pair.PairConfig(scale=0.1)) if job.commands[0][0] == "train.py"]
+    assert steps == [pair.A // 10, pair.F // 10, pair.N // 10, pair.F // 10]
+
+
+def read_settings_of(job) -> int:
+    return int(next(flag for flag in job.commands[0] if flag.startswith("--max_steps=")).split("=")[1])
+
+
+def test_what_is_kept_is_the_model_in_bfloat16_without_its_optimizer(tmp_path):
+    tokenizer = get_tokenizer("bytes")
+    special = {name: getattr(tokenizer, name) for name in ("vocab_size", "n_ordinary", "pad_id", "sep_id", "mask_id")}
+    model = Transformer(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, target_length=8, **special))
+    checkpoint.save(tmp_path / "ckpt.pt", model, 7, "bytes", optimizer=[{"state": torch.ones(10_000)}])
+    pair.keep(tmp_path / "ckpt.pt", tmp_path / "kept.pt")
+    kept, _, state = checkpoint.load_model(tmp_path / "kept.pt")
+    assert state["step"] == 7 and "optimizer" not in state
+    assert all(tensor.dtype is torch.bfloat16 for tensor in state["model"].values())
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(kept.state_dict()[name], tensor, rtol=2**-8, atol=0)
+
+
+@pytest.mark.slow  # two minutes: everything, of two steps each, on the code of eval/
+def test_all_of_it_runs_and_is_not_done_again(tmp_path, capsys):
+    flags = ["--source=eval", "--scale=0.001", "--n=4", "--device=cpu"]
+    flags += [f"--{name}={tmp_path / name}" for name in ("out", "kept", "results")]
+    pair.main(flags)
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"ar.pt", "diffusion.pt", "tokenizer.json"}
+    assert {path.stem for path in (tmp_path / "results").iterdir()} == set(pair.READOUTS)
+    before = (tmp_path / "out" / "bodies" / "ckpt.pt").stat().st_mtime_ns
+    pair.main(flags)
+    assert (tmp_path / "out" / "bodies" / "ckpt.pt").stat().st_mtime_ns == before
