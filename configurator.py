@@ -54,7 +54,7 @@ def describe(cfg) -> str:
 def run(main: Callable[[list[str]], object]) -> None:
     """Call main(sys.argv[1:]) as a command: an error that the user can mend is one line and exit status 2.
 
-    --help and -h print how it is called, the text at the top of its file, which also names its settings.
+    --help and -h print how it is called, the text at the top of its file, and where its settings stand.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
         told = sys.modules[main.__module__]

@@ -1,6 +1,6 @@
 """Recipes of adaptation: what the shift, annealing, the prefix's attention and the kept AR loss are worth.
 
-    python -m runs.recipes              # an hour and three quarters on 2 cores, two jobs at a time; again: goes on
+    python -m runs.recipes              # two hours on 2 cores, two jobs at a time; again: goes on
     python -m runs.recipes --table      # only print the tables of what is there
 
 Each cell converts the AR model of runs.study (trained if it is missing), adapts it and fine-tunes it at the sizes of

@@ -20,6 +20,7 @@ from checkpoint import load
 from cost import train_flops
 from data.loader import open_set, write_pairs
 from device import measured_flops, pick_device
+from eval.faults import same
 from model import ModelConfig, Transformer
 from train import TrainConfig, main
 
@@ -79,15 +80,6 @@ def read_log(folder: Path) -> list[dict]:
 
 def lasting(log: list[dict]) -> list[dict]:
     return [{key: value for key, value in entry.items() if key not in PASSING} for entry in log]
-
-
-def same(a, b) -> bool:
-    """Bit for bit, in nested dicts and lists of tensors and plain values."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def furthest(a: dict, b: dict) -> float:
