@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from device import computes_bfloat16
+
 
 def make_optimizers(model: nn.Module, cfg) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
@@ -22,7 +24,8 @@ def make_optimizers(model: nn.Module, cfg) -> list[torch.optim.Optimizer]:
     found = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)]
     if by_muon:
         group = {"params": by_muon, "weight_decay": cfg.weight_decay, "lr_ratio": cfg.muon_lr_ratio}
-        muon = ShardedMuon if hasattr(by_muon[0], "full_tensor") else torch.optim.Muon
+        ours = hasattr(by_muon[0], "full_tensor") or not computes_bfloat16(by_muon[0].device)
+        muon = Muon if ours else torch.optim.Muon
         found.append(muon([group], lr=cfg.learning_rate, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
     return found
 
@@ -32,34 +35,46 @@ def muon_takes(name: str, p: torch.Tensor) -> bool:
     return name.startswith("blocks.") and p.dim() == 2
 
 
-class ShardedMuon(torch.optim.Muon):
-    """Muon over matrices of which each process holds some rows (FSDP).
+class Muon(torch.optim.Muon):
+    """Muon where torch's own will not do; state and result are the same.
 
-    Orthogonalising takes the whole matrix. Momentum stays in shares; one update at a time is gathered, orthogonalised
-    in every process alike and cut again: one exchange a matrix, where DTensor would make one in every Newton-Schulz
-    iteration. The state is torch.optim.Muon's.
+    On a processor without bfloat16: torch orthogonalises in that format alone, which AVX2 computes a hundred times
+    slower than float32. Over matrices of which each process holds some rows (FSDP): orthogonalising takes the whole
+    matrix, so one update at a time is gathered, orthogonalised in every process alike and cut again, momentum staying
+    in shares. DTensor would make an exchange in every Newton-Schulz iteration.
     """
 
     @torch.no_grad()
     def step(self):
-        from torch.distributed.tensor import DTensor, Replicate
-
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state[p]
-                momentum = state.setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
-                whole = nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=p.device))
-                whole.grad = p.grad.lerp(momentum, group["momentum"]).full_tensor()  # Nesterov's
-                settings = {name: group[name] for name in ("lr", "adjust_lr_fn", "ns_coefficients", "ns_steps", "eps")}
-                # From zero, without momentum and decay, a step of torch's is the update and nothing else.
-                torch.optim.Muon([whole], momentum=0.0, nesterov=False, weight_decay=0.0, **settings).step()
+                update = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
+                sharded = hasattr(p, "full_tensor")
+                update = orthogonalised(update.full_tensor() if sharded else update, group)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(
-                    DTensor.from_local(whole.detach(), p.device_mesh, [Replicate()]).redistribute(
-                        p.device_mesh, p.placements
-                    )
-                )
+                lr = group["lr"] * 0.2 * math.sqrt(max(p.shape))  # match_rms_adamw
+                p.add_(shared_out(update, p) if sharded else update, alpha=-lr)
+
+
+def orthogonalised(update: torch.Tensor, group: dict) -> torch.Tensor:
+    """U V^T of update (rows, columns) = U S V^T, nearly: singular values come to lie in 0.7 to 1.2 (Newton-Schulz)."""
+    a, b, c = group["ns_coefficients"]
+    x = update.bfloat16() if computes_bfloat16(update.device) else update.clone()
+    x = x.T if x.size(0) > x.size(1) else x
+    x = x / x.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if update.size(0) > update.size(1) else x).to(update.dtype)
+
+
+def shared_out(whole: torch.Tensor, p):
+    """whole, which every process holds, in the shares of p."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(whole, p.device_mesh, [Replicate()]).redistribute(p.device_mesh, p.placements)
 
 
 def learning_rate_at(step: int, cfg) -> float:

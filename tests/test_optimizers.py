@@ -1,7 +1,9 @@
 """optimizers.py: the learning rate is as by hand, matrices decay, Muon takes what is in the blocks."""
 
 import pytest
+import torch
 
+import optimizers
 from model import ModelConfig, Transformer
 from optimizers import learning_rate_at, make_optimizers
 from train import TrainConfig
@@ -42,3 +44,36 @@ def test_muon_takes_the_matrices_of_the_blocks_only():
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(muon.param_groups[0]["params"]) == 8
     assert all(names[id(p)].startswith("blocks.") for p in muon.param_groups[0]["params"])
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_our_muon_is_torchs(bfloat16, monkeypatch):
+    """Three steps of wide, tall and square matrices: bit for bit in torch's bfloat16, to its rounding in float32."""
+    monkeypatch.setattr(optimizers, "computes_bfloat16", lambda device: bfloat16)
+    shapes = [(6, 16), (16, 6), (8, 8)]
+    draw = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=draw) for shape in shapes]
+    models = []
+    for kind in (torch.optim.Muon, optimizers.Muon):
+        params = [torch.nn.Parameter(start.clone()) for start in starts]
+        muon = kind(params, lr=0.1, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        draw.manual_seed(1)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=draw)
+            muon.step()
+        models.append(params)
+        assert set(muon.state[params[0]]) == {"momentum_buffer"}
+    for theirs, ours, start in zip(*models, starts):
+        moved = (theirs - start).norm()
+        assert (theirs - ours).norm() <= (1e-6 if bfloat16 else 0.02) * moved
+
+
+def test_an_update_is_orthogonal(monkeypatch):
+    monkeypatch.setattr(optimizers, "computes_bfloat16", lambda device: False)
+    group = torch.optim.Muon([torch.nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
+    update = torch.randn(24, 10, generator=torch.Generator().manual_seed(0))
+    found, (u, _, v) = optimizers.orthogonalised(update, group), torch.linalg.svd(update, full_matrices=False)
+    along = u.T @ found @ v.T  # diagonal where found has the singular vectors of update
+    assert 0.6 < along.diagonal().min() and along.diagonal().max() < 1.25
+    assert (along - torch.diag(along.diagonal())).abs().max() < 1e-4
