@@ -1,6 +1,6 @@
 """A pair to keep: a small AR model of Python and the diffusion model converted from it, and their scores.
 
-    python -m runs.pair              # hours on 2 cores; what an earlier run finished is not done again
+    python -m runs.pair              # two hours on 2 cores; what an earlier run finished is not done again
 
 Trained on the standard library of one version of Python and nothing else, in a vocabulary of 2,048 of its own
 (data/bpe.py). Kept are the weights in bfloat16 and what is needed to read them; the scores in results/pair are those of
@@ -19,7 +19,7 @@ from runs.jobs import Job, at_step, work
 
 NETWORK = ["--n_layer=6", "--n_head=6", "--n_embd=192"]
 TARGET, BLOCK = 64, 192  # tokens of a body with its separator; signature, docstring and body
-A, N, F = 3000, 1500, 600  # steps of AR pretraining, adaptation, fine-tuning on bodies
+A, N, F = 2200, 1400, 400  # steps of AR pretraining, adaptation, fine-tuning on bodies
 KEPT = ("format", "step", "model", "model_config", "tokenizer", "train_config", "converted_from", "fingerprint")
 
 
@@ -72,10 +72,10 @@ def jobs(cfg: PairConfig) -> list[Job]:
             (data / "python_pairs" / "meta.json").exists,
         ),
         train("ar", "python_code", A, *NETWORK, "--schedule=cosine", "--min_lr_ratio=0.1", after="data"),
-        train("ar_bodies", "python_pairs", F, after="ar", source="ar"),
         Job("start", [[*convert, "--overwrite"]], ["ar"], (out / "start" / "ckpt.pt").exists),
         train("adapt", "python_code", N, "--schedule=constant", opening, after="start", source="start"),
         train("bodies", "python_pairs", F, "--full_noise_prob=0.5", after="adapt", source="adapt"),
+        train("ar_bodies", "python_pairs", F, after="ar", source="ar"),
     ]
 
 
