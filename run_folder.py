@@ -41,7 +41,7 @@ MAY_CHANGE = {
 }
 MAY_CHANGE |= {"log_interval", "eval_interval", "eval_batches", "sample_interval", "save_interval"}
 # What may change too, but not without a change in the last bits, because sums are taken in another order.
-ROUNDING = ("device", "processes", "threads", "torch", "grad_accum_steps", "dtype", "compile", "parallel")
+ROUNDING = ("device", "processor", "processes", "threads", "torch", "grad_accum_steps", "dtype", "compile", "parallel")
 
 
 def inexact(before: dict, now: dict) -> str:

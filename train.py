@@ -30,7 +30,7 @@ from data.ahead import ahead
 from data.loader import build_if_missing, open_set
 from data.objectives import ObjectiveConfig
 from data.tokenizer import get_tokenizer
-from device import autocast, compile_or_say_why_not, keep_freed_memory, measured_flops
+from device import autocast, compile_or_say_why_not, computes_bfloat16, keep_freed_memory, measured_flops
 from diffusion import LossConfig
 from distributed import ParallelConfig, World, each_term, joined, whole_tensor
 from draws import draws_for
@@ -161,6 +161,8 @@ def train(world: World, out: Path, cfg: TrainConfig, model: Transformer, source:
     if first >= cfg.max_steps:
         print(f"nothing to do: {source} is at step {first} of max_steps {cfg.max_steps}")
         return log.last
+    if cfg.dtype == "bfloat16" and not computes_bfloat16(device):
+        print("this processor has no bfloat16 and is many times slower in it: --dtype=float32")
     if cfg.compile:
         compile_or_say_why_not(model)
     if cfg.gradient_checkpointing:
@@ -361,6 +363,7 @@ def made_on(world: World) -> dict:
         "processes": world.size,
         "threads": torch.get_num_threads() if world.device.type == "cpu" else 0,
         "torch": str(torch.__version__),
+        "processor": torch.backends.cpu.get_cpu_capability() if world.device.type == "cpu" else "",
     }
 
 

@@ -212,7 +212,7 @@ def environment() -> dict:
         names = [
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
-        cpu = f"{names[0]} x {len(names)}" if names else cpu
+        cpu = f"{names[0]} x {len(names)}, {torch.backends.cpu.get_cpu_capability()}" if names else cpu
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     return {
         "commit": commit.stdout.strip() or "unknown",

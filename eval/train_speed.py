@@ -39,7 +39,7 @@ from cost import train_flops
 from data.ahead import ahead
 from data.loader import open_set, write_stream
 from data.objectives import Batch
-from device import autocast, keep_freed_memory
+from device import autocast, computes_bfloat16, keep_freed_memory
 from draws import draws_for
 from eval.common import environment, write_json
 from eval.timing import CPU, GPT2_SMALL, SIX, Line, batch_of, header, in_turn, model_config, peak_bytes
@@ -102,6 +102,9 @@ def main(argv: list[str], shapes: Shapes | None = None) -> list[dict]:
         job = " ".join([name, *case])
         if any(line.get("job") == job for line in lines):
             print(f"{job}: in {path} already")
+            continue
+        if case[1] == "bfloat16" and not computes_bfloat16(CPU):
+            print(f"{job}: left out, this processor has no bfloat16")
             continue
         if name in ("train", "loss") and not cfg.nanogpt:
             print(f"{job}: left out, it needs --nanogpt=PATH, a checkout of github.com/karpathy/nanoGPT")
