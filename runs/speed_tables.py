@@ -87,7 +87,10 @@ def lines_table(folder: Path, names: tuple[str, ...]) -> str:
             r, systems = line["ratio"], (line["system"], line["base"])
             ratio = f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})"
             unit = line["note"].get("unit", "s" if line["note"].get("clock") != "cpu" else "s of the CPU")
-            pair = ", ".join(f"{name} {line['seconds'][name]['median']:.3g} {unit}" for name in systems)
+            amounts = {name: line["seconds"][name]["median"] for name in systems}
+            if unit == "bytes":
+                unit, amounts = "MB", {name: amount / 1e6 for name, amount in amounts.items()}
+            pair = ", ".join(f"{name} {amount:.3g} {unit}" for name, amount in amounts.items())
             rows.append([line["name"], line["case"], ratio, line["target"], pair])
         origins.append(origin(result))
     table = markdown(["line", "case", "ratio, median (range)", "aim", "medians"], rows)

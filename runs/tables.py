@@ -184,7 +184,8 @@ TABLES = {
     "peers": peers_table,
     "faults": faults_table,
     **{name: scale(name) for name in ("scale_costs", "scale_shares", "scale_rows", "scale_gpus")},
-    "lines": lambda results: lines_table(results, ("loop", "gemm", "prefix", *TRAINING)),
+    "lines": lambda results: lines_table(results, ("loop", "gemm", "prefix")),
+    "training": lambda results: lines_table(results, TRAINING),
 }
 
 
