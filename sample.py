@@ -1,5 +1,6 @@
 """Sampling: a prompt in, text out. AR or diffusion is what the checkpoint is; --show and --html let you watch it.
 
+    python sample.py --show                                                 # the trained pair in pair/, its example
     python sample.py --init_from=out/run/ckpt.pt --prompt=hello             # text on stdout, the numbers on stderr
     python sample.py --init_from=out/run/ckpt.pt --prompt_file=a.txt --num_samples=4
     echo hello | python sample.py --init_from=out/run/ckpt.pt > answer.txt
@@ -20,7 +21,7 @@ import re
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,8 @@ from view.page import Lane, write_page
 from view.record import Recorder
 from view.terminal import Show
 
+PAIR = Path(__file__).absolute().parent / "pair"  # a small AR model of Python and the diffusion model made of it
+EXAMPLE = 'def mean(values):\n    """Return the arithmetic mean of the values."""\n'
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 LEFT_TO_RIGHT = {"ar": autoregressive, "speculative": speculative}  # by --sampler, whatever the checkpoint's paradigm
 
@@ -49,9 +52,10 @@ LEFT_TO_RIGHT = {"ar": autoregressive, "speculative": speculative}  # by --sampl
 class SampleConfig:
     """What is asked for."""
 
-    init_from: str = "out/run/ckpt.pt"  # a checkpoint
+    init_from: str = str(PAIR / "diffusion.pt")  # a checkpoint; without one the trained pair that comes with the code
     prompt: str = ""
-    prompt_file: str = ""  # a UTF-8 file, - is stdin; with neither prompt nor prompt_file a pipe on stdin is read
+    prompt_file: str = ""  # a UTF-8 file, - is stdin; with neither prompt nor prompt_file a pipe on stdin is read, and
+    # where there is nothing in it the pair is shown with an example
     infill: str = ""  # diffusion: the target, with [[n]] where n slots are free
     num_samples: int = 1
     seed: int = 1337
@@ -173,11 +177,14 @@ def generate(one: Reading, text: str, cfg: SampleConfig, n: int, watch) -> tuple
 def beside_of(one: Reading, state: dict, text: str, cfg: SampleConfig) -> Reading | None:
     """What stands beside the first text on a page, with the default settings of its sampler.
 
-    auto: the weights of a diffusion model left to right, if their training kept that up (ar_weight); without it they
-    have forgotten, and the comparison would be none. ar: in any case. A name else is a second checkpoint.
+    auto: the AR model of the trained pair; else the weights of a diffusion model left to right, if their training kept
+    that up (ar_weight): without it they have forgotten, and the comparison would be none. ar: these weights in any
+    case. A name else is a second checkpoint.
     Raises ValueError where it cannot be decoded after this prompt.
     """
     m = one.model.cfg
+    if cfg.beside == "auto" and cfg.init_from == SampleConfig.init_from and one.template is None:
+        cfg = replace(cfg, beside=str(PAIR / "ar.pt"))
     if cfg.beside in ("ar", "auto"):
         kept = ((state.get("train_config") or {}).get("ar_weight") or 0) > 0
         fits = m.paradigm == "diffusion" and m.prefix_attention != "joint" and not one.growing and one.template is None
@@ -261,7 +268,8 @@ def _settings_of(cls: type, given: dict) -> dict:
 
 
 def read_prompt(given: dict) -> str:
-    """The prompt: as given, from a file, or from stdin that is no terminal. Raises ValueError where it is empty."""
+    """The prompt: as given, from a file, from stdin that is no terminal, or the example where neither prompt nor
+    checkpoint is named. Raises ValueError where it is empty."""
     path, text = given.get("prompt_file", ""), given.get("prompt", "")
     if "prompt" in given and "prompt_file" in given:
         raise ValueError("give --prompt=TEXT or --prompt_file=PATH, not both")
@@ -274,6 +282,9 @@ def read_prompt(given: dict) -> str:
         except UnicodeDecodeError as error:
             where = "stdin" if path == "-" else path
             raise ValueError(f"{where} is not UTF-8 text: byte 0x{raw[error.start]:02x} at {error.start}") from None
+    if not text and not given.keys() & {"prompt", "prompt_file", "infill", "init_from"}:
+        print(f"no prompt given, an example is taken:\n{EXAMPLE}", file=sys.stderr, end="")
+        return EXAMPLE
     if not text and "infill" not in given:
         raise ValueError("the prompt is empty; give --prompt=TEXT, --prompt_file=PATH or a text on stdin")
     return text

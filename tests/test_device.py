@@ -18,6 +18,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow  # 8 s
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt is asked")
 def test_what_was_freed_comes_back_without_new_pages():
     """16 MiB are 4,096 pages; the kernel counts each that it has to hand out."""

@@ -142,6 +142,7 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # 8 s
 def test_every_command_runs(clone, monkeypatch, capsys):
     monkeypatch.chdir(clone)
     pages = [page for page in TEXTS if page not in BY_README]

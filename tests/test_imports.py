@@ -15,7 +15,6 @@ MAY_IMPORT = {
     "atomic": "",
     "draws": "",
     "device": "",
-    "optimizers": "",
     "rope": "",
     "recompute": "",
     "attention": "",
@@ -24,6 +23,7 @@ MAY_IMPORT = {
     "data.syntax": "",
     "data.tokenizer_json": "",
     # level 1
+    "optimizers": "device",
     "model": "attention rope",
     "data.tokenizer": "data.tokenizer_json",
     "families": "model",

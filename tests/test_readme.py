@@ -75,7 +75,7 @@ def long_form(command: str) -> str | None:
     return next((start for start in LONG if command.startswith(start)), None)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def copy(tmp_path_factory) -> Path:
     """A folder that looks like a fresh clone. No links: one of the commands writes into the README."""
     left_out = shutil.ignore_patterns("out", ".*", "__pycache__", "*.png")
@@ -100,13 +100,14 @@ def test_the_newcomer_needs_two_commands_to_start_and_two_for_weights_of_his_own
     assert len(README.splitlines()) <= 230, "what is longer belongs on a page of docs/"
 
 
-def test_the_commands_run_one_after_the_other(copy, monkeypatch, capsys):
+@pytest.mark.parametrize("pages", [PAGES[:1], pytest.param(PAGES, marks=pytest.mark.slow)], ids=["README", "all"])
+def test_the_commands_run_one_after_the_other(pages, copy, monkeypatch, capsys):
     """In this process: starting Python and torch forty times would take minutes."""
     monkeypatch.chdir(copy)
     write_hub_model(copy / "Qwen" / "Qwen2.5-0.5B")
     some = [Path(module.__file__).parent for module in (asyncio, email, http)]  # the whole library takes 10 s
     monkeypatch.setattr("data.python_code._roots", lambda source: some)
-    for command in dict.fromkeys(commands()):  # what stands on both pages runs once
+    for command in dict.fromkeys(commands(pages)):  # what stands on both pages runs once
         if long_form(command):
             continue
         words = shlex.split(command)[1:]
@@ -134,6 +135,7 @@ def test_long_commands_have_the_settings_they_are_given(program):
     assert callable(module.main)
 
 
+@pytest.mark.slow  # starts Python, 6 s
 def test_a_command_runs_from_a_shell(copy):
     """One of them as it stands, in a process of its own; the rest is checked above, file by file."""
     said = subprocess.run([sys.executable, "-m", "data.toy"], cwd=copy, capture_output=True, text=True)

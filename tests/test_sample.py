@@ -198,6 +198,7 @@ def command(*flags, stdin=b""):
     return subprocess.run([sys.executable, "sample.py", *flags], input=stdin, capture_output=True, cwd=ROOT, env=env)
 
 
+@pytest.mark.slow  # starts Python, 5 s
 def test_as_a_command_errors_are_one_line_and_status_2(checkpoints, tmp_path):
     torn = tmp_path / "torn.pt"
     torn.write_bytes(Path(checkpoints["ar"]).read_bytes()[:2000])

@@ -216,6 +216,7 @@ def test_the_plan_begins_with_what_tells_most(cpu):
         assert scaled == (cpu or setting.batch * setting.length * 8 > 32768), "a GPU runs every step that is short"
 
 
+@pytest.mark.slow  # 4 s
 def test_quick_is_one_number_format_of_a_small_shape(monkeypatch):
     monkeypatch.setattr(speed, "line_makers", lambda *_: {})
     result = run("--quick")
@@ -479,6 +480,7 @@ def test_peak_memory_is_what_was_alive_at_once():
     assert timing.peak_bytes(call, timing.CPU) == pytest.approx(8e6, rel=1e-3)
 
 
+@pytest.mark.slow  # a gigabyte is copied, 5 s
 def test_ceilings_are_speeds():
     found = timing.ceilings(timing.CPU, "float32")
     assert found["flops"] > 1e9 and found["bandwidth"] > 1e8

@@ -91,7 +91,9 @@ def test_a_training_is_priced_by_hand(tmp_path):
 SCRATCH = dict(paradigm="diffusion", prefix_attention="bidirectional", target_attention="bidirectional")
 
 
-@pytest.mark.parametrize("scale", tables.PARTS)
+@pytest.mark.parametrize(
+    "scale", [pytest.param(s, marks=pytest.mark.slow if s == "paper" else ()) for s in tables.PARTS]
+)
 def test_the_plan_prices_every_training_of_a_seed(scale, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tables, "prepare", lambda cfg: None)

@@ -296,6 +296,7 @@ def wait_for(there, process, seconds: float = 60):
         time.sleep(0.01)
 
 
+@pytest.mark.slow  # starts Python, 6 s
 def test_sigterm_ends_a_command_with_status_143_and_a_checkpoint_of_its_last_step(copy_set, tmp_path):
     log = tmp_path / "a" / "log.jsonl"
     flags = ["--max_steps=100000", "--save_interval=100000"]

@@ -115,7 +115,7 @@ def test_the_file_holds_what_the_table_was_made_of_and_is_gone_on_with(measured,
 
 def test_the_table_shows_them_with_their_units(measured):
     table = lines_table(measured[1].parent, TRAINING)
-    assert table.count("| memory") == 4 and " bytes" in table and "| loader" in table and "MFLOP/token" in table
+    assert table.count("| memory") == 4 and " MB" in table and "| loader" in table and "MFLOP/token" in table
 
 
 def test_the_mask_of_an_annealed_step_is_half_open(monkeypatch):
