@@ -122,7 +122,8 @@ def check(
         ),
         (
             "loss before: AR, nats per slot",
-            f"{ar_loss:.3f} (guessing costs {guess:.3f})",
+            f"{ar_loss:.3f} (guessing costs {guess:.3f}"
+            + (")" if ar_loss < guess else ", less: random weights, or ids of another tokenizer)"),
             ar_loss < guess or not knows_text,
         ),
         (

@@ -58,6 +58,7 @@ def train(texts: list[str], n_ordinary: int) -> list[bytes]:
 
 def main(argv: list[str]) -> None:
     cfg = configure(BpeConfig, argv)
+    print(f"reading {cfg.source}, then counting pairs: half a minute for the standard library", flush=True)
     if Path(cfg.source).is_file() and Path(cfg.source).suffix != ".py":
         texts = [split_text(read_text(cfg.source), cfg.held_out)[0]]
     else:

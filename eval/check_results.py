@@ -27,7 +27,7 @@ ORIGIN = ("command", "seed", "commit", "hardware", "torch", "python")
 @dataclass
 class CheckConfig:
     results: str = "results"
-    pages: str = "README.md results/README.md docs/*.md"  # files and patterns, a space between them
+    pages: str = "README.md results/README.md docs/*.md pair/*.md"  # files and patterns, a space between them
     same: str = ""  # instead: a page that a command wrote ..
     against: str = ""  # .. and the page that it wrote when it ran again
 

@@ -96,6 +96,32 @@ def python_table(folder: Path) -> str:
     return markdown(header, rows) if rows else "(no Python results yet)"
 
 
+def pair_table(folder: Path) -> str:
+    """What the kept pair writes under held-out signatures, by decoding, and at the end what stands there."""
+    rows, results = [], [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    for r in results:
+        asked, loss = r["settings"], r["loss"]["bits_per_byte"]
+        way = ", ".join(f"{name} {asked[name]}" for name in ("sampler", "steps", "temperature") if name in asked)
+        if asked.get("candidates", 1) > 1:
+            way += f", best of {asked['candidates']}"
+        name = {"ar": "AR", "diffusion": "diffusion"}[r["paradigm"]]
+        kind = "exact NLL" if r["paradigm"] == "ar" else "L(1), mean over rates"
+        cost = [f"{r['calls_per_sample']:.1f}", f"{1000 * r['seconds_per_sample']:.0f}"]
+        rows.append([f"{name}: {way}", *_shares(r["generated"]), *cost, f"{loss:.3f}", kind])
+    if not rows:
+        return "(no trained pair yet)"
+    rows.append(["the held-out bodies", *_shares(results[0]["held_out"]), "", "", "", ""])
+    shares = ["parse % (95%)", "parse and not trivial %", "distinct %", "mean bytes"]
+    cost = ["calls", "ms / sample", "bits per byte", "which is"]
+    return "\n\n".join([markdown(["decoding", *shares, *cost], rows), origin(folder)])
+
+
+def _shares(found: dict) -> list[str]:
+    low, high = (100 * end for end in found["parse_interval"])
+    parts = [f"{100 * found['parse']:.1f} ({low:.1f} to {high:.1f})", f"{100 * found['parse_and_not_trivial']:.1f}"]
+    return [*parts, f"{100 * found['distinct']:.1f}", f"{found['mean_bytes']:.0f}"]
+
+
 # The rows of the main table that the changes start from, and one that is a change itself.
 STARTS = {"ours: mask opened edge by edge": "AR2Diff_N", "from scratch": "diffusion, N steps"}
 STARTS["ours without self-conditioning"] = "AR2Diff_N, no self-conditioning"
@@ -171,6 +197,7 @@ TABLES = {
     "table3": grid(3),
     "mini": lambda results: mini_table(results / "study"),
     "python": lambda results: python_table(results / "study"),
+    "pair": lambda results: pair_table(results / "pair"),
     "tried": lambda results: tried_table(results / "study"),
     "ways": lambda results: ways_table(results / "few_steps"),
     "exit": lambda results: exit_table(results / "few_steps"),

@@ -203,4 +203,4 @@ def test_guessing_costs_what_the_doctor_says():
     model = source()
     torch.nn.init.zeros_(model.tok.weight)
     line = next(m for claim, m, _ in check(model, adapt(model, **OURS), text()) if claim.startswith("loss before"))
-    assert line == f"{math.log(288):.3f} (guessing costs {math.log(257):.3f})"
+    assert line.startswith(f"{math.log(288):.3f} (guessing costs {math.log(257):.3f}, less: random weights")
