@@ -43,6 +43,11 @@ study() { # nine minutes of the three tables at small scale; repeat until the st
   bash runs/ar2diff.sh
 }
 
+pair() { # the pair of pair/, trained five times as long; repeat until the status is 0
+  timeout 530 python -m runs.pair --scale=5 --device=cuda --dtype=bfloat16 --out=out/gpu/pair --kept=out/gpu/pair/kept \
+    --results=results/gpu/pair
+}
+
 if [ $# -eq 0 ]; then
   grep -E '^[a-z]+\(\) \{' "$0"
 else
