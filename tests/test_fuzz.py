@@ -46,7 +46,9 @@ def fuzz(*strategies):
         few = settings(max_examples=FEW, **quiet)(given(st.data())(lambda place, data: test(place, data)))
         many = settings(max_examples=MANY, **quiet)(given(st.data())(lambda place, data: test(place, data)))
 
-        @pytest.mark.parametrize("run", [few, pytest.param(many, marks=pytest.mark.slow)], ids=["few", "many"])
+        @pytest.mark.parametrize(
+            "run", [few, pytest.param(many, marks=[pytest.mark.slow, pytest.mark.long])], ids=["few", "many"]
+        )
         def both(run, place):
             run(place)
 
@@ -304,6 +306,7 @@ def test_log_lines_of_a_run_that_goes_on(place, data):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # four minutes
 def test_a_hundred_through_the_shell(place):
     """What is said and the exit status: 0 or 2, and one line of error. Five minutes: Python starts a hundred times."""
     rng = random.Random(0)

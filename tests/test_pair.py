@@ -51,6 +51,7 @@ def test_what_is_kept_is_the_model_in_bfloat16_without_its_optimizer(tmp_path):
         torch.testing.assert_close(kept.state_dict()[name], tensor, rtol=2**-8, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.slow  # two minutes: everything, of two steps each, on the code of eval/
 def test_all_of_it_runs_and_is_not_done_again(tmp_path, capsys):
     flags = ["--source=eval", "--scale=0.001", "--n=4", "--device=cpu"]
