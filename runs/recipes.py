@@ -163,22 +163,20 @@ def effects_table(folder: Path, study: Path) -> str:
             found = {cell: values_of(folder, part, plain(cell.name), value) for cell in CELLS}
             seeds = set.intersection(*(set(by_seed) for by_seed in found.values()))
             each = [effect({cell: by_seed[seed] for cell, by_seed in found.items()}, name) for seed in sorted(seeds)]
-            cells.append(_said(each, signed=True))
+            cells.append(_said(each))
         rows.append(cells)
     for label in FORMS:
         cells = [f"opened by edges (against {label}), bidirectional prefix"]
         for part, value in COLUMNS.values():
             ours = values_of(study, part, plain("AR2Diff_N"), value)
             theirs = values_of(folder, part, plain(f"form_{label}"), value)
-            cells.append(
-                _said([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())], signed=True)
-            )
+            cells.append(_said([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]))
         rows.append(cells)
     return markdown(["effect, mean over seeds (95%)", *COLUMNS], rows)
 
 
 def cells_table(folder: Path, study: Path) -> str:
-    """The cells, then the forms of annealing: mean over seeds (95%). Right: what AR decoding of the weights gives."""
+    """The cells, then the forms of annealing: mean over seeds (range). Right: what AR decoding of the weights gives."""
     rows = []
     for label, name, at in [
         *((cell.name, plain(cell.name), folder) for cell in CELLS),
@@ -187,7 +185,7 @@ def cells_table(folder: Path, study: Path) -> str:
     ]:
         found = [list(values_of(at, part, name, value).values()) for part, value in COLUMNS.values()]
         left = list(values_of(at, *_ar_column(name)).values())
-        rows.append([label, *map(_said, found), _said(left), "/".join(str(len(values)) for values in found[:2])])
+        rows.append([label, *map(ranged, found), ranged(left), "/".join(str(len(values)) for values in found[:2])])
     return markdown(["recipe", *COLUMNS, "translation EM %, left to right", "seeds"], rows)
 
 
@@ -195,16 +193,27 @@ def _ar_column(name: str):
     return "mini", f"{name}_{LEFT_TO_RIGHT}", COLUMNS["translation EM %"][1]
 
 
-def _said(values: list[float], signed: bool = False) -> str:
-    """'97.1 (95.0 to 99.2)'; signed: with its sign, and a star where 0 is outside the interval."""
+def ranged(values: list[float], digits: int | None = None) -> str:
+    """'97.1 (95.0 to 99.2)': the mean, the lowest and the highest."""
+    if not values:
+        return "-"
+    mean = statistics.mean(values)
+    digits = digits if digits is not None else 2 if abs(mean) < 10 else 1
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _said(values: list[float]) -> str:
+    """'+7.1 (+5.0 to +9.2) *': mean and 95%, with a star where 0 is outside the interval."""
     if not values:
         return "-"
     mean, low, high = student(values)
-    digits, sign = 2 if abs(mean) < 10 else 1, "+" if signed else ""
+    digits = 2 if abs(mean) < 10 else 1
     if len(values) == 1:
-        return f"{mean:{sign}.{digits}f}"
-    star = " *" if signed and low * high > 0 else ""
-    return f"{mean:{sign}.{digits}f} ({low:{sign}.{digits}f} to {high:{sign}.{digits}f}){star}"
+        return f"{mean:+.{digits}f}"
+    star = " *" if low * high > 0 else ""
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}){star}"
 
 
 def main(argv: list[str]) -> None:

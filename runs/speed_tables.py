@@ -99,7 +99,9 @@ def lines_table(folder: Path, names: tuple[str, ...]) -> str:
 
 def origin(result: dict) -> str:
     """Command, seed and machine of a result."""
-    where = f"{result['hardware']}, {result['threads']} threads, torch {result['torch']}, commit {result['commit']}"
+    cells = (result.get("cells") or {}).values()  # each names its own: a table may be gone on with
+    commits = ", ".join(sorted({result["commit"], *(cell["commit"] for cell in cells if "commit" in cell)}))
+    where = f"{result['hardware']}, {result['threads']} threads, torch {result['torch']}, commit {commits}"
     return f"`{result['command']}`, seed {result['seed']}; {where}."
 
 

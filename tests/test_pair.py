@@ -1,13 +1,17 @@
 """runs/pair.py: its jobs are commands that exist, and what is kept is the model in half of the bytes."""
 
 import importlib
+import io
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import checkpoint
+import sample
 from configurator import read_settings
+from data.python_code import parses
 from data.tokenizer import get_tokenizer
 from model import ModelConfig, Transformer
 from runs import pair
@@ -62,3 +66,33 @@ def test_all_of_it_runs_and_is_not_done_again(tmp_path, capsys):
     before = (tmp_path / "out" / "bodies" / "ckpt.pt").stat().st_mtime_ns
     pair.main(flags)
     assert (tmp_path / "out" / "bodies" / "ckpt.pt").stat().st_mtime_ns == before
+
+
+# What is kept in pair/
+
+
+KEPT = Path(pair.__file__).parent.parent / "pair"
+
+
+def test_what_is_kept_is_small_and_what_was_judged():
+    assert sum(path.stat().st_size for path in KEPT.iterdir()) < 15e6
+    results = [json.loads(path.read_text()) for path in (KEPT.parent / "results" / "pair").glob("*.json")]
+    assert {result["paradigm"] for result in results} == {"ar", "diffusion"}
+    for result in results:
+        state = checkpoint.load(KEPT / Path(result["settings"]["init_from"]).name)
+        assert result["trained"]["fingerprint"] == state["fingerprint"] and result["trained"]["step"] == state["step"]
+        assert result["generated"]["n"] == 200
+
+
+def test_sampling_without_a_checkpoint_shows_the_pair_with_an_example(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    sample.main(["--steps=10", "--candidates=1", "--device=cpu"])
+    out, err = capsys.readouterr()
+    assert parses(sample.EXAMPLE, out.rstrip("\n")), "this is the first that a newcomer sees"
+    assert sample.EXAMPLE in err and "10 network calls" in err
+
+
+def test_the_page_of_the_pair_has_both_models(tmp_path, capsys):
+    page = tmp_path / "page.html"
+    sample.main([f"--html={page}", f"--prompt={sample.EXAMPLE}", "--steps=3", "--candidates=1", "--device=cpu"])
+    assert page.read_text().count("autoregressive, left to right") == 1 and "diffusion, resample" in page.read_text()

@@ -226,7 +226,7 @@ def test_the_tables_of_recipes_say_mean_and_interval_over_seeds(tmp_path):
             (tmp_path / f"mini_{seed}_mini_translation_{name}.json").write_text(json.dumps({"exact_match": value}))
     cells = [[c.strip() for c in line.split("|")] for line in recipes.cells_table(tmp_path, tmp_path).splitlines()]
     row = next(cells for cells in cells if cells[1:2] == ["shift, annealed, joint"])
-    assert row[2] == "92.0 (87.0 to 97.0)" and row[3] == "-" and row[-2] == "3/0"
+    assert row[2] == "92.0 (90.0 to 94.0)" and row[3] == "-" and row[-2] == "3/0"
     lines = [[c.strip() for c in line.split("|")] for line in recipes.effects_table(tmp_path, tmp_path).splitlines()]
     assert next(line for line in lines if line[1:2] == ["shift"])[2] == "+50.0 (+50.0 to +50.0) *"
     assert next(line for line in lines if line[1].startswith("joint"))[2].startswith("+0.00 (")
