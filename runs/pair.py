@@ -19,7 +19,7 @@ from runs.jobs import Job, at_step, work
 
 NETWORK = ["--n_layer=6", "--n_head=6", "--n_embd=192"]
 TARGET, BLOCK = 64, 192  # tokens of a body with its separator; signature, docstring and body
-A, N, F = 2200, 1400, 400  # steps of AR pretraining, adaptation, fine-tuning on bodies
+A, N, F = 2200, 1000, 600  # steps of AR pretraining, adaptation, fine-tuning on bodies
 KEPT = ("format", "step", "model", "model_config", "tokenizer", "train_config", "converted_from", "fingerprint")
 
 
@@ -62,7 +62,7 @@ def jobs(cfg: PairConfig) -> list[Job]:
 
     vocabulary, sets = out / FILE, [f"--target_length={TARGET}", f"--block_size={BLOCK}", f"--out={data}"]
     convert = ["ar2diff.py", f"--init_from={out / 'ar' / 'ckpt.pt'}", f"--out_dir={out / 'start'}", "--check"]
-    opening = f"--anneal_steps={scaled(N) // 2}"
+    opening = f"--anneal_steps={scaled(N) * 7 // 10}"
     return [
         Job("tokenizer", [["-m", "data.bpe", f"--source={cfg.source}", f"--out={vocabulary}"]], [], vocabulary.exists),
         Job(

@@ -4,6 +4,7 @@ import asyncio
 import email
 import http
 import importlib
+import io
 import re
 import shlex
 import shutil
@@ -104,6 +105,7 @@ def test_the_newcomer_needs_two_commands_to_start_and_two_for_weights_of_his_own
 def test_the_commands_run_one_after_the_other(pages, copy, monkeypatch, capsys):
     """In this process: starting Python and torch forty times would take minutes."""
     monkeypatch.chdir(copy)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))  # nobody types
     write_hub_model(copy / "Qwen" / "Qwen2.5-0.5B")
     some = [Path(module.__file__).parent for module in (asyncio, email, http)]  # the whole library takes 10 s
     monkeypatch.setattr("data.python_code._roots", lambda source: some)
