@@ -16,6 +16,7 @@ from configurator import configure, run
 from eval import exact_match, plots, python_code
 from eval.common import environment, markdown, write_json
 from runs.jobs import Job, copy_once, work
+from runs.tables import act_1_table
 from train import TrainConfig
 
 STEPS = [1, 2, 4, 10, 20]  # of the picture "quality against steps"
@@ -114,11 +115,8 @@ def evaluated(rows: dict[str, str], measure, first: list[str], sampler: list[str
 def table_1() -> str:
     """Act 1 as a table, and the curve of quality against steps."""
     found = evaluated(ACT_1_ROWS, exact_match, ["--n=528"], ["--steps=10", "--candidates=1"])
-    rows = []
-    for row, result in found.items():
-        low, high = result["interval"]
-        cells = [row, f"{result['exact_match']:.1%}", f"{low:.1%} to {high:.1%}", f"{result['calls_per_sample']:.1f}"]
-        rows.append([*cells, f"{1000 * result['seconds_per_sample']:.1f}"])
+    said = ("exact_match", "interval", "calls_per_sample", "seconds_per_sample")
+    rows = [{"row": row} | {name: result[name] for name in said} for row, result in found.items()]
     ar = found["AR"]
     series = []
     for row, folder in list(ACT_1_ROWS.items())[2:]:
@@ -138,10 +136,9 @@ def table_1() -> str:
     }
     quality["ar"] = {"value": ar["exact_match"], "interval": ar["interval"], "calls": round(ar["calls_per_sample"], 1)}
     origin = {"command": "python -m runs.quickstart", "seed": TrainConfig.seed}
-    write_json("out/quality.json", quality | origin | environment())
+    write_json("out/quality.json", quality | {"rows": rows} | origin | environment())
     plots.plot_quality(quality, Path("out/quality.png"))
-    header = ["pretraining, then the same fine-tuning", "exact match", "95% interval", "network calls", "ms a sample"]
-    return markdown(header, rows)
+    return act_1_table(rows)
 
 
 def table_2() -> str:

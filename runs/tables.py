@@ -94,6 +94,22 @@ def python_table(folder: Path) -> str:
     return markdown(header, rows) if rows else "(no Python results yet)"
 
 
+def act_1_table(rows: list[dict]) -> str:
+    """The quickstart's first table."""
+    cells = [
+        [
+            r["row"],
+            f"{r['exact_match']:.1%}",
+            "{:.1%} to {:.1%}".format(*r["interval"]),
+            f"{r['calls_per_sample']:.1f}",
+            f"{1000 * r['seconds_per_sample']:.1f}",
+        ]
+        for r in rows
+    ]
+    header = ["pretraining, then the same fine-tuning", "exact match", "95% interval", "network calls", "ms a sample"]
+    return markdown(header, cells)
+
+
 def pair_table(folder: Path) -> str:
     """What the kept pair writes under held-out signatures, by decoding, and at the end what stands there."""
     rows, results = [], [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
@@ -194,6 +210,7 @@ TABLES = {
     "table2": grid(2),
     "table3": grid(3),
     "mini": lambda results: mini_table(results / "study"),
+    "quickstart": lambda results: act_1_table(json.loads((results / "quickstart_quality.json").read_text())["rows"]),
     "python": lambda results: python_table(results / "study"),
     "pair": lambda results: pair_table(results / "pair"),
     "tried": lambda results: tried_table(results / "study"),

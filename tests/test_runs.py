@@ -271,6 +271,7 @@ def test_two_quickstarts_are_the_same_but_for_their_times(tmp_path, monkeypatch)
     assert pages[0].read_text().count("\n|") == 7 and "ms a sample" in pages[0].read_text()
     assert run_differences(*pages) == []
     said = [json.loads((page.parent / "quality.json").read_text()) for page in pages]
+    assert all(row.pop("seconds_per_sample") > 0 for page in said for row in page["rows"])
     assert said[0] == said[1] and len(said[0]["series"]) == 3
 
 
