@@ -18,8 +18,8 @@ from data.tokenizer import FILE
 from runs.jobs import Job, at_step, work
 
 NETWORK = ["--n_layer=6", "--n_head=6", "--n_embd=192"]
-TARGET, BLOCK = 64, 192  # tokens of a body with its separator; signature, docstring and body
-A, N, F = 2200, 1000, 600  # steps of AR pretraining, adaptation, fine-tuning on bodies
+TARGET, BODY, BLOCK = 64, 32, 192  # tokens of a target with its separator: of code, of a body; and with the prefix
+A, N, F = 2200, 1000, 900  # steps of AR pretraining, adaptation, fine-tuning on bodies
 KEPT = ("format", "step", "model", "model_config", "tokenizer", "train_config", "converted_from", "fingerprint")
 
 
@@ -60,22 +60,28 @@ def jobs(cfg: PairConfig) -> list[Job]:
         argv += [f"--max_steps={scaled(steps)}", "--sample_interval=0", "--init_from=resume"]
         return Job(name, [argv], [after], lambda: at_step(out / name, scaled(steps)))
 
-    vocabulary, sets = out / FILE, [f"--target_length={TARGET}", f"--block_size={BLOCK}", f"--out={data}"]
+    vocabulary = out / FILE
+    code = ["-m", "data.python_code", f"--source={cfg.source}", f"--tokenizer={vocabulary}", f"--block_size={BLOCK}"]
+    # Micro-batches of one prefix length: most docstrings are short, and what fills up the others costs time.
+    on_bodies = ["--bucket=8", "--grad_accum_steps=4"]
     convert = ["ar2diff.py", f"--init_from={out / 'ar' / 'ckpt.pt'}", f"--out_dir={out / 'start'}", "--check"]
     opening = f"--anneal_steps={scaled(N) * 7 // 10}"
     return [
         Job("tokenizer", [["-m", "data.bpe", f"--source={cfg.source}", f"--out={vocabulary}"]], [], vocabulary.exists),
         Job(
             "data",
-            [["-m", "data.python_code", f"--source={cfg.source}", f"--tokenizer={vocabulary}", *sets]],
+            [
+                [*code, f"--target_length={TARGET}", f"--out={data / 'code'}"],
+                [*code, f"--target_length={BODY}", f"--out={data / 'bodies'}"],
+            ],
             ["tokenizer"],
-            (data / "python_pairs" / "meta.json").exists,
+            (data / "bodies" / "python_pairs" / "meta.json").exists,
         ),
-        train("ar", "python_code", A, *NETWORK, "--schedule=cosine", "--min_lr_ratio=0.1", after="data"),
+        train("ar", "code/python_code", A, *NETWORK, "--schedule=cosine", "--min_lr_ratio=0.1", after="data"),
         Job("start", [[*convert, "--overwrite"]], ["ar"], (out / "start" / "ckpt.pt").exists),
-        train("adapt", "python_code", N, "--schedule=constant", opening, after="start", source="start"),
-        train("bodies", "python_pairs", F, "--full_noise_prob=0.5", after="adapt", source="adapt"),
-        train("ar_bodies", "python_pairs", F, after="ar", source="ar"),
+        train("adapt", "code/python_code", N, "--schedule=constant", opening, after="start", source="start"),
+        train("bodies", "bodies/python_pairs", F, *on_bodies, "--full_noise_prob=0.5", after="adapt", source="adapt"),
+        train("ar_bodies", "bodies/python_pairs", F, *on_bodies, after="ar", source="ar"),
     ]
 
 
@@ -101,7 +107,7 @@ def main(argv: list[str]) -> None:
     for row, (name, decoding) in READOUTS.items():
         result = Path(cfg.results) / f"{row}.json"
         command = ["-m", "eval.python_code", f"--init_from={kept / name}.pt", f"--n={cfg.n}", f"--json={result}"]
-        judge.append(Job(row, [[*command, f"--data={out / 'data' / 'python_pairs'}", *decoding]], []))
+        judge.append(Job(row, [[*command, f"--data={out / 'data' / 'bodies' / 'python_pairs'}", *decoding]], []))
     work(judge, out / "logs", lanes=1, threads=0)
 
 
