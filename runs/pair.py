@@ -19,7 +19,7 @@ from runs.jobs import Job, at_step, work
 
 NETWORK = ["--n_layer=6", "--n_head=6", "--n_embd=192"]
 TARGET, BODY, BLOCK = 64, 32, 192  # tokens of a target with its separator: of code, of a body; and with the prefix
-A, N, F = 2200, 1250, 300  # steps of AR pretraining, adaptation, fine-tuning on bodies (more of it overfits)
+A, N, F = 2200, 1000, 300  # steps of AR pretraining, adaptation, fine-tuning on bodies (more of it overfits)
 KEPT = ("format", "step", "model", "model_config", "tokenizer", "train_config", "converted_from", "fingerprint")
 
 
@@ -65,7 +65,7 @@ def jobs(cfg: PairConfig) -> list[Job]:
     # Micro-batches of one prefix length: most docstrings are short, and what fills up the others costs time.
     on_bodies = ["--bucket=8", "--grad_accum_steps=4"]
     convert = ["ar2diff.py", f"--init_from={out / 'ar' / 'ckpt.pt'}", f"--out_dir={out / 'start'}", "--check"]
-    opening = f"--anneal_steps={scaled(N) * 14 // 25}"
+    opening = f"--anneal_steps={scaled(N) * 7 // 10}"
     return [
         Job("tokenizer", [["-m", "data.bpe", f"--source={cfg.source}", f"--out={vocabulary}"]], [], vocabulary.exists),
         Job(
