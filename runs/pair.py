@@ -41,8 +41,7 @@ READOUTS = {
     "ar": ("ar", ["--temperature=0.2"]),
     "diffusion_10": ("diffusion", ["--steps=10", "--candidates=1"]),
     "diffusion_10_of_8": ("diffusion", ["--steps=10", "--candidates=8"]),
-    "diffusion_50": ("diffusion", ["--steps=50", "--candidates=1"]),
-    "diffusion_50_of_8": ("diffusion", ["--steps=50", "--candidates=8"]),
+    "diffusion_31_by_confidence": ("diffusion", ["--sampler=confidence", "--steps=31", "--candidates=1"]),
 }
 
 
