@@ -110,6 +110,11 @@ def act_1_table(rows: list[dict]) -> str:
     return markdown(header, cells)
 
 
+def quickstart_table(path: Path) -> str:
+    rows = json.loads(path.read_text()).get("rows") if path.exists() else None
+    return act_1_table(rows) if rows else "(no quickstart yet)"
+
+
 def pair_table(folder: Path) -> str:
     """What the kept pair writes under held-out signatures, by decoding, and at the end what stands there."""
     rows, results = [], [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
@@ -210,7 +215,7 @@ TABLES = {
     "table2": grid(2),
     "table3": grid(3),
     "mini": lambda results: mini_table(results / "study"),
-    "quickstart": lambda results: act_1_table(json.loads((results / "quickstart_quality.json").read_text())["rows"]),
+    "quickstart": lambda results: quickstart_table(results / "quickstart_quality.json"),
     "python": lambda results: python_table(results / "study"),
     "pair": lambda results: pair_table(results / "pair"),
     "tried": lambda results: tried_table(results / "study"),
