@@ -98,7 +98,8 @@ def test_the_newcomer_needs_two_commands_to_start_and_two_for_weights_of_his_own
         section = re.search(rf"^## {heading}\n(.*?)^## ", README, flags=re.MULTILINE | re.DOTALL)[1]
         block = re.search(r"^```bash\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)[1]
         assert len(block.splitlines()) == count
-    assert len(README.splitlines()) <= 230, "what is longer belongs on a page of docs/"
+    text = [line for line in README.splitlines() if not line.startswith("<!--")]
+    assert len(text) <= 230, "what is longer belongs on a page of docs/"
 
 
 @pytest.mark.parametrize("pages", [PAGES[:1], pytest.param(PAGES, marks=pytest.mark.slow)], ids=["README", "all"])
