@@ -50,6 +50,14 @@ def tiny() -> train_speed.Shapes:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bfloat16_is_left_in():
+    """At these sizes any processor computes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_speed, "computes_bfloat16", lambda device: True)
+        yield
+
+
 @pytest.fixture(scope="module")
 def nanogpt(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nanogpt")
@@ -61,9 +69,7 @@ def nanogpt(tmp_path_factory):
 def measured(tmp_path_factory):
     """(the lines, the file) of a run of the lines that need no other process."""
     out = tmp_path_factory.mktemp("speed") / "results" / "speed_train.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_speed, "computes_bfloat16", lambda device: True)  # at this size any processor does
-        lines = train_speed.main([f"--out={out}", "--runs=2", "--only=unroll,anneal,memory,loader"], tiny())
+    lines = train_speed.main([f"--out={out}", "--runs=2", "--only=unroll,anneal,memory,loader"], tiny())
     return lines, out
 
 
