@@ -413,7 +413,7 @@ def test_two_nodes_train_what_one_process_does(copy_set, tmp_path, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_torchrun_ends_where_one_process_does_not_go_on(number, copy_set, tmp_path):
     """Killed: torchrun names it at once. Stopped: the other does after --patience. 20 s."""
     argv = ["train.py", *TINY, f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}", "--max_steps=100000"]
