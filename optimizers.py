@@ -36,7 +36,7 @@ def muon_takes(name: str, p: torch.Tensor) -> bool:
 
 
 class Muon(torch.optim.Muon):
-    """Muon where torch's own will not do; state and result are the same.
+    """Muon where torch's own will not do, as make_optimizers asks for it; state and result are the same to rounding.
 
     On a processor without bfloat16: torch orthogonalises in that format alone, which AVX2 computes a hundred times
     slower than float32. Over matrices of which each process holds some rows (FSDP): orthogonalising takes the whole
@@ -48,7 +48,11 @@ class Muon(torch.optim.Muon):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                if p.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                momentum = self.state[p]["momentum_buffer"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
                 sharded = hasattr(p, "full_tensor")
@@ -61,7 +65,7 @@ class Muon(torch.optim.Muon):
 def orthogonalised(update: torch.Tensor, group: dict) -> torch.Tensor:
     """U V^T of update (rows, columns) = U S V^T, nearly: singular values come to lie in 0.7 to 1.2 (Newton-Schulz)."""
     a, b, c = group["ns_coefficients"]
-    x = update.bfloat16() if computes_bfloat16(update.device) else update.clone()
+    x = update.bfloat16() if computes_bfloat16(update.device) else update
     x = x.T if x.size(0) > x.size(1) else x
     x = x / x.norm().clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
@@ -71,7 +75,7 @@ def orthogonalised(update: torch.Tensor, group: dict) -> torch.Tensor:
 
 
 def shared_out(whole: torch.Tensor, p):
-    """whole, which every process holds, in the shares of p."""
+    """whole (rows, columns), which every process holds, as a DTensor in the shares of p."""
     from torch.distributed.tensor import DTensor, Replicate
 
     return DTensor.from_local(whole, p.device_mesh, [Replicate()]).redistribute(p.device_mesh, p.placements)

@@ -214,7 +214,9 @@ def lane_of(one: Reading, recorder: Recorder, out: Generated) -> Lane:
 
 def page_facts(cfg: SampleConfig, model: Transformer) -> dict[str, str]:
     """What the page says of its making."""
-    facts = {"checkpoint": cfg.init_from} | ({} if cfg.beside in ("auto", "ar", "none") else {"beside": cfg.beside})
+    known = Path(cfg.init_from)  # the pair's is absolute, and where it lies is nobody's business
+    known = known.relative_to(PAIR.parent) if known.is_relative_to(PAIR) else known
+    facts = {"checkpoint": str(known)} | ({} if cfg.beside in ("auto", "ar", "none") else {"beside": cfg.beside})
     facts |= {"seed": str(cfg.seed), "device": str(model.tok.weight.device), "dtype": cfg.dtype}
     return facts | {"threads": str(torch.get_num_threads()), "torch": torch.__version__}
 

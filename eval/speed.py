@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from configurator import configure, run
-from device import pick_device
+from device import computes_bfloat16, pick_device
 from eval.common import environment, write_json
 from eval.decoders import ADAPTIVE, Checkpoints, Networks, Part, Setting, Shapes, System, integrate_ar, write
 from eval.limits import ar_work, diffusion_work, gemm_line, loop_line, prefix_line
@@ -38,7 +38,7 @@ class SpeedConfig:
     out: str = ""  # the JSON, each finished cell at once, and beside it the picture; empty: nowhere
     quick: bool = False  # a shape of 6 layers, two lengths
     device: str = "auto"  # auto | cpu | cuda | mps
-    dtypes: str = ""  # of weights and activations on both sides; empty: float32,bfloat16, quick: float32
+    dtypes: str = ""  # of weights and activations; empty: float32, and bfloat16 where that is fast; quick: float32
     batches: str = ""  # empty: 1,8 on a CPU, 1,8,32 elsewhere
     lengths: str = ""  # tokens; empty: 64 to 4,096
     minutes: float = 0.0  # begin nothing new after that; 0: no limit
@@ -76,7 +76,8 @@ def plan(cfg: SpeedConfig, shapes: Shapes, device: torch.device, compiles: bool)
 
 def dtypes_of(cfg: SpeedConfig) -> list[str]:
     """The number formats that are asked for."""
-    dtypes = (cfg.dtypes or ("float32" if cfg.quick else "float32,bfloat16")).split(",")
+    both = not cfg.quick and computes_bfloat16(pick_device(cfg.device))
+    dtypes = (cfg.dtypes or ("float32,bfloat16" if both else "float32")).split(",")
     if not set(dtypes) <= {"float32", "bfloat16"}:
         raise ValueError(f"--dtypes: there are float32, bfloat16; got {cfg.dtypes!r}")
     return dtypes

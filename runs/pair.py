@@ -29,7 +29,7 @@ class PairConfig:
     kept: str = "pair"  # where the files go that are kept
     results: str = "results/pair"
     source: str = "stdlib"  # what is learned, as in data.python_code
-    scale: float = 1.0  # of the steps
+    scale: float = 1.0  # of the steps; those on bodies are never more than at 1, which would overfit
     n: int = 200  # held-out bodies that are judged
     seed: int = 1337
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -56,15 +56,17 @@ def jobs(cfg: PairConfig) -> list[Job]:
     def train(name: str, data_set: str, steps: int, *flags: str, after: str, source: str = "") -> Job:
         start = [f"--init_from={out / source / 'ckpt.pt'}"] if source else []
         argv = ["train.py", *start, f"--data={data / data_set}", f"--out_dir={out / name}", *every, *flags]
-        argv += [f"--max_steps={scaled(steps)}", "--sample_interval=0", "--init_from=resume"]
-        return Job(name, [argv], [after], lambda: at_step(out / name, scaled(steps)))
+        argv += [f"--max_steps={steps}", "--sample_interval=0", "--init_from=resume"]
+        return Job(name, [argv], [after], lambda: at_step(out / name, steps))
+
+    pretraining, adaptation, fine_tuning = scaled(A), scaled(N), min(F, scaled(F))
 
     vocabulary = out / FILE
     code = ["-m", "data.python_code", f"--source={cfg.source}", f"--tokenizer={vocabulary}", f"--block_size={BLOCK}"]
     # Micro-batches of one prefix length: most docstrings are short, and what fills up the others costs time.
     on_bodies = ["--bucket=8", "--grad_accum_steps=4"]
     convert = ["ar2diff.py", f"--init_from={out / 'ar' / 'ckpt.pt'}", f"--out_dir={out / 'start'}", "--check"]
-    opening = f"--anneal_steps={scaled(N) * 7 // 10}"
+    opening = f"--anneal_steps={adaptation * 7 // 10}"
     return [
         Job("tokenizer", [["-m", "data.bpe", f"--source={cfg.source}", f"--out={vocabulary}"]], [], vocabulary.exists),
         Job(
@@ -76,11 +78,19 @@ def jobs(cfg: PairConfig) -> list[Job]:
             ["tokenizer"],
             (data / "bodies" / "python_pairs" / "meta.json").exists,
         ),
-        train("ar", "code/python_code", A, *NETWORK, "--schedule=cosine", "--min_lr_ratio=0.1", after="data"),
+        train("ar", "code/python_code", pretraining, *NETWORK, "--schedule=cosine", "--min_lr_ratio=0.1", after="data"),
         Job("start", [[*convert, "--overwrite"]], ["ar"], (out / "start" / "ckpt.pt").exists),
-        train("adapt", "code/python_code", N, "--schedule=constant", opening, after="start", source="start"),
-        train("bodies", "bodies/python_pairs", F, *on_bodies, "--full_noise_prob=0.5", after="adapt", source="adapt"),
-        train("ar_bodies", "bodies/python_pairs", F, *on_bodies, after="ar", source="ar"),
+        train("adapt", "code/python_code", adaptation, "--schedule=constant", opening, after="start", source="start"),
+        train(
+            "bodies",
+            "bodies/python_pairs",
+            fine_tuning,
+            *on_bodies,
+            "--full_noise_prob=0.5",
+            after="adapt",
+            source="adapt",
+        ),
+        train("ar_bodies", "bodies/python_pairs", fine_tuning, *on_bodies, after="ar", source="ar"),
     ]
 
 

@@ -38,6 +38,11 @@ def test_every_training_is_as_long_as_its_share():
     assert steps == [pair.A // 10, pair.N // 10, pair.F // 10, pair.F // 10]
 
 
+def test_more_steps_are_not_spent_on_bodies():
+    longer = [read_settings_of(job) for job in pair.jobs(pair.PairConfig(scale=5)) if job.commands[0][0] == "train.py"]
+    assert longer == [5 * pair.A, 5 * pair.N, pair.F, pair.F]
+
+
 def read_settings_of(job) -> int:
     return int(next(flag for flag in job.commands[0] if flag.startswith("--max_steps=")).split("=")[1])
 
@@ -56,9 +61,9 @@ def test_what_is_kept_is_the_model_in_bfloat16_without_its_optimizer(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow  # two minutes: everything, of two steps each, on the code of eval/
+@pytest.mark.slow  # two minutes: everything, of a few steps each, on the code of eval/
 def test_all_of_it_runs_and_is_not_done_again(tmp_path, capsys):
-    flags = ["--source=eval", "--scale=0.001", "--n=4", "--device=cpu"]
+    flags = ["--source=eval", "--scale=0.01", "--n=4", "--device=cpu"]
     flags += [f"--{name}={tmp_path / name}" for name in ("out", "kept", "results")]
     pair.main(flags)
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"ar.pt", "diffusion.pt", "tokenizer.json"}
@@ -95,4 +100,5 @@ def test_sampling_without_a_checkpoint_shows_the_pair_with_an_example(monkeypatc
 def test_the_page_of_the_pair_has_both_models(tmp_path, capsys):
     page = tmp_path / "page.html"
     sample.main([f"--html={page}", f"--prompt={sample.EXAMPLE}", "--steps=3", "--candidates=1", "--device=cpu"])
+    assert str(KEPT) not in page.read_text() and "pair/diffusion.pt" in page.read_text()
     assert page.read_text().count("autoregressive, left to right") == 1 and "diffusion, resample" in page.read_text()

@@ -202,8 +202,16 @@ def test_what_does_not_fit_is_a_row_of_its_own(monkeypatch):
     assert "out of memory" in table(result["rows"])
 
 
+@pytest.mark.parametrize("there", (True, False))
+def test_bfloat16_is_left_out_where_the_processor_has_none(there, monkeypatch):
+    monkeypatch.setattr(speed, "computes_bfloat16", lambda device: there)
+    assert speed.dtypes_of(speed.SpeedConfig()) == ["float32", *(["bfloat16"] if there else [])]
+    assert speed.dtypes_of(speed.SpeedConfig(dtypes="bfloat16")) == ["bfloat16"]  # asked for is asked for
+
+
 @pytest.mark.parametrize("cpu", (True, False))
-def test_the_plan_begins_with_what_tells_most(cpu):
+def test_the_plan_begins_with_what_tells_most(cpu, monkeypatch):
+    monkeypatch.setattr(speed, "computes_bfloat16", lambda device: True)
     blocks = speed.plan(speed.SpeedConfig(), Shapes(), torch.device("cpu" if cpu else "cuda"), True)
     settings = [setting for setting, _ in blocks]
     assert settings[0] == Setting("float32", 1, 256) and len(set(settings)) == len(settings)

@@ -524,6 +524,13 @@ def test_a_compiler_that_does_not_work_is_named_and_the_run_goes_on(run, monkeyp
     assert "compile=True has no effect here, running eagerly: no compiler\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("there", (True, False))
+def test_a_processor_without_bfloat16_is_named(there, run, monkeypatch, capsys):
+    monkeypatch.setattr(train, "computes_bfloat16", lambda device: there)
+    run("--dtype=bfloat16", "--max_steps=1")
+    assert ("this processor has no bfloat16" in capsys.readouterr().out) == (not there)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["ar", "modern", "annealed", "both"])
 def test_a_compiled_run_is_the_eager_one(case, run, capsys):

@@ -119,6 +119,13 @@ def test_the_file_holds_what_the_table_was_made_of_and_is_gone_on_with(measured,
     assert again == lines and capsys.readouterr().out.count("already") == 4
 
 
+def test_what_the_processor_does_not_compute_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(train_speed, "computes_bfloat16", lambda device: False)
+    lines = train_speed.main(["--runs=2", "--only=memory"], tiny())
+    assert {line["case"] for line in lines} == {"six float32"}
+    assert "memory six bfloat16: left out, this processor has no bfloat16" in capsys.readouterr().out
+
+
 def test_the_table_shows_them_with_their_units(measured):
     table = lines_table(measured[1].parent, TRAINING)
     assert table.count("| memory") == 4 and " MB" in table and "| loader" in table and "MFLOP/token" in table
