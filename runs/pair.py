@@ -67,11 +67,8 @@ def jobs(cfg: PairConfig) -> list[Job]:
 
     def build(name: str) -> list[str]:
         argv = ["-m", "data.python_code", f"--source={cfg.source}", f"--tokenizer={vocabulary}", "--bare"]
-        return [
-            *argv,
-            *(f"--{key}={n}" for key, n in zip(("block_size", "target_length"), SETS[name])),
-            f"--out={data / name}",
-        ]
+        block, target = SETS[name]
+        return [*argv, f"--block_size={block}", f"--target_length={target}", f"--out={data / name}"]
 
     # Micro-batches of one prefix length: most docstrings are short, and what fills up the others costs time.
     on_bodies = ["--bucket=8", "--grad_accum_steps=4"]

@@ -8,7 +8,7 @@ import torch
 import ar2diff
 from ar2diff import adapt, check
 from checkpoint import load, load_model, save
-from data import toy
+from data.loader import write_pairs
 from data.objectives import collate
 from model import ADDED_BY_CONVERSION, ModelConfig, Transformer
 
@@ -30,9 +30,10 @@ def text(n: int = 4):
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
-    """An AR checkpoint that knows at least that text is letters, beside a built toy set."""
+    """An AR checkpoint that knows at least that text is letters, beside its data."""
     monkeypatch.chdir(tmp_path)
-    toy.main([])
+    pairs = [([97 + i, 98, 99], [97 + i, 98, 99]) for i in range(20)]
+    write_pairs("out/data/toy_copy", {"train": pairs, "valid": pairs}, "bytes", 12, 22)
     model = source()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(20):

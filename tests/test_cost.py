@@ -134,7 +134,8 @@ PEAKS = {
 }
 
 
-@pytest.mark.parametrize("case", PEAKS)
+# Emulated, bfloat16 takes seconds where the processor has none.
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c == "bfloat16" else ()) for c in PEAKS])
 def test_activations_and_logits_are_what_a_step_holds(case):
     """Within an eighth of what torch's profiler counts in a step of all passes, the weights being there before."""
     m = ModelConfig(**MEMORY | PEAKS[case])
@@ -159,6 +160,7 @@ def test_activations_and_logits_are_what_a_step_holds(case):
     assert said["activations"] + said["logits"] + copies == pytest.approx(measured, rel=1 / 8)
 
 
+@pytest.mark.slow  # profiled, 3 s
 def test_a_diffusion_step_holds_hardly_more_than_an_ar_step():
     """Each term of the unrolled loss is backpropagated as it comes: one graph is alive at a time, and a sum holds two.
     Activations and logits are more than 20 times the weights here."""

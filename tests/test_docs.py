@@ -1,6 +1,7 @@
 """docs/: every command and snippet runs, every quoted line stands in its function, every number in its file."""
 
 import ast
+import functools
 import importlib
 import json
 import re
@@ -28,6 +29,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
 
 
+@functools.cache
 def definitions(path: Path) -> dict[str, str]:
     """name or Class.name -> its source, of all that a file defines at the top and in its classes."""
     source = path.read_text(encoding="utf-8")

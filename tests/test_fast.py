@@ -137,7 +137,7 @@ def test_the_weights_are_shared_and_the_network_stays_as_it_was(eagerly):
 # Canvases
 
 
-@pytest.mark.parametrize("prefix", [PREFIX, PADDED], ids=["full", "padded"])
+@pytest.mark.parametrize("prefix", [pytest.param(PREFIX, marks=pytest.mark.slow), PADDED], ids=["full", "padded"])
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 @pytest.mark.parametrize(
     "settings",

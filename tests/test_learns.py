@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 AR, DIFFUSION = ROOT / "config" / "toy_copy_ar.py", ROOT / "config" / "toy_copy_diffusion.py"
 ADAPT_STEPS = 800  # after the conversion; copying and reversing take half of it, sorting does not
 SAMPLER = ["--steps=10", "--candidates=1"]
+TASKS = [pytest.param(task, marks=pytest.mark.long if task != "copy" else ()) for task in toy.TASKS]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def out(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=toy.TASKS)
+@pytest.fixture(scope="module", params=TASKS)
 def ar(request, out) -> tuple[str, Path]:
     """(task, checkpoint) of an AR model, which AR2Diff starts from."""
     return request.param, trained(out, "ar", request.param, AR)
@@ -65,7 +66,7 @@ def test_ar2diff_learns(ar, out):
     assert exact(adapted, *SAMPLER) >= 0.99
 
 
-@pytest.mark.parametrize("task", toy.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_diffusion_learns_from_scratch(task, out):
     assert exact(trained(out, "diffusion", task, DIFFUSION), *SAMPLER) >= 0.99
 
@@ -73,7 +74,11 @@ def test_diffusion_learns_from_scratch(task, out):
 ENCODER_DECODER = ["--arch=encoder_decoder", "--prefix_attention=bidirectional", "--max_steps=1000"]
 
 
-@pytest.mark.parametrize("config, sampler", [(AR, []), (DIFFUSION, SAMPLER)], ids=["ar", "diffusion"])
+@pytest.mark.parametrize(
+    "config, sampler",
+    [(AR, []), pytest.param(DIFFUSION, SAMPLER, marks=pytest.mark.long)],
+    ids=["ar", "diffusion"],
+)
 def test_an_encoder_decoder_learns_to_copy(config, sampler, out):
     assert exact(trained(out, f"encdec_{config.stem}", "copy", config, *ENCODER_DECODER), *sampler) >= 0.99
 

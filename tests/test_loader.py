@@ -259,6 +259,7 @@ def test_what_cannot_be_trained_on_cannot_be_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # builds three sets, 4 s
 def test_a_known_set_is_built_once_and_the_command_is_shown(tmp_path, capfd):
     folder = build_if_missing(tmp_path / "toy_copy")
     shown = capfd.readouterr().out

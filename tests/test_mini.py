@@ -181,6 +181,7 @@ def test_most_bucketed_runs_of_the_mix_need_no_padding(bucket):
     assert np.mean([len(set(lengths[run])) == 1 for run in plan]) > 0.9
 
 
+@pytest.mark.slow  # builds every set, 4 s
 def test_the_sets_are_the_same_on_every_machine(tmp_path, capsys):
     mini.main([f"--out={tmp_path}"])
     sets = {name: open_set(tmp_path / name, "valid") for name in ("mini", "mini_translation", "mini_qa", "mini_code")}

@@ -137,6 +137,7 @@ def test_multi30k_is_the_published_one_and_needs_no_network_once_fetched(tmp_pat
     assert len(test) == 1000 and all(e["source"] and e["target"] for e in test)
 
 
+@pytest.mark.slow  # reads 140,000 lines, 2 s
 @real_tatoeba
 def test_no_tatoeba_sentence_is_on_both_sides():
     """142,787 lines and 98,659 English sentences, counted by another program."""

@@ -56,7 +56,7 @@ def settled(argv: list[str]):
     return settle(given, resume, Path(given["out_dir"]), World(torch.device("cpu")))[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if "micro" in c else ()) for c in CASES])
 def test_the_peak_is_that_of_the_run(case, folder, tmp_path):
     """Of the whole command, model, optimizer and held-out loss included, within a fifth."""
     argv = settings(folder, tmp_path, *CASES[case])

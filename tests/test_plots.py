@@ -140,6 +140,7 @@ def test_smoothing_is_a_mean_first_and_then_forgets():
     assert plot_runs.smoothed([0.0] * 2 + [1.0], span=2)[-1] == 0.5
 
 
+@pytest.mark.slow  # 2 s
 def test_a_picture_of_many_runs_is_written(tmp_path):
     runs = [a_full_run(tmp_path / name, kind) for name, kind in (("a", "ar"), ("b", "diffusion"), ("c", "diffusion"))]
     plots.main([*map(str, runs), f"--out={tmp_path / 'loss.png'}"])
@@ -223,6 +224,7 @@ def test_cells_show_what_changed_and_how_likely_it_is():
     assert boxes[9].get_facecolor()[:3] == (1, 1, 1) and boxes[0].get_facecolor()[:3] == (0.93, 0.93, 0.93)
 
 
+@pytest.mark.slow  # 2,048 texts, 3 s
 def test_a_large_canvas_is_cut_and_says_so():
     rows = [plot_canvas.Row(str(k), [97] * 100, [0.5] * 100) for k in range(101)]
     panel = plot_canvas.draw_canvas(rows, BYTES, "$_not math_$ " * 30).axes[0]

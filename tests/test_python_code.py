@@ -6,7 +6,7 @@ import pytest
 
 from data import python_code
 from data.loader import open_set
-from data.python_code import functions, parses, read_corpus, split_of
+from data.python_code import bare_functions, functions, parses, read_corpus, split_of
 
 SOURCE = '''
 import os
@@ -84,10 +84,57 @@ def test_a_form_feed_does_not_shift_the_lines():
     assert list(functions(text, ast.parse(text))) == [('def f():\n    """Doc."""\n', "    return 2")]
 
 
+def test_bare_functions_come_out_dedented_and_whole():
+    """Those on lines of their own: not one that shares a line with its head, nor one with a docstring."""
+    text = """class A:
+    def one(
+        self,
+    ):
+        # why
+        return 1
+
+    def deep(x):
+        @cache
+        def inner():
+            return x
+
+        return inner
+
+    def shared(a,
+               b): return a
+    def said(self):
+        \"\"\"Doc.\"\"\"
+        return 2
+    async def last(self): pass
+"""
+    assert list(bare_functions(text, ast.parse(text))) == [
+        ("def one(\n    self,\n):\n    # why\n", "    return 1"),
+        ("def deep(x):\n", "    @cache\n    def inner():\n        return x\n\n    return inner"),
+    ]
+
+
+def test_bare_functions_join_the_training_pairs_and_none_is_like_one_held_out(tmp_path):
+    names = [f"m{i}.py" for i in range(60)]
+    held = next(name for name in names if split_of(name) == "valid")
+    trained = next(name for name in names if split_of(name) == "train")
+    (tmp_path / held).write_text('def f(x):\n    """Doc."""\n    return x + 1\n\n\ndef bare(x):\n    return x - 9\n')
+    (tmp_path / trained).write_text("def g(x):\n    return x + 1\n\n\ndef h(x):\n    return x + 2\n")
+    held_out = [('def f(x):\n    """Doc."""\n', "    return x + 1")]
+    assert read_corpus(str(tmp_path)).functions == {"train": [], "valid": held_out}
+    found = read_corpus(str(tmp_path), bare=True)
+    assert found.functions == {"train": [("def h(x):\n", "    return x + 2")], "valid": held_out}
+    assert found.dropped["functions near-duplicate"] == 1
+
+
 def test_a_body_parses_or_it_does_not():
     head = 'def f(x):\n    """Doc."""\n'
     for good in ("    return x", "    for i in x:\n        yield i\n\n    return 3", "    return '\\d'"):
         assert parses(head, good)
+    assert (
+        parses("def f(x):\n", "    return x")
+        and not parses("def f(x):\n", "")
+        and not parses("def f(x):\n", '    "D."')
+    )
     for bad in (
         "",
         "    return (x",

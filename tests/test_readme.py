@@ -102,15 +102,15 @@ def test_the_newcomer_needs_two_commands_to_start_and_two_for_weights_of_his_own
     assert len(text) <= 230, "what is longer belongs on a page of docs/"
 
 
-@pytest.mark.parametrize("pages", [PAGES[:1], pytest.param(PAGES, marks=pytest.mark.slow)], ids=["README", "all"])
-def test_the_commands_run_one_after_the_other(pages, copy, monkeypatch, capsys):
+@pytest.mark.slow  # a minute
+def test_the_commands_run_one_after_the_other(copy, monkeypatch, capsys):
     """In this process: starting Python and torch forty times would take minutes."""
     monkeypatch.chdir(copy)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))  # nobody types
     write_hub_model(copy / "Qwen" / "Qwen2.5-0.5B")
     some = [Path(module.__file__).parent for module in (asyncio, email, http)]  # the whole library takes 10 s
     monkeypatch.setattr("data.python_code._roots", lambda source: some)
-    for command in dict.fromkeys(commands(pages)):  # what stands on both pages runs once
+    for command in dict.fromkeys(commands()):  # what stands on both pages runs once
         if long_form(command):
             continue
         words = shlex.split(command)[1:]

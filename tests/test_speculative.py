@@ -179,7 +179,7 @@ def chi_square(tokens: torch.Tensor, expected: torch.Tensor) -> float:
     return ((counts - len(tokens) * expected) ** 2 / (len(tokens) * expected)).sum().item()
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0])
+@pytest.mark.parametrize("temperature", [0.6, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("draft", ["its own", "flat", "sure and wrong", "never a pad"])
 def test_samples_have_exactly_ars_distribution_whatever_the_draft(draft, temperature):
     model, prefix = calm_network(), torch.tensor([[0, 1]])

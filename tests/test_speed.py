@@ -263,6 +263,7 @@ def test_bfloat16_and_batches_are_measured_where_asked(monkeypatch):
 # Quality beside speed
 
 
+@pytest.mark.slow  # times every decoder, 4 s
 def test_quality_stands_beside_speed(tmp_path, monkeypatch):
     """The rows of a checkpoint say what eval.exact_match says of that setting, and AR stops where its texts end."""
     monkeypatch.setattr(speed, "STEPS", (2, 4))

@@ -215,6 +215,7 @@ def slices(folder: Path, monkeypatch) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.long  # three minutes
 def test_every_job_of_the_small_scale_starts_and_learns_something(real_data, monkeypatch):
     monkeypatch.setattr(tables, "GPT2", ["--tokenizer=bytes"])
     encode = get_tokenizer("bytes").encode
@@ -229,6 +230,7 @@ def test_every_job_of_the_small_scale_starts_and_learns_something(real_data, mon
 
 
 @pytest.mark.slow
+@pytest.mark.long  # three minutes
 def test_every_job_of_the_paper_starts_and_learns_something(real_data, monkeypatch):
     """The Base size; Large and XL differ in their numbers only. A set made here stands for WMT14."""
     monkeypatch.setattr(tables, "GPT2", ["--tokenizer=bytes"])

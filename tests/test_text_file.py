@@ -112,6 +112,7 @@ def test_input_and_a_plain_name_must_be_given(argv):
         text_file.main(argv)
 
 
+@pytest.mark.slow  # starts Python, 3 s
 def test_the_command_exits_with_2_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "data.text_file", f"--input={tmp_path}/no.txt", "--name=x", f"--out={tmp_path}"]
     root = Path(text_file.__file__).parent.parent

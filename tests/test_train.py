@@ -161,7 +161,7 @@ def test_the_loss_after_20_seeded_steps_is_the_one_on_record(case, run):
     assert log[-1]["loss"] == pytest.approx(GOLDEN[case], abs=1e-3)
 
 
-@pytest.mark.parametrize("case", ["ar", "ar_adamw", "diffusion", "modern"])
+@pytest.mark.parametrize("case", ["ar", "ar_adamw", pytest.param("diffusion", marks=pytest.mark.slow), "modern"])
 def test_the_loss_falls(case, run):
     _, log = run(*CASES[case], "--max_steps=80", "--batch_size=16")
     passes = 1 if case.startswith("ar") else 2
@@ -208,6 +208,7 @@ def test_the_log_has_each_pass_the_flops_of_a_step_and_the_sample(run, capsys):
     assert "passes" not in ar[0] and ar[0]["flops"] > 0
 
 
+@pytest.mark.slow  # trains twice, 5 s
 def test_a_kept_ar_loss_is_logged_beside_unweighted_and_falls(run, capsys):
     flags = [*CASES["both"], "--eval_interval=40", "--max_steps=80", "--batch_size=16"]
     _, log = run(*flags)

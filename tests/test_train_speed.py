@@ -167,6 +167,7 @@ def test_an_unknown_line_or_clock_stops_the_run():
         train_speed.main(["--clock=cpu"], tiny())
 
 
+@pytest.mark.slow  # starts Python, 3 s
 def test_a_step_apart_tells_its_seconds_and_ends():
     cfg = train_speed.TrainSpeedConfig()
     apart = train_speed.Apart(cfg, False, train_speed.product_step, cfg, 1e9, "float32", 8)
