@@ -363,6 +363,8 @@ class Watch(threading.Thread):
                     seen, since = self.count, time.monotonic()
                 elif time.monotonic() - since > self.patience:
                     who = self.culprit(min(self.patience, 30.0))
+                    if self.count != seen:  # it went on while we listened, and what the others told is older than that
+                        continue
                     if who.startswith(f"process {self.rank} "):
                         self.over.wait(5 * self.every)  # let the others say it too: they would see a broken connection
                     if who:

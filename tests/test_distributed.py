@@ -364,6 +364,24 @@ def test_a_store_that_never_answers_ends_the_process(monkeypatch, capsys):
     assert "error: torchrun's store does not answer: not a word in 0.2 s" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_who_goes_on_while_it_listens_names_nobody(goes_on, monkeypatch, capsys):
+    """Where the first step took long, what the leader had told last was older than the step it had taken meanwhile."""
+    listened, ended = threading.Event(), threading.Event()
+
+    class Slow(Watch):
+        def culprit(self, seconds):
+            self.count += goes_on
+            listened.set()
+            return "process 1 hangs at the start"
+
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    watch = Slow(Store(), 0, 2, patience=0.1)
+    assert listened.wait(5.0) and ended.wait(0.3 if goes_on else 5.0) != goes_on
+    watch.over.set()
+    assert ("hangs" in capsys.readouterr().err) != goes_on
+
+
 def torchrun(*args: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *args],
@@ -417,7 +435,7 @@ def test_two_nodes_train_what_one_process_does(copy_set, tmp_path, run):
 def test_torchrun_ends_where_one_process_does_not_go_on(number, copy_set, tmp_path):
     """Killed: torchrun names it at once. Stopped: the other does after --patience. 20 s."""
     argv = ["train.py", *TINY, f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}", "--max_steps=100000"]
-    process = torchrun("--standalone", "--nproc_per_node=2", *argv, "--patience=3")
+    process = torchrun("--standalone", "--nproc_per_node=2", *argv, "--patience=5")
     log = tmp_path / "a" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.05)
