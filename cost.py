@@ -4,11 +4,10 @@ Multiply-adds count 2, lookups and norms nothing, causal attention as if it saw 
 appendix B). A backward pass costs two forward passes.
 """
 
-import torch
 from torch import nn
 
 from diffusion import SOFTENED
-from encdec import build_model
+from encdec import model_without_weights
 from model import ModelConfig
 from optimizers import muon_takes
 
@@ -20,14 +19,12 @@ def num_params(model: nn.Module) -> int:
 
 def count_params(m: ModelConfig) -> int:
     """The same of a network that is not made: a billion parameters take no memory here."""
-    with torch.device("meta"):
-        return num_params(build_model(m))
+    return num_params(model_without_weights(m))
 
 
 def count_by_muon(m: ModelConfig) -> int:
     """How many of these numbers Muon steps, where the optimizer is muon."""
-    with torch.device("meta"):
-        return sum(p.numel() for name, p in build_model(m).named_parameters() if muon_takes(name, p))
+    return sum(p.numel() for name, p in model_without_weights(m).named_parameters() if muon_takes(name, p))
 
 
 def forward_flops(m: ModelConfig, prefix: int, target: int) -> int:

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from model import ADDED_BY_CONVERSION, Block, KVCache, ModelConfig, Transformer, make_norm
 from rope import rope_table, rotate
@@ -106,14 +107,28 @@ def build_model(cfg: ModelConfig) -> Transformer:
     return (EncoderDecoder if cfg.arch == "encoder_decoder" else Transformer)(cfg)
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Weights without memory are not initialised: drawing none of them makes torch load its compiler, 2 seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return (kwargs or {}).get("tensor", *args[:1])
+        return func(*args, **(kwargs or {}))
+
+
+def model_without_weights(cfg: ModelConfig) -> Transformer:
+    """The network of cfg in names and shapes: its tensors are on the meta device and take no memory."""
+    with torch.device("meta"), _NothingDrawn():
+        return build_model(cfg)
+
+
 def assemble(cfg: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
     """The network of cfg around these tensors: none is copied or drawn, and each keeps its number format.
 
     Layers of ADDED_BY_CONVERSION that weights lack are zero, so that the network computes what it did without them.
     Raises ValueError, with the names, where another is missing, unexpected or of another shape.
     """
-    with torch.device("meta"):
-        model = build_model(cfg)
+    model = model_without_weights(cfg)
     some = next(iter(weights.values()))
     added = {
         name: torch.zeros(like.shape, dtype=some.dtype, device=some.device)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encdec import build_model
+from encdec import model_without_weights
 from model import KVCache, Transformer
 
 FEW = {torch.float32: 8, torch.bfloat16: 4}  # rows up to which a matrix is read faster than it is multiplied
@@ -44,8 +44,7 @@ class Fast:
         self.plain, self.cfg, self.tok, self.soft_embedding = model, model.cfg, model.tok, model.soft_embedding
         self.fixed, on_cuda = fixed, model.tok.weight.device.type == "cuda"
         # What is compiled is a second module around the same weights: the caller's stays as it is.
-        with torch.device("meta"):
-            self.token_model = build_model(model.cfg).eval()
+        self.token_model = model_without_weights(model.cfg).eval()
         self.token_model.load_state_dict(model.state_dict(), assign=True)
         if not on_cuda:
             _read_by_rows(self.token_model)

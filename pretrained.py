@@ -28,7 +28,7 @@ from torch import Tensor
 
 from data import tokenizer_json
 from data.tokenizer import FILE, Tokenizer, file_text, from_json, get_tokenizer
-from encdec import assemble, build_model
+from encdec import assemble, model_without_weights
 from families import FAMILIES, Config, Family, family_name, family_of, refuse_window
 from model import ADDED_BY_CONVERSION, ModelConfig, Transformer
 
@@ -261,8 +261,7 @@ class Place(NamedTuple):
 
 def _account(family: Family, cfg: ModelConfig, shards: Shards, rows: int, context: int) -> dict[str, tuple]:
     """The place of each of our tensors. Every name of theirs and every shape is checked, and no weight read."""
-    with torch.device("meta"):
-        ours = {name: tuple(like.shape) for name, like in build_model(cfg).state_dict().items()}
+    ours = {name: tuple(like.shape) for name, like in model_without_weights(cfg).state_dict().items()}
     if cfg.tie_weights:
         del ours["head.weight"]
     folder = next(iter(shards.file.values()), Path("the folder")).parent

@@ -11,11 +11,9 @@ fine-tuning to the last step.
 import functools
 from dataclasses import dataclass
 
-import torch
-
 from configurator import configure, read_settings, run
 from cost import count_params, train_flops, training_memory
-from encdec import build_model
+from encdec import model_without_weights
 from eval.common import markdown
 from eval.tables import GPU_TFLOPS
 from model import ModelConfig
@@ -82,8 +80,7 @@ def step_flops(size: str, paradigm: str) -> int:
 
 def muon_flops(m: ModelConfig) -> int:
     """Of Muon in one step: five Newton-Schulz iterations, each X Xᵀ, its square and a product, for every matrix."""
-    with torch.device("meta"):
-        shapes = [sorted(p.shape) for name, p in build_model(m).named_parameters() if muon_takes(name, p)]
+    shapes = [sorted(p.shape) for name, p in model_without_weights(m).named_parameters() if muon_takes(name, p)]
     return sum(5 * (4 * a * a * b + 2 * a**3) for a, b in shapes)
 
 

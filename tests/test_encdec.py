@@ -6,7 +6,7 @@ import autoregressive
 import diffusion
 from data.objectives import Batch
 from draws import draws_for
-from encdec import EncoderDecoder, build_model
+from encdec import EncoderDecoder, build_model, model_without_weights
 from model import ModelConfig, Transformer
 
 SIZES = dict(vocab_size=24, n_ordinary=20, pad_id=20, sep_id=21, mask_id=22, n_layer=2, n_head=4, n_embd=16)
@@ -28,6 +28,18 @@ def batch(rows: int = 3) -> Batch:
     target = tokens(rows, 6, seed=2)
     target[:, 0] = 21
     return Batch(tokens(rows, 5), target, torch.arange(rows))
+
+
+@pytest.mark.parametrize("arch", ["decoder_only", "encoder_decoder"])
+def test_a_model_without_weights_has_the_names_and_shapes_of_one_with(arch):
+    cfg = ModelConfig(**SIZES | dict(arch=arch))
+    there, shapes = build_model(cfg), model_without_weights(cfg)
+    assert {name: t.shape for name, t in there.named_parameters()} == {n: t.shape for n, t in shapes.named_parameters()}
+    assert {name: t.shape for name, t in there.named_buffers()} == {n: t.shape for n, t in shapes.named_buffers()}
+    assert all(t.is_meta for t in shapes.parameters()) and not any(t.is_meta for t in there.parameters())
+    assert (
+        shapes.cfg.tie_weights == (shapes.head.weight is shapes.tok.weight) == (there.head.weight is there.tok.weight)
+    )
 
 
 def test_the_setting_chooses_the_class():

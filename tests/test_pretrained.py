@@ -610,8 +610,7 @@ def test_reading_takes_the_memory_of_the_weights_and_one_tensor(tmp_path):
         pytest.skip("memory is read from /proc")
     parity.write_gpt2(tmp_path / "gpt2")
     cost = parity.import_cost(tmp_path / "gpt2")
-    # Of the CPU, for the machine may be busy; 5 for half a GB, where the machines seen take 2 to 3.5.
-    assert cost["cpu_seconds"] < 5 and cost["ratio"] < 1.3, cost
+    assert cost["cpu_seconds"] < 3 and cost["ratio"] < 1.3, cost  # of the CPU, for the machine may be busy
     parity.write_llama(tmp_path / "llama")
     cost = parity.import_cost(tmp_path / "llama")  # the largest tensor is a tenth of it, a shard a quarter
     assert cost["ratio"] < 1.2, cost
