@@ -356,8 +356,7 @@ class Transformer(nn.Module):
     def forward(self, prefix, target, estimate=None, opened=None) -> Tensor:
         """Logits (B, T, V): decode(encode(prefix), target), in one pass where the attention allows it."""
         P = prefix.shape[1]
-        one_pass = self.cfg.prefix_attention == self.cfg.target_attention == "causal" and opened is None
-        if not one_pass:
+        if {self.cfg.prefix_attention, self.cfg.target_attention} != {"causal"} or opened is not None:
             return self.decode(self.encode(prefix), target, estimate=estimate, opened=opened)
         real = torch.cat([prefix != self.cfg.pad_id, torch.ones_like(target, dtype=torch.bool)], dim=1)
         x = self._embed(torch.cat([prefix, target], dim=1), P, estimate)
