@@ -57,6 +57,8 @@ class TrainSpeedConfig:
     runs: int = 10  # timed runs of each system, after one that is not counted
     quick: bool = False  # the 6-layer shape in bfloat16, at most three runs and three steps of loss
     loss_steps: int = 200
+    loss_rate: float = 1e-3  # learning rate of the line loss, as nanoGPT's config for this shape of six has it ...
+    loss_warmup: int = 100  # ... and the steps of its warm-up; without one, rounding grows to 0.03 nats in 200 steps
     threads: int = 0  # 0: what torch takes
     clock: str = "wall"  # wall | cpu: seconds of the processor, which other work leaves alone; with threads=1
     seed: int = 1337
@@ -253,7 +255,9 @@ def loss_lines(cfg: TrainSpeedConfig, shapes: Shapes, name: str, dtype: str) -> 
     theirs = nanogpt_step(cfg, shape, B, T, dtype)
     ours = our_step(cfg, shape, some, dtype, as_ours(theirs.model.state_dict()))
     losses = dict(ours=[], nanoGPT=[])
-    for _ in range(steps):
+    for step in range(steps):
+        for group in (g for taking in (ours, theirs) for o in taking.optimizers for g in o.param_groups):
+            group["lr"] = cfg.loss_rate * min(1.0, (step + 1) / max(1, cfg.loss_warmup))
         starts = torch.randint(len(ids) - T, (B, 1), generator=generator)
         batch = some._replace(target=ids[starts + torch.arange(T)])
         losses["ours"].append(float(ours(batch)))
@@ -343,6 +347,7 @@ def our_step(
             optimizer.zero_grad(set_to_none=True)
         return total
 
+    step.optimizers = optimizers
     return step
 
 
@@ -372,7 +377,7 @@ def nanogpt_step(cfg: TrainSpeedConfig, shape: dict, rows: int, tokens: int, dty
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    step.model = model
+    step.model, step.optimizers = model, [optimizer]
     return step
 
 

@@ -104,7 +104,8 @@ def test_two_processes_are_timed_beside_one():
 @pytest.mark.skipif(not (THEIRS / "model.py").exists(), reason="no checkout of karpathy/nanoGPT in ../nanoGPT")
 def test_from_one_start_ours_and_nanogpts_losses_fall_together(monkeypatch):
     monkeypatch.setitem(train_speed.CASES, "loss", [("six", "float32")])
-    (line,) = train_speed.main([f"--nanogpt={THEIRS}", "--loss_steps=12", "--only=loss"], tiny())
+    flags = ["--only=loss", "--loss_steps=12", "--loss_warmup=0", "--loss_rate=5e-3"]
+    (line,) = train_speed.main([f"--nanogpt={THEIRS}", *flags], tiny())
     ours, theirs = line["note"]["losses"].values()
     assert len(ours) == 12 and ours[-1] < ours[0] and max(line["times"]["difference"]) < 1e-3
 
