@@ -43,6 +43,8 @@ READOUTS = {
     "ar": ("ar", ["--temperature=0.2"]),
     "diffusion_10": ("diffusion", ["--steps=10", "--candidates=1"]),
     "diffusion_10_of_8": ("diffusion", ["--steps=10", "--candidates=8"]),
+    "diffusion_30": ("diffusion", ["--steps=30", "--candidates=1"]),
+    "diffusion_30_of_8": ("diffusion", ["--steps=30", "--candidates=8"]),
     "diffusion_31_by_confidence": ("diffusion", ["--sampler=confidence", "--steps=31", "--candidates=1"]),
 }
 
