@@ -43,7 +43,7 @@ from view.record import Recorder
 from view.terminal import Show
 
 PAIR = Path(__file__).absolute().parent / "pair"  # a small AR model of Python and the diffusion model made of it
-EXAMPLE = 'def get_name(self):\n    """Return the name."""\n'
+EXAMPLE = 'def close(self):\n    """Close the file."""\n'
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 LEFT_TO_RIGHT = {"ar": autoregressive, "speculative": speculative}  # by --sampler, whatever the checkpoint's paradigm
 

@@ -18,10 +18,10 @@ from data.tokenizer import FILE
 from runs.jobs import Job, at_step, work
 
 NETWORK = ["--n_layer=6", "--n_head=6", "--n_embd=192"]
-# data set -> tokens of prefix and target, and of the target with its separator. Only what stands in targets teaches a
-# diffusion model, so in adaptation three quarters of a row do: 64 of 192 taught half as much in the same time.
+# Data set -> tokens of prefix and target, and of the target with its separator. A diffusion model learns from what
+# stands in targets, so in adaptation they are three quarters of a row.
 SETS = {"pretraining": (192, 64), "adaptation": (128, 96), "bodies": (192, 32)}
-A, N, F = 2200, 1500, 600  # steps of AR pretraining, adaptation, fine-tuning on bodies (more of it overfits)
+A, N, F = 2200, 1500, 600  # steps of AR pretraining, adaptation, fine-tuning on bodies (four times through)
 KEPT = ("format", "step", "model", "model_config", "tokenizer", "train_config", "converted_from", "fingerprint")
 
 
@@ -31,7 +31,7 @@ class PairConfig:
     kept: str = "pair"  # where the files go that are kept
     results: str = "results/pair"
     source: str = "stdlib"  # what is learned, as in data.python_code
-    scale: float = 1.0  # of the steps; those on bodies are never more than at 1, which would overfit
+    scale: float = 1.0  # of the steps; those on bodies are never more than at 1: there are few bodies
     n: int = 200  # held-out bodies that are judged
     seed: int = 1337
     device: str = "auto"  # auto | cpu | cuda | mps
