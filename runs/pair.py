@@ -1,6 +1,6 @@
 """A pair to keep: a small AR model of Python and the diffusion model converted from it, and their scores.
 
-    python -m runs.pair              # two hours on 2 cores; what an earlier run finished is not done again
+    python -m runs.pair              # two to three hours on 2 cores; what an earlier run finished is not done again
 
 Trained on the standard library of one version of Python and nothing else, in a vocabulary of 2,048 of its own
 (data/bpe.py). Kept are the weights in bfloat16 and what is needed to read them; the scores in results/pair are those of
