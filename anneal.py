@@ -62,7 +62,7 @@ class Annealing:
         if cfg.anneal_steps:
             self.flex, why = compiled_flex(model)
             if self.flex is None:
-                print(f"anneal_steps: a dense mask serves here, {why}")
+                print(f"anneal_steps: the mask is made whole here, a little slower and the same: {why}")
 
     def opened(self, batch, step: int) -> "Tensor | Ahead | None":
         """What model.decode takes as `opened` at this step; None when all is open and no mask is needed any more."""

@@ -193,7 +193,8 @@ def main(argv: list[str]) -> None:
         print(f"{out}: {origin} as an AR model, not converted")
         return
     new = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[0] in ADDED_BY_CONVERSION)
-    print(f"{out}: {origin} as a diffusion model, {settings}, {new:,} new weights, all zero")
+    said = " ".join(f"--{name}={value}" for name, value in settings.items())
+    print(f"{out}: {origin} as a diffusion model, {said} | {new:,} new weights, all zero")
 
 
 def own(cfg: ConvertConfig) -> tuple[Transformer, Tokenizer, str, str]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole story on a laptop, with nothing to download but the Python packages: an AR model is trained, converted,
-# adapted and fine-tuned, beside diffusion models from scratch. About 8 minutes on 2 CPU cores after the install.
+# adapted and fine-tuned, beside diffusion models from scratch. 8 to 15 minutes on 2 CPU cores after the install.
 #
 #   bash quickstart.sh           # tables and pictures appear in out/; run it again and it goes on where it was
 #   ACTS=1 bash quickstart.sh   # only the first act
@@ -15,5 +15,5 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   [ -d .venv ] || python3 -m venv .venv
   source .venv/bin/activate
 fi
-python -c "import torch, numpy, tiktoken, tqdm, matplotlib" 2>/dev/null || python -m pip install -q -r requirements-dev.txt
+python -c "import torch, numpy, tiktoken, tqdm, safetensors, matplotlib, sacrebleu" 2>/dev/null || python -m pip install -q -r requirements-dev.txt
 exec python -m runs.quickstart --acts="$ACTS"

@@ -123,6 +123,8 @@ def main(argv: list[str]) -> None:
     model, tokenizer, state = load_model(cfg.init_from, pick_device(cfg.device))
     decoder, sampler = decoder_of(model.cfg, given.get("sampler")), sampler_config(given, model.cfg, cfg.init_from)
     text = read_prompt(given)
+    if "init_from" not in given:
+        print("no checkpoint named: the trained pair writes, a small model of functions (pair/)", file=sys.stderr)
     encode_prompt(text, tokenizer, model.cfg)  # what does not fit is said before anything else
     template = parse_template(cfg.infill, tokenizer, model.cfg) if "infill" in given else None
     one = Reading(model, tokenizer, decoder, sampler, template)
