@@ -136,7 +136,7 @@ def test_a_row_says_the_same_alone_and_in_a_batch(paradigm):
         assert torch.equal(alone.tokens[0], together.tokens[i])
 
 
-@pytest.mark.parametrize("paradigm", PARADIGMS)
+@pytest.mark.parametrize("paradigm", ["ar", pytest.param("diffusion", marks=pytest.mark.slow)])
 def test_it_learns_a_batch_by_heart(paradigm):
     model, b = network(**PARADIGMS[paradigm]).train(), batch()
     module = {"ar": autoregressive, "diffusion": diffusion}[paradigm]

@@ -252,7 +252,7 @@ def test_tokens_from_a_recorded_step_are_the_same(position, prefix, eagerly):
     assert tape.recorded == 2
 
 
-@pytest.mark.parametrize("prefix", [PREFIX, PADDED], ids=["full", "padded"])
+@pytest.mark.parametrize("prefix", [pytest.param(PREFIX, marks=pytest.mark.slow), PADDED], ids=["full", "padded"])
 @pytest.mark.parametrize("attention", ["bidirectional", "causal", "joint"])
 @pytest.mark.parametrize("N", [1, 3])
 def test_canvases_from_a_recorded_step_are_the_same(N, attention, prefix, eagerly):

@@ -447,6 +447,7 @@ def _wait_until(true, seconds: float = 60):
         time.sleep(0.02)
 
 
+@pytest.mark.slow  # eight programs one after the other, 2 s
 def test_where_there_is_no_fork_a_clock_is_left(monkeypatch):
     """Windows, as far as it can be had here: no judge, and isolation() says so."""
     monkeypatch.delattr(os, "fork")

@@ -27,6 +27,7 @@ def test_held_out_strings_are_new_and_every_length_is_trained():
         assert {len(s) for s in part} == set(range(1, toy.LONGEST + 1))
 
 
+@pytest.mark.slow  # builds three sets, 2 s
 def test_the_sets_open_and_fit(tmp_path, capsys):
     toy.main([f"--out={tmp_path}"])
     for name in ("toy_copy", "toy_reverse", "toy_sort"):
