@@ -183,6 +183,7 @@ def test_shards_of_two_are_read_by_one_and_by_four(run, tmp_path):
     assert load(tmp_path / "whole" / "ckpt.pt")["step"] == 6
 
 
+@pytest.mark.slow  # three runs of two processes, 2 s
 def test_two_processes_go_on_to_the_last_bit(run, tmp_path):
     """With dropout, whose draws differ by process: cut at step 2, as one piece."""
     flags = [*WAYS["joint"], "--dropout=0.2", "--schedule=constant"]

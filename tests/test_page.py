@@ -226,6 +226,7 @@ def large_lane(slots: int = 2000, steps: int = 60) -> Lane:
     return Lane("large", "", frames, Tokenizer("large", words, 50048, lambda text: []), [False] * slots)
 
 
+@pytest.mark.slow  # 2 s
 def test_a_large_canvas_makes_a_page_that_a_phone_can_load():
     lane = large_lane()
     text = page("t", "p", {}, [lane])
@@ -496,6 +497,7 @@ def test_a_phone_needs_no_sideways_scrolling_and_its_buttons_fit_a_thumb(browser
     assert browser.run(inside) <= 844
 
 
+@pytest.mark.slow  # 3 s
 def test_a_large_canvas_is_scrubbed_within_a_tenth_of_a_second(browser, tmp_path):
     """2,000 slots at 60 steps, one step and far: script, style, layout, paint, in the processor time of the page's
     thread, and of each the better of two, so that a busy machine changes nothing."""

@@ -209,6 +209,7 @@ def test_as_a_command_errors_are_one_line_and_status_2(checkpoints, tmp_path):
         assert stderr.startswith("error: ") and message in stderr and stderr.count("\n") == 1
 
 
+@pytest.mark.slow  # starts Python, 3 s
 def test_as_a_command_a_pipe_gets_the_text_alone_and_show_has_no_escape_codes(checkpoints, generate):
     flags = ["--infill=ab[[2]]c", "--candidates=2", "--steps=4", "--show"]
     done = command(f"--init_from={checkpoints['diffusion']}", *flags)

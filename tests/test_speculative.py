@@ -198,6 +198,7 @@ def test_samples_have_exactly_ars_distribution_whatever_the_draft(draft, tempera
     assert found.calls.unique().numel() > 1  # some drafts were kept and some refused
 
 
+@pytest.mark.slow  # 1 s
 def test_the_chi_square_would_find_a_draft_that_is_not_checked():
     """The draft's tokens as they are, against the check's."""
     model, prefix, n = calm_network(), torch.tensor([[0, 1]]), 8000

@@ -253,6 +253,7 @@ def test_without_the_package_a_tokenizer_json_says_what_to_install(tmp_path, mon
         get_tokenizer("nowhere.json")
 
 
+@pytest.mark.slow  # finds 50,000 merges, 3 s
 def test_gpt2_written_as_a_tokenizer_json_encodes_as_gpt2(monkeypatch, tmp_path):
     """Merges are found anew from the ranks; the oracle is tiktoken."""
     if not os.path.isdir(CACHE):
