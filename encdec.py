@@ -108,11 +108,11 @@ def build_model(cfg: ModelConfig) -> Transformer:
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Weights without memory are not initialised: drawing none of them makes torch load its compiler, 2 seconds."""
+    """Leaves weights as they are made: to initialise those without memory, torch would load its compiler, 2 seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", "") == "torch.nn.init":
-            return (kwargs or {}).get("tensor", *args[:1])
+            return None  # they fill a tensor in place, and nobody reads what they return
         return func(*args, **(kwargs or {}))
 
 

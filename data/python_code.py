@@ -14,8 +14,8 @@ Held out are whole files, by a hash of their path. Near-duplicates are left out:
 their name, signature and docstring, that are equal when comment lines, blank lines and spaces are taken away. The
 first stays, training files being read first, so that nothing held out is a near-duplicate of what was trained on.
 
---bare adds what has no docstring to the training pairs: two and a half times as many. Held out stays what was, and what
-equals it is not added.
+--bare adds functions without a docstring to the training pairs, more than twice as many. Held out stays what was, and
+what equals it is not added.
 """
 
 import ast
@@ -81,7 +81,7 @@ class Corpus:
     def add_functions(self, split: str, pairs: Iterable[tuple[str, str]], seen: set[bytes]) -> None:
         """Those whose body is not among those seen."""
         for prefix, body in pairs:
-            if _is_new(_bare(body), seen):
+            if _is_new(_code_alone(body), seen):
                 self.functions[split].append((prefix, body))
             else:
                 self.dropped["functions near-duplicate"] += 1
@@ -103,7 +103,7 @@ def read_corpus(source: str, bare: bool = False) -> Corpus:
         if tree is None:
             corpus.dropped["files that are empty or no Python of this version"] += 1
             continue
-        if not _is_new(_bare(text), seen):
+        if not _is_new(_code_alone(text), seen):
             corpus.dropped["files near-duplicate"] += 1
             continue
         corpus.files[split].append(text)
@@ -237,7 +237,7 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _bare(text: str) -> str:
+def _code_alone(text: str) -> str:
     """The code without comment lines, blank lines and spaces."""
     return "".join("".join(line.split()) for line in text.split("\n") if not line.lstrip().startswith("#"))
 
