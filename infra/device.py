@@ -1,90 +1,76 @@
-"""Where a run takes place: the device, its number format, its compiler and its speed."""
+"""The device: which one, its number format, its compiler, its speed."""
 
 import ctypes
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; auto: cuda, else mps, else cpu. Raises ValueError where it is not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    """Return the device of that name; auto means cuda, else mps, else cpu."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
-    if not there.get(name.split(":")[0]):
-        raise ValueError(f"device {name!r} is not there; available: {', '.join(k for k in there if there[k])}")
-    return torch.device(name)
+        return torch.device(next(kind for kind in available if available[kind]))
+    if not available.get(name.split(":")[0]):
+        names = ", ".join(kind for kind in available if available[kind])
+        raise ValueError(f"device {name!r} is not available here; use one of: auto, {names}")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is not a device; write for example cuda:0") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} does not exist; GPUs: {torch.cuda.device_count()}")
+    return device
 
 
-def autocast(device: torch.device, dtype: str):
-    """bfloat16 where it is asked for; weights, softmax and loss stay float32."""
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
+    """Compute in bfloat16 if dtype asks for it; weights, softmax and loss stay float32."""
+    if dtype == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
 
 
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is no slower there than float32. Processors without AVX512 compute it a hundred times slower."""
+def has_fast_bf16(device: torch.device) -> bool:
+    """Return whether bfloat16 is at least as fast as float32. A CPU needs AVX512 for that."""
     return device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-class Late:
-    """Reads a number off the device without stopping it: on CUDA each read gets the number of the read before.
+def disable_malloc_trim() -> bool:
+    """Let glibc keep freed memory for later tensors. Return False if this is not Linux with glibc.
 
-    To wait for a number at every step would leave the GPU idle while the next step is being queued.
-    """
-
-    def __init__(self):
-        self.before = None
-
-    def read(self, number: Tensor) -> int | None:
-        """number () of this read on a CPU, of the last one on CUDA; None where there was none."""
-        if number.device.type != "cuda":
-            return int(number)
-        copy = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
-        event, before = torch.cuda.Event(), self.before
-        event.record()
-        self.before = copy, event
-        if before is None:
-            return None
-        before[1].synchronize()  # it is over already, but for a device that lags by a whole step
-        return int(before[0])
-
-    @staticmethod
-    def sees_none(flags: Tensor) -> bool:
-        """Whether none of flags (bool) is set, where it costs nothing to look: elsewhere False."""
-        return flags.device.type == "cpu" and not flags.any()
-
-
-def keep_freed_memory() -> bool:
-    """Let the C library keep what is freed on a CPU for what comes next; whether it is one that can (Linux, glibc).
-
-    It gives arrays of megabytes back to the kernel otherwise, which hands them out again page by page, each filled with
-    zeros first: a quarter of a bfloat16 step of GPT-2 small. The process holds its peak from then on.
+    By default glibc returns large arrays to the kernel, which must zero each page again: a quarter
+    of a training step on a CPU. From then on the process keeps its peak memory.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # constants of malloc.h
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def compile_or_say_why_not(model: nn.Module) -> None:
-    """torch.compile the model; where no compiler works, go on eagerly and say so."""
+def compile_or_explain(model: nn.Module) -> None:
+    """Compile the blocks of the model. If no compiler works, print why and run eagerly."""
+    eager = model.run_blocks
     try:
-        plain = model._run_blocks
-        model.compile_()
-        prefix = torch.full((2, 2), 0, device=model.tok.weight.device)
+        model.compile_blocks()
+        tokens = torch.zeros(2, 2, dtype=torch.long, device=model.tok.weight.device)
         with torch.no_grad():
-            model(prefix, prefix)
-    except Exception as error:  # whatever the compiler lacks, eager mode computes the same
-        model._run_blocks = plain
-        print(f"compile=True has no effect here, running eagerly: {str(error).splitlines()[0][:100]}")
+            model(tokens, tokens)
+    except Exception as error:  # eager mode computes the same, whatever the compiler lacks
+        model.run_blocks = eager
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        print(f"compile=True has no effect, running eagerly: {reason}")
 
 
 def measured_flops(device: torch.device, dtype: str) -> float:
-    """FLOP/s of a square matmul here and now: the ceiling of MFU. Best of five."""
+    """Return the FLOP/s of a square matrix product here and now: the 100% of MFU. Best of five."""
     size = 4096 if device.type == "cuda" else 512  # large enough to keep the device busy
     a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
     times = []
@@ -93,3 +79,28 @@ def measured_flops(device: torch.device, dtype: str) -> float:
         float((a @ a)[0, 0])  # reading a number waits for the device
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times[1:])
+
+
+class AsyncScalar:
+    """Read a number from the device without waiting: on CUDA, read() returns the previous number.
+
+    If each step waited for its number, the GPU would be idle while the next step is queued.
+    """
+
+    def __init__(self):
+        self.previous = None
+
+    def read(self, number: Tensor) -> int | None:
+        """Return number () on a CPU. On CUDA return the number of the last call, None at first."""
+        if number.device.type != "cuda":
+            return int(number)
+        copy = torch.empty((), dtype=number.dtype, pin_memory=True)
+        copy.copy_(number, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        previous, self.previous = self.previous, (copy, event)
+        if previous is None:
+            return None
+        copy, event = previous
+        event.synchronize()  # over already, unless the device lags by a whole step
+        return int(copy)
