@@ -1,138 +1,302 @@
-"""Settings: a dataclass says what exists, a flat Python file what differs, the command line what is tried today.
+"""Settings: a dataclass lists them, a flat Python file changes some, the command line changes more.
 
     python train.py config/toy_copy_ar.py --learning_rate=1e-3 --compile
 
-Later arguments win. A config file holds assignments only; a name that is no setting stops the run, and so does a
-value of the wrong type. Command-line text is read by the type of the setting it is for: --prompt=42 is the text "42".
+Later arguments win. A config file holds plain assignments. An unknown name, a value of the wrong type or
+a value outside its limits stops the run with one line.
 """
 
 import dataclasses
 import difflib
+import math
 import os
 import runpy
 import sys
 from collections.abc import Callable
 
+LARGEST_INT = 2**31 - 1
+
+# Settings of earlier versions: the new name, or why there is none.
+RENAMED = {
+    "anneal_form": "mask_schedule",
+    "ar_weight": "ar_loss_weight",
+    "gradient_checkpointing": "activation_checkpointing",
+    "plan": "estimate",
+    "ramp_from": "temperature_start",
+    "ramp_to": "temperature_end",
+    "resume": "init_from=resume",
+    "settle_entropy": "stop_entropy",
+}
+REMOVED = (
+    "beta1 beta2 block_length bucket keep lookahead max_new_tokens mean_span min_lr_ratio "
+    "muon_lr_ratio patience rate_exponent self_conditioning_prob span_density"
+).split()
+
+
+def setting(
+    default,
+    help: str,
+    choices: tuple = (),
+    minimum=None,
+    maximum=None,
+    above=None,
+    zero_ok: bool = False,
+    path: bool = False,
+    hidden: bool = False,
+    may_change: bool = False,
+):
+    """A dataclass field with its limits.
+
+    above: an exclusive lower limit. zero_ok: 0 is allowed below the minimum.
+    path: a leading ~ is expanded. hidden: cannot be typed. may_change: a resumed run may change it.
+    """
+    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
+    flags = {"zero_ok": zero_ok, "path": path, "hidden": hidden, "may_change": may_change}
+    return dataclasses.field(default=default, metadata={"help": help} | limits | flags)
+
+
+def group(cls: type):
+    """A field that holds another settings dataclass. Its settings are typed without a prefix."""
+    return dataclasses.field(default_factory=cls, metadata={"group": cls})
+
+
+def all_fields(*classes: type) -> dict[str, dataclasses.Field]:
+    """Return every setting of the classes and of their groups, by name."""
+    found = {}
+    for cls in classes:
+        for field in dataclasses.fields(cls):
+            inner = field.metadata.get("group")
+            found |= all_fields(inner) if inner else {field.name: field}
+    return found
+
+
+def validate(cfg) -> None:
+    """Check each value of a settings dataclass. Raises ValueError with the name, the value and the limit."""
+    for field in dataclasses.fields(cfg):
+        if "group" in field.metadata:
+            continue
+        value = _typed(getattr(cfg, field.name), field)
+        _check_limits(value, field)
+        if field.metadata.get("path"):
+            value = os.path.expanduser(value)
+        setattr(cfg, field.name, value)
+
+
+def _typed(value, field):
+    kind = type(field.default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+def _check_limits(value, field) -> None:
+    limits = field.metadata
+    choices = limits.get("choices")
+    if choices and value not in choices:
+        raise ValueError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}")
+    if isinstance(value, bool | str) or (limits.get("zero_ok") and value == 0):
+        return
+    if not math.isfinite(value):
+        raise ValueError(f"{field.name} must be a finite number, got {value}")
+    minimum, maximum, above = (limits.get(name) for name in ("minimum", "maximum", "above"))
+    if maximum is None and isinstance(value, int):
+        maximum = LARGEST_INT
+    zero = "0 or " if limits.get("zero_ok") else ""
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{field.name} must be {zero}at least {minimum}, got {value}")
+    if above is not None and value <= above:
+        raise ValueError(f"{field.name} must be {zero}above {above}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{field.name} must be at most {maximum}, got {value}")
+
 
 def configure(cls: type, argv: list[str]):
-    """A `cls` built from config files and --key=value flags; later arguments win.
-
-    Raises ValueError, one line that names the argument and the nearest valid setting.
-    """
-    values, _ = read_settings(cls, argv)
-    return cls(**values)
+    """Build a `cls` from config files and --key=value flags."""
+    return build(cls, read_settings((cls,), argv))
 
 
-def checked(cls: type, stored: dict, source: str):
-    """A `cls` from settings that a file holds. Raises ValueError, one line, for unknown names and wrong types."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    values = {key: _check(value, _field(str(key), fields, source), source) for key, value in stored.items()}
-    return cls(**values)
+def build(cls: type, values: dict):
+    """Build a `cls`, groups included, from a flat dict. Names of other classes are ignored."""
+    parts = {}
+    for field in dataclasses.fields(cls):
+        if "group" in field.metadata:
+            parts[field.name] = build(field.metadata["group"], values)
+        elif field.name in values:
+            parts[field.name] = values[field.name]
+    return cls(**parts)
 
 
-def read_settings(cls: type, argv: list[str]) -> tuple[dict, set[str]]:
-    """(every setting that was given, the names given on the command line rather than in a file)."""
-    fields, values, typed = {f.name: f for f in dataclasses.fields(cls)}, {}, set()
+def flatten(cfg) -> dict:
+    """Return all settings of a dataclass and its groups as one flat dict."""
+    flat = {}
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        flat |= flatten(value) if "group" in field.metadata else {field.name: value}
+    return flat
+
+
+def from_stored(cls: type, stored: dict, source: str):
+    """Build a `cls` from settings in a file. Raises ValueError if a name or a type is wrong."""
+    fields = all_fields(cls)
+    for name, value in stored.items():
+        if name not in fields:
+            raise ValueError(f"{source}: unknown setting {name!r}{suggest(name, fields)}")
+        _typed(value, fields[name])
+    return build(cls, stored)
+
+
+def read_settings(classes, argv: list[str]) -> dict:
+    """Read the settings that argv gives, as a flat dict. Limits are checked later, by validate()."""
+    fields = {name: f for name, f in all_fields(*classes).items() if not f.metadata.get("hidden")}
+    values = {}
     for arg in argv:
         if arg.startswith("--"):
-            key, equals, text = arg[2:].partition("=")
-            field = _field(key, fields, arg)
-            values[key] = _parse(text if equals else None, field, arg)
-            typed.add(key)
+            name, equals, text = arg[2:].partition("=")
+            field = _known_field(name, fields, arg)
+            values[name] = _parse(text if equals else None, field, arg)
         else:
-            for key, value in _read_file(arg).items():
-                values[key] = _check(value, _field(key, fields, arg), arg)
-    return values, typed
+            for name, value in _read_file(arg).items():
+                values[name] = _typed(value, _known_field(name, fields, arg))
+    return values
+
+
+def _known_field(name: str, fields: dict, arg: str) -> dataclasses.Field:
+    if name in fields:
+        return fields[name]
+    if name in RENAMED:
+        raise ValueError(f"{arg}: {name!r} is now --{RENAMED[name]}")
+    if name in REMOVED:
+        raise ValueError(f"{arg}: the setting {name!r} was removed; drop it")
+    raise ValueError(f"{arg}: unknown setting {name!r}{suggest(name, fields, all_names=False)}")
+
+
+def _read_file(path: str) -> dict:
+    try:
+        names = runpy.run_path(os.path.expanduser(path))
+    except FileNotFoundError:
+        hint = "settings are given as --key=value"
+        raise ValueError(f"{path}: no such config file ({hint})") from None
+    except Exception as error:  # whatever is wrong in the file, the user can fix it
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
+    skipped = (type(os), type, Callable)  # what an import or a def leaves behind
+    return {
+        name: value
+        for name, value in names.items()
+        if not name.startswith("_") and not isinstance(value, skipped)
+    }
+
+
+def _parse(text: str | None, field, arg: str):
+    kind = type(field.default)
+    if kind is bool:
+        if text is None or text.lower() in ("true", "1", "yes"):
+            return True
+        if text.lower() in ("false", "0", "no"):
+            return False
+        raise ValueError(f"{arg}: {field.name} must be true or false, got {text!r}")
+    if text is None:
+        raise ValueError(f"{arg}: {field.name} needs a value: --{field.name}=VALUE ({kind.__name__})")
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{arg}: {field.name} must be of type {kind.__name__}, got {text!r}") from None
+
+
+def refuse_changes(given: dict, fixed: dict, context: str, hint: str = "drop the setting", allowed=()):
+    """Raise ValueError if a given setting differs from a fixed one."""
+    for name, value in given.items():
+        if name in fixed and name not in allowed and value != fixed[name]:
+            raise ValueError(f"cannot set {name}={value}: {context} {name}={fixed[name]}; {hint}")
 
 
 def describe(cfg) -> str:
-    """The settings that differ from their defaults, as flags: what to type to get this run again."""
-    changed = [(f.name, getattr(cfg, f.name)) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default]
-    return " ".join(f"--{name}={value}" for name, value in changed) or "(all defaults)"
+    """Return the settings that differ from their defaults as flags."""
+    fields = all_fields(type(cfg))
+    changed = [f"--{k}={v}" for k, v in flatten(cfg).items() if v != fields[k].default]
+    return " ".join(changed) or "(all defaults)"
 
 
-def run(main: Callable[[list[str]], object]) -> None:
-    """Call main(sys.argv[1:]) as a command: an error that the user can mend is one line and exit status 2.
+def suggest(name: str, known, all_names: bool = True) -> str:
+    """Return ", did you mean 'x'?" for a mistyped name, else the list of known names."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    if close:
+        return f", did you mean {close[0]!r}?"
+    return f"; available: {', '.join(map(str, known))}" if all_names else "; --help lists all settings"
 
-    --help and -h print how it is called, the text at the top of its file, and where its settings stand.
+
+def help_text(*classes: type) -> str:
+    """Return one line for each setting that can be typed: name, default, comment."""
+    lines = []
+    for name, field in all_fields(*classes).items():
+        if field.metadata.get("hidden"):
+            continue
+        choices = " | ".join(field.metadata.get("choices") or ())
+        comment = field.metadata.get("help", "")
+        lines.append(f"  --{f'{name}={field.default}':<38} {comment}" + (f" ({choices})" if choices else ""))
+    return "\n".join(lines)
+
+
+def run(main: Callable[[list[str]], object], *classes: type) -> None:
+    """Call main(sys.argv[1:]) as a command. An error is one line on stderr and exit status 2.
+
+    classes: the settings that --help lists.
     """
+    _secure_streams()
     if {"--help", "-h"} & set(sys.argv[1:]):
-        told = sys.modules[main.__module__]
-        print(f"{told.__doc__}\nEvery setting, its default and what it means: the dataclasses in {told.__file__}")
+        print(sys.modules[main.__module__].__doc__)
+        print(help_text(*classes))
         return
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader left, as in `python sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line whatever it quotes."""
-    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    """Return the message of an error without line breaks."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
     return "\\n".join(text.splitlines())
 
 
-def refuse_changes(given: dict, fixed: dict, says: str, hint: str = "drop the setting", except_for=frozenset()) -> None:
-    """Raise ValueError where an explicit setting contradicts what is fixed already."""
-    for name, value in given.items():
-        if name in fixed and name not in except_for and value != fixed[name]:
-            raise ValueError(f"{says} {name}={fixed[name]}, but {name}={value} is asked for; {hint}")
+class _Output:
+    """A text stream that survives a missing character, and a reader that has left (`| head`)."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._or_discard(self.stream.write, text)
+
+    def flush(self):
+        return self._or_discard(self.stream.flush)
+
+    def _or_discard(self, method, *args):
+        try:
+            return method(*args)
+        except BrokenPipeError:  # the work goes on, its output is dropped
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def nearest(name: str, known) -> str:
-    """', did you mean X?' for a mistyped name, or the list of what exists."""
-    known = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f", did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
-
-
-def _field(key, fields, arg):
-    if key not in fields:
-        close = difflib.get_close_matches(key, fields, n=1)
-        raise ValueError(f"{arg}: unknown setting {key!r}" + (f", did you mean {close[0]!r}?" if close else ""))
-    return fields[key]
-
-
-def _read_file(path):
-    try:
-        found = runpy.run_path(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such config file (settings are given as --key=value)") from None
-    except Exception as error:  # whatever the file does wrong is the user's to mend
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
-    return {key: value for key, value in found.items() if not key.startswith("_") and not hasattr(value, "__path__")}
-
-
-def _parse(text, field, arg):
-    want = type(field.default)
-    if want is bool:
-        if text is None or text.lower() in ("true", "1", "yes"):
-            return True
-        if text.lower() in ("false", "0", "no"):
-            return False
-        raise ValueError(f"{arg}: {field.name!r} wants true or false, got {text!r}")
-    if text is None:
-        raise ValueError(f"{arg}: expected --{field.name}=VALUE ({want.__name__})")
-    if want is str:
-        return text
-    try:
-        value = want(text.replace("_", "")) if want is int else want(text)
-    except ValueError:
-        raise ValueError(f"{arg}: {field.name!r} wants {want.__name__}, got {text!r}") from None
-    if want is float and value != value:
-        raise ValueError(f"{arg}: {field.name!r} wants a number, got {text!r}")
-    return value
-
-
-def _check(value, field, source):
-    want = type(field.default)
-    if want is float and type(value) is int:
-        value = float(value)  # learning_rate = 1 means 1.0
-    if type(value) is not want:
-        raise ValueError(f"{source}: {field.name!r} wants {want.__name__}, got {value!r}")
-    return value
+def _secure_streams() -> None:
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:  # closed by the caller: no file of ours may get this number
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            setattr(sys, name, _Output(stream))

@@ -1,10 +1,11 @@
-"""The network: one decoder-only Transformer, its masks and its cache.
+"""The network: a decoder-only Transformer, its attention masks and its KV cache.
 
-An autoregressive model and a text diffusion model are this same class under two settings, `prefix_attention` and
-`target_attention`; which token sees which is all that tells them apart. Callers use three methods: `encode` reads the
-prefix, `decode` reads a target after it, `forward` does both.
+An autoregressive model and a text diffusion model are the same class with two different settings,
+`prefix_attention` and `target_attention`. Callers use three methods: `encode` reads the prefix,
+`decode` reads a target after it, `forward` does both.
 """
 
+import copy
 import math
 from dataclasses import dataclass, fields
 
@@ -12,92 +13,105 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
-from attention import by_products, products_pay
-from rope import RopeConfig, rope_table, rotate
+from configurator import setting, validate
 
-PARADIGMS = ("ar", "diffusion")
+# The only layers that a diffusion model may have and its AR source has not. They start at zero.
+NEW_MODULES = ("self_cond_proj",)
 
 
 @dataclass
-class ModelConfig(RopeConfig):
-    """Every choice that fixes what the network computes. Stored in each checkpoint, checked once, here."""
+class ModelConfig:
+    """Every choice that fixes what the network computes. Each checkpoint stores it."""
 
-    paradigm: str = "ar"  # ar: trained by autoregressive.loss | diffusion: by diffusion.loss
-    arch: str = "decoder_only"  # decoder_only | encoder_decoder (encdec.py: n_layer blocks in each half)
-    n_layer: int = 4
-    n_head: int = 4
-    n_kv_head: int = 0  # heads of keys and values (grouped-query attention); 0: as many as n_head
-    n_embd: int = 128
-    head_dim: int = 0  # width of a head; 0: n_embd / n_head
-    n_hidden: int = 0  # width inside the MLP; 0: 8/3 n_embd for swiglu, else 4 n_embd
-    block_size: int = 0  # longest prefix + target, in tokens; 0: what the data set needs
-    target_length: int = 0  # slots of a target, separator and pads included; 0: what the data set says
-    dropout: float = 0.0
-    norm: str = "rmsnorm"  # rmsnorm | layernorm
-    norm_eps: float = 1e-5  # all norms add it to what they take the root of
-    activation: str = "swiglu"  # swiglu | gelu (exact) | gelu_tanh (GPT-2's published weights)
-    position: str = "rope"  # rope (rope.py) | learned
-    qk_norm: bool = False  # RMSNorm on queries and keys (arXiv 2302.05442); at laptop size it learns to copy slower
-    bias: bool = False  # on every linear layer, and on a layernorm
-    qkv_bias: bool = False  # on queries, keys and values alone (Qwen 2)
-    tie_weights: bool = True  # the output layer is the embedding
-    prefix_attention: str = "causal"  # causal | bidirectional | joint (read again with every target)
-    target_attention: str = "causal"  # causal | bidirectional
-    noise: str = "uniform"  # diffusion: uniform (any ordinary token or pad, as the paper) | mask
-    shift: bool = False  # diffusion: slot i is predicted at position i - 1, as an AR model does
-    lookahead: bool = False  # with shift: position i - 1 also reads slot i's token, by a zero-initialised layer
-    self_conditioning: bool = False  # diffusion: the last soft prediction is read through a zero-initialised layer
-    vocab_size: int = 288  # the rest is the tokenizer's (bytes by default)
-    n_ordinary: int = 256  # ids below this are text; noise draws them and pad, nothing else
-    pad_id: int = 256  # never a key while in the prefix; an ordinary token, learned, in the target
-    sep_id: int = 257
-    mask_id: int = 258
-    eos_id: int = -1  # foreign weights: what ended a text where they come from; here pad does, and no text holds this
+    paradigm: str = setting("ar", "the loss and the way to decode", ("ar", "diffusion"))
+    arch: str = setting(
+        "decoder_only",
+        "extras/encoder_decoder.py has the other one",
+        ("decoder_only", "encoder_decoder"),
+    )
+    n_layer: int = setting(4, "blocks; with an encoder: blocks in each half", minimum=1, maximum=1000)
+    n_head: int = setting(4, "attention heads", minimum=1)
+    n_embd: int = setting(128, "width", minimum=1)
+    n_hidden: int = setting(0, "width of the MLP; 0: 8/3 n_embd for swiglu, else 4 n_embd", minimum=0)
+    block_size: int = setting(0, "longest prefix + target in tokens; 0: from the data", minimum=0)
+    target_length: int = setting(0, "positions of a target with slot 0; 0: from the data", minimum=0)
+    dropout: float = setting(0.0, "share of activations set to zero", minimum=0, maximum=0.99)
+    tie_weights: bool = setting(True, "use the embedding as the output layer")
+    prefix_attention: str = setting(
+        "causal",
+        "joint: the prefix also attends to the target",
+        ("causal", "bidirectional", "joint"),
+    )
+    target_attention: str = setting(
+        "causal", "which target tokens see each other", ("causal", "bidirectional")
+    )
+    noise: str = setting("uniform", "uniform: random tokens, as in the paper", ("uniform", "mask"))
+    shift: bool = setting(False, "diffusion: predict slot i at position i - 1, as an AR model does")
+    self_conditioning: bool = setting(
+        False, "diffusion: read the last soft prediction through a zero-initialised layer"
+    )
+
+    # Set by the tokenizer.
+    vocab_size: int = setting(288, "rows of the embedding", minimum=1, hidden=True)
+    n_ordinary: int = setting(256, "ids below this are text", minimum=1, hidden=True)
+    pad_id: int = setting(256, "ends a text; never a key in the prefix", minimum=0, hidden=True)
+    sep_id: int = setting(257, "slot 0 of a target; -1: the prompt's last token", minimum=-1, hidden=True)
+    mask_id: int = setting(258, "the token of noise='mask'", minimum=0, hidden=True)
+    eos_id: int = setting(-1, "end of text of imported weights; -1: none", minimum=-1, hidden=True)
+
+    # Set by hf/ for imported weights.
+    n_kv_head: int = setting(0, "heads of keys and values; 0: n_head", minimum=0, hidden=True)
+    head_dim: int = setting(0, "width of a head; 0: n_embd / n_head", minimum=0, hidden=True)
+    norm: str = setting("rmsnorm", "normalisation", ("rmsnorm", "layernorm"), hidden=True)
+    norm_eps: float = setting(1e-5, "epsilon of every norm", above=0, hidden=True)
+    activation: str = setting("swiglu", "of the MLP", ("swiglu", "gelu", "gelu_tanh"), hidden=True)
+    position: str = setting("rope", "position encoding", ("rope", "learned"), hidden=True)
+    qk_norm: bool = setting(False, "RMSNorm on queries and keys (arXiv 2302.05442)", hidden=True)
+    bias: bool = setting(False, "on every linear layer and layernorm", hidden=True)
+    qkv_bias: bool = setting(False, "on queries, keys and values only (Qwen 2)", hidden=True)
+    rope_base: float = setting(10000.0, "base of the RoPE frequencies", above=0, hidden=True)
+    rope_factor: float = setting(1.0, "Llama 3: how much slower slow pairs turn", above=0, hidden=True)
+    rope_slow_turns: float = setting(1.0, "Llama 3: fewer turns are slow", minimum=0, hidden=True)
+    rope_fast_turns: float = setting(4.0, "Llama 3: more turns are fast", above=0, hidden=True)
+    rope_trained_length: int = setting(8192, "Llama 3: original context", minimum=1, hidden=True)
 
     def __post_init__(self):
-        for name, allowed in (
-            ("paradigm", PARADIGMS),
-            ("arch", ("decoder_only", "encoder_decoder")),
-            ("norm", ("rmsnorm", "layernorm")),
-            ("activation", ("swiglu", "gelu", "gelu_tanh")),
-            ("position", ("rope", "learned")),
-            ("prefix_attention", ("causal", "bidirectional", "joint")),
-            ("target_attention", ("causal", "bidirectional")),
-            ("noise", ("uniform", "mask")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        validate(self)
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
-        if self.head_dim < 0 or (self.head_size % 2 and self.position == "rope"):
-            raise ValueError(f"rope needs an even head size, got head_dim or n_embd / n_head = {self.head_size}")
-        self.check_rope()
-        if self.n_kv_head < 0 or self.n_head % self.kv_heads:
-            raise ValueError(f"n_head must be a multiple of n_kv_head, got {self.n_head} and {self.n_kv_head}")
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.prefix_attention == "joint" and self.target_attention == "causal":
-            raise ValueError("a joint prefix needs target_attention='bidirectional', got 'causal'")
-        if self.arch == "encoder_decoder" and self.prefix_attention != "bidirectional":
-            raise ValueError(f"an encoder needs prefix_attention='bidirectional', got {self.prefix_attention!r}")
-        if self.paradigm == "ar" and self.target_attention != "causal":
+        if self.head_size % 2 and self.position == "rope":
+            raise ValueError(f"rope needs an even head size, got {self.head_size} (n_embd / n_head)")
+        if self.rope_slow_turns >= self.rope_fast_turns:
             raise ValueError(
-                "paradigm 'ar' needs target_attention='causal': a token that is predicted must not be seen"
+                "rope_slow_turns must be below rope_fast_turns, got "
+                f"{self.rope_slow_turns} and {self.rope_fast_turns}"
             )
-        if self.paradigm == "ar" and (self.shift or self.lookahead or self.self_conditioning):
-            raise ValueError("shift, lookahead and self_conditioning are settings of paradigm 'diffusion'")
-        if self.lookahead and not self.shift:
-            raise ValueError("lookahead needs shift: without it a position reads its own slot's token already")
-        if max(self.pad_id, self.sep_id, self.mask_id) >= self.vocab_size or self.n_ordinary > self.vocab_size:
-            raise ValueError(f"special ids must be below vocab_size {self.vocab_size}")
-        if not -1 <= self.eos_id < self.n_ordinary:
-            raise ValueError(f"eos_id must be -1 or an ordinary id, got {self.eos_id}")
+        if self.n_head % self.kv_heads:
+            raise ValueError(
+                f"n_head must be a multiple of n_kv_head, got {self.n_head} and {self.n_kv_head}"
+            )
+        self._check_attention()
+        largest_id = max(self.pad_id, self.sep_id, self.mask_id, self.n_ordinary - 1)
+        if largest_id >= self.vocab_size or self.eos_id >= self.n_ordinary:
+            raise ValueError(
+                f"special ids must be below vocab_size {self.vocab_size}, eos_id below n_ordinary"
+            )
+
+    def _check_attention(self):
+        if self.prefix_attention == "joint" and self.target_attention == "causal":
+            raise ValueError("prefix_attention='joint' needs target_attention='bidirectional'")
+        if self.arch == "encoder_decoder" and self.prefix_attention != "bidirectional":
+            raise ValueError(
+                "arch='encoder_decoder' needs prefix_attention='bidirectional', got "
+                f"{self.prefix_attention!r}"
+            )
+        if self.paradigm == "ar" and self.target_attention != "causal":
+            raise ValueError("paradigm='ar' needs target_attention='causal', or the answer is visible")
+        if self.paradigm == "ar" and (self.shift or self.self_conditioning):
+            raise ValueError("shift and self_conditioning need paradigm='diffusion'")
 
     @property
     def head_size(self) -> int:
@@ -111,26 +125,57 @@ class ModelConfig(RopeConfig):
     def hidden_size(self) -> int:
         if self.n_hidden:
             return self.n_hidden
-        return 32 * math.ceil(self.n_embd / 12) if self.activation == "swiglu" else 4 * self.n_embd  # 8/3 in whole 32s
+        if self.activation == "swiglu":
+            return 32 * math.ceil(self.n_embd / 12)  # 8/3 n_embd, rounded up to a multiple of 32
+        return 4 * self.n_embd
+
+    @property
+    def single_pass(self) -> bool:
+        """Whether prefix and target go through the network together."""
+        causal = self.prefix_attention == self.target_attention == "causal"
+        return self.arch == "decoder_only" and (causal or self.prefix_attention == "joint")
 
 
 def model_settings(settings: dict) -> dict:
-    """The part of a flat dict of settings that belongs to ModelConfig."""
+    """Return the part of a flat dict of settings that belongs to ModelConfig."""
     return {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
 
 
-def attention_mask(kind: str, past: Tensor, new: Tensor, opened: Tensor | None = None) -> Tensor:
-    """Which keys each of T new tokens may attend to: (B, 1, T, S + T) bool.
+def rope_table(cfg: ModelConfig) -> Tensor:
+    """Return cos and sin of the rotary position embedding, (2, block_size, D), halves repeated.
 
-    past (B, S) and new (B, T) are True where a token is real, False where it is padding.
-    With two cached tokens, the second one padding, and three new tokens:
+    RoFormer, arXiv 2104.09864, section 3.2. rope_factor: the rule of Llama 3's published code.
+    """
+    D = cfg.head_size
+    frequency = cfg.rope_base ** (-torch.arange(0, D, 2).float() / D)  # (D / 2,)
+    if cfg.rope_factor != 1:
+        turns = cfg.rope_trained_length * frequency / (2 * math.pi)
+        width = cfg.rope_fast_turns - cfg.rope_slow_turns
+        kept = ((turns - cfg.rope_slow_turns) / width).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / cfg.rope_factor)
+    angle = torch.outer(torch.arange(cfg.block_size).float(), frequency).repeat(1, 2)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate x (B, H, T, D) by its positions; pairs are (i, i + D/2), as in Llama's weights."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+def attention_mask(kind: str, past: Tensor, new: Tensor, extra_edges: Tensor | None = None) -> Tensor:
+    """Return which keys each of T new tokens may attend to: (B, 1, T, S + T) bool.
+
+    past (B, S) and new (B, T) are True for tokens and False for padding. Example with two cached
+    tokens, the second one padding, and three new tokens:
 
         causal        bidirectional
         x . x . .     x . x x x
         x . x x .     x . x x x
         x . x x x     x . x x x
 
-    The five patterns of the literature are two settings. p: prefix of two, t: target of three; a row sees a column.
+    Two settings give the five patterns of the literature. p: prefix, t: target; rows attend to columns.
 
         prefix causal    bidirectional    joint            bidirectional    causal
         target causal    causal           bidirectional    bidirectional    bidirectional
@@ -140,79 +185,101 @@ def attention_mask(kind: str, past: Tensor, new: Tensor, opened: Tensor | None =
         t    x x x . .   x x x . .        x x x x x        x x x x x        x x x x x
         t    x x x x .   x x x x .        x x x x x        x x x x x        x x x x x
         t    x x x x x   x x x x x        x x x x x        x x x x x        x x x x x
-             GPT         prefix LM        AR2Diff          frozen prefix    AR-readable prompt
+             GPT         prefix LM        AR2Diff          cached prefix    AR-readable prompt
 
-    opened (T, T) bool: edges among the new tokens that are open beside the causal ones. All open is bidirectional;
-    a growing share of them is mask annealing (anneal.py, which on CUDA has a rule in the place of this tensor).
+    extra_edges (T, T) bool: edges between new tokens in addition to the causal ones (mask annealing).
     """
     (B, S), T = past.shape, new.shape[1]
     square = torch.ones(T, T, dtype=torch.bool, device=new.device)
-    if opened is not None:
-        square = square.tril() | opened
+    if extra_edges is not None:
+        square = square.tril() | extra_edges
     elif kind == "causal":
         square = square.tril()
-    itself = torch.eye(T, dtype=torch.bool, device=new.device)
-    # A padding row may see itself: softmax over an empty row would be NaN.
-    among_new = (square & new[:, None]) | itself  # (B, T, T)
+    diagonal = torch.eye(T, dtype=torch.bool, device=new.device)
+    # A padding token attends to itself, because softmax over an empty row is NaN.
+    among_new = (square & new[:, None]) | diagonal  # (B, T, T)
     return torch.cat([past[:, None].expand(B, T, S), among_new], dim=2)[:, None]
 
 
-class KVCache:
-    """What has been read so far: keys and values k[l], v[l] (B, H, capacity, D) per layer, the first `length` in force.
+def sdpa_mask(kind, past, new, extra_edges, S, T, device):
+    """Return (mask, is_causal) for scaled_dot_product_attention.
 
-    New tokens write theirs behind `length`. AR decoding then moves `length` on; diffusion does not, so the next
-    canvas overwrites the last one and nothing is copied or reallocated between steps.
+    A dense mask turns off the flash kernel, so it is built only if padding or edges need it.
+    """
+    if past is None and extra_edges is None:
+        if kind == "bidirectional" or T == 1:
+            return None, False
+        if S == 0:
+            return None, True
+    # Causal tokens after a cache need a mask: is_causal aligns queries and keys at the start.
+    past = torch.ones(1, S, dtype=torch.bool, device=device) if past is None else past
+    new = torch.ones(1, T, dtype=torch.bool, device=device) if new is None else new
+    return attention_mask(kind, past, new, extra_edges), False
+
+
+class KVCache:
+    """Keys and values k[l], v[l] (B, H, capacity, D) of the tokens read so far, `length` of them valid.
+
+    New tokens are written after `length`. AR decoding then increases `length`. Diffusion does not, so
+    the next canvas overwrites the last one and no step copies or allocates anything.
     """
 
-    def __init__(self, n_layer: int, room: int = 0):
+    def __init__(self, n_layer: int, reserve: int = 0):
         self.k: list[Tensor | None] = [None] * n_layer
         self.v: list[Tensor | None] = [None] * n_layer
-        self.length, self.room = 0, room
-        self.real: Tensor | None = None  # (B, length) bool, False at padding; None where nothing is padding
-        self.prefix: Tensor | None = None  # (B, P), only for joint attention, where nothing can be computed ahead
+        self.length = 0
+        self.reserve = reserve
+        self.valid: Tensor | None = None  # (B, length) bool, False for padding; None: no padding
+        self.prefix: Tensor | None = None  # (B, P) token ids; only for prefix_attention='joint'
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values in force with the new ones (B, H, T, D) after them: 2 x (B, H, length + T, D)."""
+        """Append k and v (B, H, T, D) and return all valid ones, 2 x (B, H, length + T, D)."""
         self.k[layer], k = self._write(self.k[layer], k)
         self.v[layer], v = self._write(self.v[layer], v)
         return k, v
 
-    def _write(self, old: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
+    def _write(self, buffer: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
         B, H, T, D = new.shape
-        start, end = self.length, self.length + T
-        if torch.is_grad_enabled():  # autograd may need what stands there, so make new tensors
-            whole = torch.cat([old[:, :, :start], new], dim=2) if start else new
-            return whole, whole
-        if old is None or old.shape[2] < end or old.dtype != new.dtype:
-            buffer = new.new_empty(B, H, max(end, self.room), D)
+        start = self.length
+        end = start + T
+        if torch.is_grad_enabled():  # autograd may need the old content: do not overwrite it
+            joined = torch.cat([buffer[:, :, :start], new], dim=2) if start else new
+            return joined, joined
+        if buffer is None or buffer.shape[2] < end or buffer.dtype != new.dtype:
+            larger = new.new_empty(B, H, max(end, self.reserve), D)
             if start:
-                buffer[:, :, :start] = old[:, :, :start]
-            old = buffer
-        old[:, :, start:end] = new
-        return old, old[:, :, :end]
+                larger[:, :, :start] = buffer[:, :, :start]
+            buffer = larger
+        buffer[:, :, start:end] = new
+        return buffer, buffer[:, :, :end]
 
-    @staticmethod
-    def attend(q, k, v, mask, dropout, causal, layer) -> Tensor:
-        """Attention (B, H, T, D). A cache that keeps keys another way (fast.py) has its own, and so has a FlexMask."""
-        if hasattr(mask, "attend"):
-            return mask.attend(q, k, v)
-        if products_pay(q, k, dropout):
-            return by_products(q, k, v, mask, causal)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-
-    def rows(self, index: Tensor) -> "KVCache":
-        """The cache of some rows, in the order of index; a row may be asked for several times."""
-        other = type(self)(len(self.k), self.room)
-        other.length = self.length
+    def select(self, index: Tensor) -> "KVCache":
+        """Return the cache of some rows, in the order of index. Rows may repeat."""
+        other = copy.copy(self)
         other.k = [None if k is None else k[index] for k in self.k]
         other.v = [None if v is None else v[index] for v in self.v]
-        other.real = None if self.real is None else self.real[index]
+        other.valid = None if self.valid is None else self.valid[index]
         other.prefix = None if self.prefix is None else self.prefix[index]
         return other
 
+    def append_valid(self, tokens: Tensor) -> None:
+        """Count tokens (B, T), already written, as part of what was read."""
+        self.length += tokens.shape[1]
+        if self.valid is not None:
+            self.valid = torch.cat([self.valid, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
+
+
+def attend(q, k, v, mask, dropout, causal) -> Tensor:
+    """Attention (B, H, T, D). Each head of k and v serves as many query heads as needed."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k = k.repeat_interleave(groups, dim=1)
+        v = v.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, with the weight in the type of x: under autocast a mixed call is slow and warns."""
+    """torch's, with the weight in the dtype of x: under autocast a mixed call is slow and warns."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -227,9 +294,10 @@ def make_norm(cfg: ModelConfig) -> nn.Module:
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.n_head, self.kv_heads, self.head_size, self.dropout = cfg.n_head, cfg.kv_heads, cfg.head_size, cfg.dropout
-        width, bias = cfg.n_head * cfg.head_size, cfg.bias or cfg.qkv_bias
-        self.qkv = nn.Linear(cfg.n_embd, width + 2 * cfg.kv_heads * cfg.head_size, bias=bias)
+        self.cfg = cfg
+        width = cfg.n_head * cfg.head_size
+        kv_width = cfg.kv_heads * cfg.head_size
+        self.qkv = nn.Linear(cfg.n_embd, width + 2 * kv_width, bias=cfg.bias or cfg.qkv_bias)
         self.proj = nn.Linear(width, cfg.n_embd, bias=cfg.bias)
         self.q_norm = RMSNorm(cfg.head_size, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(cfg.head_size, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
@@ -237,21 +305,19 @@ class Attention(nn.Module):
     # fmt: off
     def forward(self, x, rope, mask, causal, cache, layer):
         B, T, _ = x.shape
-        H, G, D = self.n_head, self.kv_heads, self.head_size
-        q, k, v = self.qkv(x).split((H * D, G * D, G * D), dim=2)                   # (B, T, HD), 2 x (B, T, GD)
-        q = self.q_norm(q.view(B, T, H, D)).transpose(1, 2)                         # (B, H, T, D)
-        k = self.k_norm(k.view(B, T, G, D)).transpose(1, 2)                         # (B, G, T, D)
-        v = v.view(B, T, G, D).transpose(1, 2)                                      # (B, G, T, D)
+        H, G, D = self.cfg.n_head, self.cfg.kv_heads, self.cfg.head_size
+        q, k, v = self.qkv(x).split((H * D, G * D, G * D), dim=2)    # (B, T, HD), 2 x (B, T, GD)
+        q = self.q_norm(q.view(B, T, H, D)).transpose(1, 2)          # (B, H, T, D)
+        k = self.k_norm(k.view(B, T, G, D)).transpose(1, 2)          # (B, G, T, D)
+        v = v.view(B, T, G, D).transpose(1, 2)                       # (B, G, T, D)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            q = rotate(q, rope)
+            k = rotate(k, rope)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)                                        # (B, G, S + T, D)
-        if G != H:
-            k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))             # (B, H, S + T, D)
-        dropout = self.dropout if self.training else 0.0
-        attend = KVCache.attend if cache is None else cache.attend
-        y = attend(q, k, v, mask, dropout, causal, layer)                           # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, H * D))                    # (B, T, C)
+            k, v = cache.extend(layer, k, v)                         # (B, G, S + T, D)
+        dropout = self.cfg.dropout if self.training else 0.0
+        y = attend(q, k, v, mask, dropout, causal)                   # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).reshape(B, T, H * D))     # (B, T, C)
     # fmt: on
 
 
@@ -260,7 +326,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = cfg.activation == "swiglu"
         self.gelu_form = "tanh" if cfg.activation == "gelu_tanh" else "none"
-        self.up = nn.Linear(cfg.n_embd, cfg.hidden_size * (2 if self.gated else 1), bias=cfg.bias)
+        up_width = cfg.hidden_size * (2 if self.gated else 1)
+        self.up = nn.Linear(cfg.n_embd, up_width, bias=cfg.bias)
         self.down = nn.Linear(cfg.hidden_size, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x):
@@ -273,8 +340,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.norm1, self.attn = make_norm(cfg), Attention(cfg)
-        self.norm2, self.mlp = make_norm(cfg), MLP(cfg)
+        self.norm1 = make_norm(cfg)
+        self.attn = Attention(cfg)
+        self.norm2 = make_norm(cfg)
+        self.mlp = MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, rope, mask, causal, cache, layer):
@@ -283,7 +352,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Maps (prefix, target) to logits over the target, whose first token is a separator: given, not predicted."""
+    """Maps (prefix, target) to logits over the target. Slot 0 of a target is given, not predicted."""
 
     block = Block
 
@@ -292,6 +361,7 @@ class Transformer(nn.Module):
         if cfg.block_size < 2:
             raise ValueError(f"block_size must be at least 2, got {cfg.block_size}")
         self.cfg = cfg
+        self.activation_checkpointing = False
         self.tok = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.position == "learned":
             self.pos = nn.Embedding(cfg.block_size, cfg.n_embd)
@@ -304,24 +374,25 @@ class Transformer(nn.Module):
         if cfg.tie_weights:
             self.head.weight = self.tok.weight
         if cfg.self_conditioning:
-            self.condition = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
-        if cfg.lookahead:
-            self.ahead = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
-        self._init_weights()
+            self.self_cond_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.init_weights()
 
-    def encode(self, prefix: Tensor, room: int = 0) -> KVCache:
-        """Read the prefix (B, P) once and keep what later calls can reuse.
+    def encode(self, prefix: Tensor, reserve: int = 0) -> KVCache:
+        """Read the prefix (B, P) and keep what later calls can reuse.
 
-        room: tokens that will be decoded after it, so that buffers are made once.
+        reserve: tokens that will be decoded after it, so that buffers are allocated once.
         """
         P = prefix.shape[1]
-        cache, padded = KVCache(len(self.blocks), P + room), bool((prefix == self.cfg.pad_id).any())
-        real = prefix != self.cfg.pad_id if padded else None
+        cache = KVCache(len(self.blocks), P + reserve)
+        valid = prefix != self.cfg.pad_id
+        valid = None if bool(valid.all()) else valid
         if self.cfg.prefix_attention == "joint":
-            cache.prefix, cache.real = prefix, real  # the prefix will look at the target: nothing can be read yet
+            cache.prefix = prefix  # it attends to the target, so nothing can be computed yet
+            cache.valid = valid
         elif P:
-            self._read(self.tok(prefix), cache, self.cfg.prefix_attention, real)
-            cache.length, cache.real = P, real
+            self._read(self.tok(prefix), cache, self.cfg.prefix_attention, valid)
+            cache.length = P
+            cache.valid = valid
         return cache
 
     def decode(
@@ -329,121 +400,198 @@ class Transformer(nn.Module):
         cache: KVCache,
         target: Tensor,
         append: bool = False,
-        estimate: Tensor | None = None,
-        opened: Tensor | None = None,
+        self_cond: Tensor | None = None,
+        attention: str | None = None,
+        extra_edges: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) for target (B, T). append=True also files the target in the cache.
+        """Return logits (B, T, V) for target (B, T). append=True also adds the target to the cache.
 
-        estimate (B, T, C): soft embedding of the last prediction of each slot, zeros where there is none.
-        opened: see attention_mask. Raises ValueError where a joint prefix is to be appended to.
+        self_cond (B, T, C): expected embedding of the last prediction of each slot, zeros if none.
+        attention: "causal" or "bidirectional" in place of cfg.target_attention.
+        extra_edges: see attention_mask. Raises ValueError if a joint prefix is to be appended to.
         """
-        kind = self.cfg.target_attention
+        kind = attention or self.cfg.target_attention
         if cache.prefix is not None:
             if append:
-                raise ValueError("a joint prefix cannot be cached; set prefix_attention='causal' or 'bidirectional'")
-            P, real = cache.prefix.shape[1], None
-            if cache.real is not None:
-                real = torch.cat([cache.real, torch.ones_like(target, dtype=torch.bool)], dim=1)
-            x = self._embed(torch.cat([cache.prefix, target], dim=1), P, estimate)  # (B, P + T, C)
-            return self.head(self._read(x, None, kind, real, opened)[:, P:])
-        x = self._read(self._embed(target, 0, estimate), cache, kind, None, opened)
+                raise ValueError("prefix_attention='joint' has no cache to append to")
+            return self._decode_joint(cache, target, self_cond, kind, extra_edges)
+        x = self.embed(target, 0, self_cond)  # (B, T, C)
+        x = self._read(x, cache, kind, None, extra_edges)
         if append:
-            cache.length += target.shape[1]
-            if cache.real is not None:
-                cache.real = torch.cat([cache.real, torch.ones_like(target, dtype=torch.bool)], dim=1)
+            cache.append_valid(target)
         return self.head(x)
 
-    def forward(self, prefix, target, estimate=None, opened=None) -> Tensor:
-        """Logits (B, T, V): decode(encode(prefix), target), in one pass where the attention allows it."""
-        P = prefix.shape[1]
-        if {self.cfg.prefix_attention, self.cfg.target_attention} != {"causal"} or opened is not None:
-            return self.decode(self.encode(prefix), target, estimate=estimate, opened=opened)
-        real = torch.cat([prefix != self.cfg.pad_id, torch.ones_like(target, dtype=torch.bool)], dim=1)
-        x = self._embed(torch.cat([prefix, target], dim=1), P, estimate)
-        return self.head(self._read(x, None, "causal", None if bool(real.all()) else real)[:, P:])
+    def _decode_joint(self, cache, target, self_cond, kind, extra_edges) -> Tensor:
+        P = cache.prefix.shape[1]
+        valid = None
+        if cache.valid is not None:
+            valid = torch.cat([cache.valid, torch.ones_like(target, dtype=torch.bool)], dim=1)
+        x = self.embed(torch.cat([cache.prefix, target], dim=1), P, self_cond)  # (B, P + T, C)
+        return self.head(self._read(x, None, kind, valid, extra_edges)[:, P:])
 
-    def soft_embedding(self, logits: Tensor) -> Tensor:
-        """Expected embedding (..., C) under softmax(logits) (..., V): what self-conditioning carries."""
+    def forward(self, prefix, target, self_cond=None, attention=None, extra_edges=None) -> Tensor:
+        """Return logits (B, T, V): decode(encode(prefix), target), in one pass if both are causal."""
+        settings = {self.cfg.prefix_attention, self.cfg.target_attention}
+        if settings != {"causal"} or attention or extra_edges is not None:
+            return self.decode(
+                self.encode(prefix), target, False, self_cond, attention, extra_edges
+            )
+        P = prefix.shape[1]
+        valid = torch.cat([prefix != self.cfg.pad_id, torch.ones_like(target, dtype=torch.bool)], dim=1)
+        valid = None if bool(valid.all()) else valid
+        x = self.embed(torch.cat([prefix, target], dim=1), P, self_cond)
+        return self.head(self._read(x, None, "causal", valid)[:, P:])
+
+    def expected_embedding(self, logits: Tensor) -> Tensor:
+        """Return the mean embedding (..., C) under softmax(logits) (..., V), for self-conditioning."""
         return logits.softmax(-1).to(self.tok.weight.dtype) @ self.tok.weight
 
-    def compile_(self) -> None:
-        """torch.compile the stack of blocks; checkpoint keys stay as they are."""
-        self._run_blocks = torch.compile(self._run_blocks)
+    def compile_blocks(self) -> None:
+        """Compile the stack of blocks with torch.compile. Checkpoint keys do not change."""
+        self.run_blocks = torch.compile(self.run_blocks)
 
-    def _embed(self, tokens: Tensor, P: int, estimate: Tensor | None) -> Tensor:
-        """Embeddings (B, P + T, C) of a prefix of P tokens and a target, with what is known of the target's slots."""
-        x, extra = self.tok(tokens), []  # one lookup for both: the gradient of each is as large as the table
-        if self.cfg.self_conditioning and estimate is not None:
-            extra.append(self.condition(F.rms_norm(estimate, estimate.shape[-1:], eps=1e-5)))  # zero stays zero
-        if self.cfg.lookahead:
-            extra.append(self.ahead(x[:, P:]))
-        if not extra:
+    def embed(self, tokens: Tensor, P: int, self_cond: Tensor | None) -> Tensor:
+        """Return embeddings (B, P + T, C) of P prefix tokens and a target, with its last prediction."""
+        x = self.tok(tokens)
+        if self_cond is None or not self.cfg.self_conditioning:
             return x
-        known = sum(extra)  # (B, T, C)
-        if self.cfg.shift:  # what is known of slot i enters where slot i is predicted, at position i - 1
-            return x + F.pad(known[:, 1:], (0, 0, P, 1))
-        return x + F.pad(known, (0, 0, P, 0))
+        normed = F.rms_norm(self_cond, self_cond.shape[-1:], eps=1e-5)  # zeros stay zeros
+        hint = self.self_cond_proj(normed)  # (B, T, C)
+        if self.cfg.shift:  # slot i is predicted at position i - 1, so its hint enters there
+            return x + F.pad(hint[:, 1:], (0, 0, P, 1))
+        return x + F.pad(hint, (0, 0, P, 0))
 
-    def _read(self, x, cache, kind, real, opened=None):
-        """x (B, T, C) through the stack; real (B, T) marks what is no padding, None: nothing is."""
-        return self._run_blocks(*self._place(x, cache, kind, real, opened), cache)
+    def _read(self, x, cache, kind, valid, extra_edges=None):
+        return self.run_blocks(*self.prepare_input(x, cache, kind, valid, extra_edges), cache)
 
-    def _place(self, x, cache, kind, real, opened=None):
-        """What the blocks need to know of x (B, T, C): (x, rope, mask, is_causal), by where each token stands."""
-        (B, T), S = x.shape[:2], cache.length if cache is not None else 0
-        past = cache.real if cache is not None else None
+    def prepare_input(self, x, cache, kind, valid, extra_edges=None):
+        """Return (x, rope, mask, is_causal) for embeddings x (B, T, C) that follow the cache.
+
+        valid (B, T): False for padding, which takes no position; None: no padding.
+        """
+        B, T = x.shape[:2]
+        S = cache.length if cache is not None else 0
+        past = cache.valid if cache is not None else None
         if S + T > self.cfg.block_size:
-            raise ValueError(f"{S + T} tokens are longer than the model's block_size {self.cfg.block_size}")
-        if past is None and real is None:
+            raise ValueError(f"{S + T} tokens exceed the model's block_size {self.cfg.block_size}")
+        if past is None and valid is None:
             position = torch.arange(S, S + T, device=x.device)  # (T,)
-        else:  # padding takes no position
+        else:
             past = x.new_ones(B, S, dtype=torch.bool) if past is None else past
-            real = x.new_ones(B, T, dtype=torch.bool) if real is None else real
-            position = (past.sum(1, keepdim=True) + real.cumsum(1) - 1).clamp(min=0)  # (B, T)
+            valid = x.new_ones(B, T, dtype=torch.bool) if valid is None else valid
+            position = past.sum(1, keepdim=True) + valid.cumsum(1) - 1
+            position = position.clamp(min=0)  # (B, T)
         rope = None
         if self.cfg.position == "learned":
             x = x + self.pos(position)
         else:
             rope = self.rope[:, position].to(x.dtype)  # (2, T, D) or (2, B, T, D)
             rope = rope if position.dim() == 1 else rope[:, :, None]  # (2, B, 1, T, D)
-        return self.drop(x), rope, *_plan_mask(kind, past, real, opened, S, T, x.device)
+        return self.drop(x), rope, *sdpa_mask(kind, past, valid, extra_edges, S, T, x.device)
 
-    def _run_blocks(self, x, rope, mask, causal, cache):
+    def run_blocks(self, x, rope, mask, causal, cache):
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return self._run_and_recompute(x, rope, mask, causal, cache)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, mask, causal, cache, layer)
         return self.norm(x)
 
-    def _init_weights(self):
-        # Matrices: normal, GPT-2's 0.02 at the width of about 600 and wider spread below it.
+    def _run_and_recompute(self, x, rope, mask, causal, cache):
+        """Keep only the input of each block for the backward pass (arXiv 1604.06174)."""
+        past = _snapshot(cache)  # the caller's cache moves on before the backward pass
+
+        def run(block, x, layer):
+            local = _snapshot(past)
+            x = block(x, rope, mask, causal, local, layer)
+            return x if cache is None else (x, local.k[layer], local.v[layer])
+
+        for layer, block in enumerate(self.blocks):
+            out = checkpoint(run, block, x, layer, use_reentrant=False)
+            if cache is None:
+                x = out
+            else:
+                x, cache.k[layer], cache.v[layer] = out
+        return self.norm(x)
+
+    def init_weights(self):
+        # Matrices: normal, GPT-2's 0.02 at a width of about 600, larger below it.
         std = 0.5 * self.cfg.n_embd**-0.5
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        # What writes into the residual stream: smaller with depth (GPT-2, section 2.3), so that its variance stays put.
+        # Layers that write to the residual stream: smaller with depth (GPT-2, section 2.3).
         for name, weight in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight")):
                 nn.init.normal_(weight, std=std * (2 * self.cfg.n_layer) ** -0.5)
-        # What a conversion adds: zero, so that the converted model starts as its source.
-        for name in ADDED_BY_CONVERSION:
+        for name in NEW_MODULES:
             if hasattr(self, name):
                 nn.init.zeros_(getattr(self, name).weight)
 
 
-ADDED_BY_CONVERSION = ("condition", "ahead")  # the only layers a diffusion model may have that its AR source has not
+def _snapshot(cache: KVCache | None) -> KVCache | None:
+    if cache is None:
+        return None
+    other = copy.copy(cache)
+    other.k = list(cache.k)
+    other.v = list(cache.v)
+    return other
 
 
-def _plan_mask(kind, past, real, opened, S, T, device):
-    """(mask, is_causal) for scaled_dot_product_attention. No dense mask where none is needed: it turns off flash."""
-    if hasattr(opened, "mask"):  # anneal.Ahead; a tensor has no such method
-        return opened.mask(past, real, S, T, device), False
-    if past is None and opened is None:
-        if kind == "bidirectional" or T == 1:
-            return None, False
-        if S == 0:
-            return None, True
-    # Several causal tokens after a cache come here too: is_causal would align them upper-left, which is wrong.
-    past = torch.ones(1, S, dtype=torch.bool, device=device) if past is None else past
-    real = torch.ones(1, T, dtype=torch.bool, device=device) if real is None else real
-    return attention_mask(kind, past, real, opened), False
+def num_params(model: nn.Module) -> int:
+    """Return the number of trainable numbers; a tied output layer counts once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def build_model(cfg: ModelConfig) -> Transformer:
+    """Return the network of cfg.arch with fresh weights."""
+    if cfg.arch == "encoder_decoder":
+        from extras.encoder_decoder import EncoderDecoder
+
+        return EncoderDecoder(cfg)
+    return Transformer(cfg)
+
+
+class _SkipInit(TorchFunctionMode):
+    """Skips torch.nn.init. On meta tensors it would load torch's compiler, which takes seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+def meta_model(cfg: ModelConfig) -> Transformer:
+    """Return the network of cfg on the meta device: names and shapes without memory."""
+    with torch.device("meta"), _SkipInit():
+        return build_model(cfg)
+
+
+def model_from_state_dict(cfg: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
+    """Return the network of cfg around these tensors, which are neither copied nor converted.
+
+    Missing layers of NEW_MODULES become zeros, so the network computes what it did without them.
+    Raises ValueError with the names if other weights are missing, unexpected or of another shape.
+    """
+    model = meta_model(cfg)
+    first = next(iter(weights.values()))
+    new = {
+        name: torch.zeros(meta.shape, dtype=first.dtype, device=first.device)
+        for name, meta in model.state_dict().items()
+        if name not in weights and name.split(".")[0] in NEW_MODULES
+    }
+    try:
+        missing, unexpected = model.load_state_dict(weights | new, strict=False, assign=True)
+    except RuntimeError as error:  # shapes
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"the weights do not fit these settings: {reason}") from None
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights do not fit these settings: missing {missing}, unexpected {unexpected}"
+        )
+    if cfg.tie_weights:
+        model.head.weight = model.tok.weight
+    if cfg.position == "rope":
+        model.rope = rope_table(cfg).to(first.device)
+    return model.eval()
