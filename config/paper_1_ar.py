@@ -1,6 +1,6 @@
-# The paper's choices at laptop size, stage 1 of 3: AR pretraining. The network is that of
-# config/ar2diff_1_ar.py; the optimizer differs (the paper names none; AdamW stands for T5X's Adafactor), and so do rate
-# and step counts, which are not tuned.
+# The paper's choices at laptop size, stage 1 of 3: AR pretraining.
+# The network is the one of config/ar2diff_1_ar.py. The paper does not name its optimizer; AdamW
+# replaces Adafactor, the default of T5X. The learning rate and the steps are not tuned.
 data = "out/data/mini"
 out_dir = "out/paper_1_ar"
 n_layer = 3

@@ -1,5 +1,5 @@
-# The paper's choices, stage 2 of 3: adaptation with L(1) + L(2) on the pretraining data. Joint attention, each slot
-# read at its own position and nothing added to the network are choices of the conversion and stand in its command:
+# The paper's choices, stage 2 of 3: adaptation with L(1) + L(2) on the pretraining data.
+# The conversion sets full attention, no shift and no self-conditioning:
 #   python ar2diff.py --init_from=out/paper_1_ar/ckpt.pt --out_dir=out/paper_start --check \
 #       --prefix_attention=joint --shift=false --self_conditioning=false
 init_from = "out/paper_start/ckpt.pt"

@@ -1,5 +1,6 @@
-# The rival: a diffusion model from scratch, on the same data. 300 steps are as many as AR2Diff's adaptation has; going
-# on to 600 costs the FLOPs of AR pretraining and adaptation together (an unrolled step costs two AR steps):
+# The baseline: a diffusion model from scratch on the same data, for the N steps of AR2Diff_N.
+# An unrolled diffusion step costs two AR steps. So 600 steps cost the FLOPs of AR pretraining and
+# adaptation together:
 #   python train.py config/scratch_diffusion.py --init_from=resume --max_steps=600
 data = "out/data/mini"
 out_dir = "out/scratch_diffusion"

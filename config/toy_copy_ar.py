@@ -1,6 +1,6 @@
-# Copy a random string of letters, left to right: the smallest proof that the AR half works.
-# Half a minute on one CPU core; 99.9% of 1,000 held-out strings exact (after 800 steps 98.8% of 500). Copying is what a
-# small causal network finds hard: diffusion, which may look at every letter from every slot, needs half the steps.
+# Copy a random string of letters from left to right: the smallest test of the AR half.
+# Half a minute on one CPU core; 99.9% of 1,000 held-out strings are exact.
+# A small causal network needs many steps for this task. Diffusion needs half as many.
 #   python train.py config/toy_copy_ar.py
 #   python -m eval.exact_match --init_from=out/toy_copy_ar/ckpt.pt
 data = "out/data/toy_copy"

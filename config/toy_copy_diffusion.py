@@ -1,5 +1,5 @@
-# The same task, all letters at once: the smallest proof that the diffusion half works. No AR model is involved.
-# Under a minute on one CPU core; all of 500 held-out strings exact after 800 steps as after 1,200, in 10 network calls.
+# The same task, all letters at once: the smallest test of the diffusion half, without an AR model.
+# Under a minute on one CPU core; all of 500 held-out strings are exact, in 10 network calls.
 #   python train.py config/toy_copy_diffusion.py
 #   python -m eval.exact_match --init_from=out/toy_copy_diffusion/ckpt.pt
 data = "out/data/toy_copy"
