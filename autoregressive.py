@@ -1,4 +1,4 @@
-"""Autoregressive language modelling: loss and generate, left to right. Lay it beside diffusion.py: same verbs."""
+"""Autoregressive language modelling: loss and generate. Compare it with diffusion.py: same functions."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,36 +8,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cross_entropy import cross_entropy_
-from device import Late
-from draws import SAMPLE, Draws, Generated, draw_tokens, draws_for, forbidden_ids
+from configurator import setting, validate
+from infra.logits import GenerateOutput, banned_token_ids, cross_entropy_in_place, draw_tokens
+from infra.rng import SAMPLE, CounterRNG, make_rng
+from model import split_prompt
 
 
 @dataclass
 class SamplerConfig:
     """How the next token is drawn."""
 
-    temperature: float = 0.0  # 0: greedy, as the paper decodes translation and QA
-    top_k: int = 0  # keep the k likeliest tokens; 0: all
-    top_p: float = 1.0  # keep the smallest set of tokens that holds this probability (arXiv 1904.09751)
+    temperature: float = setting(
+        0.0, "0: greedy, as the paper decodes translation and QA", minimum=1e-3, zero_ok=True
+    )
+    top_k: int = setting(0, "keep the k most likely tokens; 0: all", minimum=0)
+    top_p: float = setting(
+        1.0, "keep the smallest set with this probability (arXiv 1904.09751)", above=0, maximum=1
+    )
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_k must be 0 or more and top_p in (0, 1], got {self.top_k} and {self.top_p}")
+        validate(self)
 
 
-def losses(model, batch, cfg, draws: Draws, opened: Tensor | None = None) -> Iterator[Tensor]:
-    """The one term of the loss: next-token cross-entropy over the target, nats per slot, pads included."""
-    logits = model(batch.prefix, batch.target)  # (B, T, V): position i predicts slot i + 1, the last one nothing
-    expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)  # -100 is not scored; slicing the logits would copy them
-    yield cross_entropy_(logits, expected)
+def losses(model, batch, cfg, rng: CounterRNG, extra_edges=None) -> Iterator[Tensor]:
+    """Yield the one term of the loss: next-token cross-entropy of the target, nats per slot.
+
+    Pads are predicted too: that is how a text ends.
+    """
+    logits = model(batch.prefix, batch.target)  # (B, T, V); position i predicts slot i + 1
+    expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)  # -100 is not scored
+    yield cross_entropy_in_place(logits, expected)
 
 
-def loss(model, batch, cfg, draws: Draws) -> Tensor:
-    """Mean cross-entropy, nats per target slot."""
-    return sum(losses(model, batch, cfg, draws))
+def loss(model, batch, cfg, rng: CounterRNG) -> Tensor:
+    """Return the mean cross-entropy, nats per target slot."""
+    return sum(losses(model, batch, cfg, rng))
 
 
 @torch.no_grad()
@@ -48,48 +53,54 @@ def generate(
     seed: int = 0,
     example: Tensor | None = None,
     on_step: Callable | None = None,
-) -> Generated:
-    """Continue each prefix (B, P) until it ends with pad or the target is full, one token a network call.
+) -> GenerateOutput:
+    """Continue each prefix (B, P) until a pad or until the target is full, one token a network call.
 
-    example (B,): names of the rows, which key their draws with the seed; 0 .. B - 1 by default.
+    example (B,): keys of the rows' random numbers; 0 .. B - 1 by default.
     on_step: called with (step, tokens (B, T - 1), logits (B, 1, V), rows (B,)) after each call.
     """
-    B, m = len(prefix), model.cfg
-    example = torch.arange(B, device=prefix.device) if example is None else example
-    draws, length = draws_for(seed, example), m.target_length - 1
-    cache = model.encode(prefix, room=m.target_length)
-    tokens = torch.full((B, length), m.pad_id, device=prefix.device)
-    score, calls = torch.zeros(B, device=prefix.device), torch.zeros(B, dtype=torch.long, device=prefix.device)
-    last, open_rows = torch.full((B, 1), m.sep_id, device=prefix.device), torch.ones_like(calls, dtype=torch.bool)
-    closed, left = forbidden_ids(m, prefix.device), Late()
-    for step in range(length):
-        logits = model.decode(cache, last, append=True)[:, -1].float().index_fill_(-1, closed, -math.inf)  # (B, V)
-        drawn = draw_next(logits, cfg, draws.at(step))  # (B,)
-        drawn = torch.where(open_rows, drawn, m.pad_id)
-        nll = F.cross_entropy(logits, drawn, reduction="none")
-        tokens[:, step], score, calls = drawn, score + nll * open_rows, calls + open_rows
-        open_rows = open_rows & (drawn != m.pad_id)
-        last = drawn[:, None]
+    model_cfg = model.cfg
+    B, device = len(prefix), prefix.device
+    rows = torch.arange(B, device=device)
+    rng = make_rng(seed, rows if example is None else example)
+    prefix, token = split_prompt(prefix, model_cfg)
+    cache = model.encode(prefix, reserve=model_cfg.target_length)
+    tokens = torch.full((B, model_cfg.target_length - 1), model_cfg.pad_id, device=device)
+    score = torch.zeros(B, device=device)
+    calls = torch.zeros_like(rows)
+    active = torch.ones_like(rows, dtype=torch.bool)
+    banned = banned_token_ids(model_cfg, device)
+    for step in range(tokens.shape[1]):
+        logits = model.decode(cache, token, append=True)[:, -1].float()
+        logits = logits.index_fill(-1, banned, -math.inf)  # (B, V)
+        drawn = draw_next(logits, cfg, rng.fold_in(step))  # (B,)
+        drawn = torch.where(active, drawn, model_cfg.pad_id)
+        tokens[:, step] = drawn
+        score += F.cross_entropy(logits, drawn, reduction="none") * active
+        calls += active
+        active = active & (drawn != model_cfg.pad_id)
+        token = drawn[:, None]
         if on_step is not None:
-            on_step(step + 1, tokens, logits[:, None], torch.arange(B, device=prefix.device))
-        if left.read(open_rows.sum()) == 0:  # on CUDA a call late, which changes no text
+            on_step(step + 1, tokens, logits[:, None], rows)
+        if not active.any():
             break
-    return Generated(tokens, score / calls, calls)
+    return GenerateOutput(tokens, score / calls, calls)
 
 
-def draw_next(logits: Tensor, cfg: SamplerConfig, draws: Draws) -> Tensor:
-    """One token id (B,) from logits (B, V) under temperature, top-k and top-p."""
+def draw_next(logits: Tensor, cfg: SamplerConfig, rng: CounterRNG) -> Tensor:
+    """Draw one token id (B,) from logits (B, V) under temperature, top-k and top-p."""
     if cfg.temperature == 0:
         return logits.argmax(-1)
+    uniform, _ = rng.uniform(SAMPLE, 1)  # (B, 1)
     if not cfg.top_k and cfg.top_p == 1:
-        return draw_tokens(logits[:, None], cfg.temperature, draws.uniform(SAMPLE, 1)[0])[:, 0]
+        return draw_tokens(logits[:, None], cfg.temperature, uniform)[:, 0]
     probs, order = (logits / cfg.temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
-    before = probs.cumsum(-1) - probs  # mass of the likelier tokens
+    before = probs.cumsum(-1) - probs  # the probability of all more likely tokens
     keep = before < cfg.top_p
     if cfg.top_k:
         keep[:, cfg.top_k :] = False
     cdf = (probs * keep).cumsum(-1)
-    u = draws.uniform(SAMPLE, 1)[0] * cdf[:, -1:]  # (B, 1)
-    pick = torch.searchsorted(cdf, u, right=True).clamp(max=keep.shape[1] - 1)
-    pick = torch.minimum(pick, keep.sum(-1, keepdim=True) - 1)  # rounding may leave u at the very end
+    pick = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
+    # Rounding may put the number beyond the last kept token.
+    pick = torch.minimum(pick, keep.sum(-1, keepdim=True) - 1)
     return order.gather(1, pick)[:, 0]

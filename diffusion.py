@@ -1,135 +1,310 @@
-"""Text diffusion: noise, loss, samplers, generate. Lay it beside autoregressive.py: same verbs.
+"""Text diffusion: noise, loss, samplers, generate. Compare it with autoregressive.py: same functions.
 
-Training corrupts the target at a random rate and asks for the clean text, then feeds the model's own answer back and
-asks again: the loss of AR2Diff (arXiv 2401.17181, section 3) after SUNDAE (arXiv 2112.06749). Generation starts from
-noise and lets the model rewrite the whole canvas a few times. All slots are alike: text, then learned pads.
+Training corrupts the target at a random rate and predicts the clean text. It then feeds the model's own
+prediction back and predicts again: the loss of AR2Diff (arXiv 2401.17181, section 3), after SUNDAE
+(arXiv 2112.06749). Generation starts from noise, the canvas, and rewrites it a few times. All slots of
+a canvas are alike: text, then pads. So the model itself decides how long its text is.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cross_entropy import cross_entropy_
-from device import Late
-from draws import CANVAS, CONDITION, CORRUPT, RATE, UNROLL, Draws, Generated, draw_tokens, forbidden_ids, noise_tokens
-from samplers import SAMPLERS, SamplerConfig, State, nll
+from configurator import setting, validate
+from infra.logits import (
+    GenerateOutput,
+    argmax,
+    banned_token_ids,
+    cross_entropy_in_place,
+    draw_tokens,
+    entropy,
+    token_nll,
+)
+from infra.rng import CANVAS, CORRUPT, RATE, RENOISE, SAMPLE, SELECT, UNROLL, CounterRNG
+from model import split_prompt
+
+# Noise
+
+
+def sample_noise(uniform: Tensor, model_cfg) -> Tensor:
+    """Map numbers in [0, 1) to noise tokens: any ordinary token or pad, or always the mask token."""
+    if model_cfg.noise == "mask":
+        return torch.full(uniform.shape, model_cfg.mask_id, device=uniform.device)
+    skip_eos = model_cfg.eos_id >= 0  # no text contains it: the ids after it move up by one
+    token = (uniform * (model_cfg.n_ordinary + 1 - skip_eos)).long()
+    if skip_eos:
+        token = token + (token >= model_cfg.eos_id)
+    return torch.where(token == model_cfg.n_ordinary, model_cfg.pad_id, token)
+
+
+def corrupt(target: Tensor, rate: Tensor, model_cfg, rng: CounterRNG) -> Tensor:
+    """Replace each token of target (B, T), except slot 0, by noise with probability rate (B, 1).
+
+    uniform: a random token, possibly the same one (SUNDAE). mask: mask_id (D3PM, arXiv 2107.03006).
+    """
+    chance, value = rng.uniform(CORRUPT, target.shape[1])
+    hit = chance < rate  # (B, T)
+    hit[:, 0] = False
+    return torch.where(hit, sample_noise(value, model_cfg), target)
+
+
+# Loss
 
 
 @dataclass
 class LossConfig:
-    """How the diffusion loss is made. What the noise is stands with the model's settings."""
+    """How the diffusion loss is computed. The kind of noise is a setting of the model."""
 
-    unroll_steps: int = 2  # passes: 1 is plain denoising, 2 is the paper's L(1) + L(2)
-    unroll_temperature: float = 0.0  # 0: the next pass reads the argmax (the paper); 1: a sample (SUNDAE)
-    self_conditioning_prob: float = 1.0  # share of rows that see the soft answer in the unrolled passes
-    full_noise_prob: float = 0.0  # share of rows that start as a sampler does, from noise alone
-    rate_exponent: float = 1.0  # the other rows' corruption is u ** this, u uniform in (0, 1); below 1: more noise
-    ar_weight: float = 0.0  # of the AR loss that is kept beside, for speculative.py: see causal_loss
+    unroll_steps: int = setting(2, "passes: 1 is denoising, 2 is the paper's L(1) + L(2)", (), 1, 16)
+    unroll_temperature: float = setting(
+        0.0, "0: the next pass reads the argmax (the paper); 1: a sample (SUNDAE)", minimum=0
+    )
+    full_noise_prob: float = setting(0.0, "share of rows that start from pure noise", (), 0, 1)
+    ar_loss_weight: float = setting(0.0, "keep the AR loss, for extras/speculative.py", minimum=0)
 
     def __post_init__(self):
-        if not 0 <= self.full_noise_prob <= 1 or not 0 < self.rate_exponent < math.inf:
-            raise ValueError(
-                "full_noise_prob must be in [0, 1] and rate_exponent above 0; got "
-                f"{self.full_noise_prob}, {self.rate_exponent}"
-            )
-        if not 0 <= self.ar_weight < math.inf:
-            raise ValueError(f"ar_weight must be 0 or more, got {self.ar_weight}")
-        if not 1 <= self.unroll_steps <= 16 or self.unroll_temperature < 0 or not 0 <= self.self_conditioning_prob <= 1:
-            raise ValueError(
-                "unroll_steps must be 1 to 16, unroll_temperature 0 or more, self_conditioning_prob in [0, 1]; got "
-                f"{self.unroll_steps}, {self.unroll_temperature}, {self.self_conditioning_prob}"
-            )
+        validate(self)
 
 
-def corrupt(target: Tensor, rate: Tensor, m, draws: Draws) -> Tensor:
-    """Replace each token of target (B, T) with probability rate (B, 1); slot 0, the separator, is kept.
-
-    uniform: a random token, perhaps the same one (SUNDAE). mask: m.mask_id (absorbing state, D3PM, arXiv 2107.03006).
-    """
-    chance, value = draws.uniform(CORRUPT, target.shape[1])
-    hit = chance < rate  # (B, T)
-    hit[:, 0] = False
-    return torch.where(hit, noise_tokens(value, m), target)
+def draw_rate(cfg: LossConfig, rng: CounterRNG) -> Tensor:
+    """Draw corruption rates (B, 1) from U(0, 1), or 1 for the share full_noise_prob."""
+    rate, kind = rng.uniform(RATE, 1)
+    return torch.where(kind < cfg.full_noise_prob, 1.0, rate)
 
 
-def draw_rate(cfg: LossConfig, draws: Draws) -> Tensor:
-    """Corruption rates (B, 1): U(0, 1) per row, unless cfg leans toward the noise that a sampler starts from."""
-    share, kind = draws.uniform(RATE, 1)  # 2 x (B, 1)
-    return torch.where(kind < cfg.full_noise_prob, 1.0, share**cfg.rate_exponent)
-
-
-def readout(logits: Tensor, shift: bool) -> Tensor:
-    """Logits (B, T - 1, V) of the slots after the separator: slot i is read at position i, or at i - 1 with shift."""
+def align_logits(logits: Tensor, shift: bool) -> Tensor:
+    """Return the logits (B, T - 1, V) of slots 1 .. T - 1. With shift, position i - 1 predicts slot i."""
     return logits[:, :-1] if shift else logits[:, 1:]
 
 
-def losses(model, batch, cfg, draws: Draws, rate: Tensor | None = None, opened: Tensor | None = None):
-    """The terms L(1), L(2), ... one by one, nats per slot over every slot, clean, corrupted or pad.
+def losses(model, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None):
+    """Yield the terms L(1), L(2), ...: nats per slot, averaged over all slots, pads included.
 
-    L(k + 1) reads the model's own answer of pass k, as tokens and, with self-conditioning, as soft embedding beside
-    them. No gradient crosses that, so each term may be backpropagated before the next is computed. The prefix stays
-    clean. rate (B, 1): corruption, drawn per row where it is not given. opened: see model.attention_mask.
-    With cfg.ar_weight one more term comes last: that weight times causal_loss.
+    L(k + 1) reads the model's own prediction of pass k, as tokens and as self-conditioning. No gradient
+    flows through it, so each term may be backpropagated before the next one is computed.
+    rate (B, 1): corruption, drawn if None. extra_edges: see model.attention_mask.
+    With cfg.ar_loss_weight the last term is causal_loss, weighted.
     """
-    m, target = model.cfg, batch.target
-    rate = draw_rate(cfg, draws) if rate is None else rate  # (B, 1)
-    canvas, estimate = corrupt(target, rate, m, draws), None
-    # As readout pairs them; -100 is not scored. Slicing the logits instead would copy them, forth and back.
-    expected = F.pad(target[:, 1:], (0, 1) if m.shift else (1, 0), value=-100)  # (B, T)
+    model_cfg = model.cfg
+    target = batch.target  # (B, T)
+    rate = draw_rate(cfg, rng) if rate is None else rate
+    canvas = corrupt(target, rate, model_cfg, rng)
+    self_cond = None
+    # Aligned like the logits; -100 is not scored. Slicing the logits instead would copy them.
+    expected = F.pad(target[:, 1:], (0, 1) if model_cfg.shift else (1, 0), value=-100)
     for k in range(cfg.unroll_steps):
-        logits = model(batch.prefix, canvas, estimate=estimate, opened=opened)  # (B, T, V)
-        if k + 1 < cfg.unroll_steps:  # now, for the loss uses the logits up
+        logits = model(batch.prefix, canvas, self_cond, extra_edges=extra_edges)  # (B, T, V)
+        if k + 1 < cfg.unroll_steps:  # before the loss overwrites the logits
             with torch.no_grad():
-                said = readout(logits, m.shift)  # (B, T - 1, V)
-                answer = draw_tokens(said, cfg.unroll_temperature, draws.uniform(UNROLL, said.shape[1], k)[0])
+                aligned = align_logits(logits, model_cfg.shift)  # (B, T - 1, V)
+                uniform, _ = rng.uniform(UNROLL, aligned.shape[1], k)
+                answer = draw_tokens(aligned, cfg.unroll_temperature, uniform)
                 canvas = torch.cat([target[:, :1], answer], dim=1)
-                if m.self_conditioning:
-                    told = draws.uniform(CONDITION, 1, k)[0] < cfg.self_conditioning_prob  # (B, 1)
-                    estimate = soft_estimate(model, said) * told[..., None]
-        term, logits, said = cross_entropy_(logits, expected), None, None  # the next pass makes as many
+                if model_cfg.self_conditioning:
+                    self_cond = expected_embedding(model, aligned)
+                del aligned
+        term = cross_entropy_in_place(logits, expected)
+        del logits  # the next pass allocates as many
         yield term
-    if cfg.ar_weight:
-        yield cfg.ar_weight * causal_loss(model, batch)
+    if cfg.ar_loss_weight:
+        yield cfg.ar_loss_weight * causal_loss(model, batch)
 
 
 def causal_loss(model, batch) -> Tensor:
-    """What autoregressive.loss is of these weights under the causal mask: nats per slot, pads included.
-
-    Slot i is read at position i - 1 whatever m.shift says, and there is no estimate: left to right there is no answer
-    to go back to. The prefix is frozen; a joint one could not be read before the target.
-    """
-    T = batch.target.shape[1]
-    closed = torch.zeros(T, T, dtype=torch.bool, device=batch.target.device)  # no edge beside the causal ones
-    logits = model(batch.prefix, batch.target, opened=closed)  # (B, T, V)
+    """Return the AR loss of these weights under the causal mask: nats per slot, pads included."""
+    logits = model(batch.prefix, batch.target, attention="causal")  # (B, T, V)
     expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)
-    return cross_entropy_(logits, expected)
+    return cross_entropy_in_place(logits, expected)
 
 
-def loss(model, batch, cfg, draws: Draws) -> Tensor:
-    """L(1) + L(2) of AR2Diff: a plain sum, nats per target slot."""
-    return sum(losses(model, batch, cfg, draws))
+def loss(model, batch, cfg, rng: CounterRNG) -> Tensor:
+    """Return L(1) + L(2) of AR2Diff: a plain sum, nats per slot."""
+    return sum(losses(model, batch, cfg, rng))
 
 
 @torch.no_grad()
-def loss_by_rate(model, batch, cfg, draws: Draws, rates: list[float]) -> dict[str, float]:
-    """L(1) at fixed corruption rates, nats per slot. Comparable between diffusion models, not with an AR loss."""
-    fixed = {f"{rate:.1f}": torch.full((len(batch.target), 1), rate, device=batch.target.device) for rate in rates}
-    once = LossConfig(unroll_steps=1)
-    return {name: next(losses(model, batch, once, draws, rate)).item() for name, rate in fixed.items()}
+def loss_by_rate(model, batch, rng: CounterRNG, rates: list[float]) -> dict[str, float]:
+    """Return L(1) at fixed corruption rates, nats per slot. Not comparable with an AR loss."""
+    single_pass = LossConfig(unroll_steps=1)
+    found = {}
+    for rate in rates:
+        fixed = torch.full((len(batch.target), 1), rate, device=batch.target.device)
+        found[f"{rate:.1f}"] = next(losses(model, batch, single_pass, rng, fixed)).item()
+    return found
 
 
-SOFTENED = 1 << 24  # logits that have a softmax beside them at a time, but at least those of one row
+SOFTMAX_CHUNK = 1 << 24  # logits per softmax, to bound its memory
 
 
-def soft_estimate(model, logits: Tensor) -> Tensor:
-    """Soft embedding (B, T, C) of a prediction (B, T - 1, V). The separator's slot gets zeros, by mask: zero logits
-    would give the mean embedding instead."""
-    few = max(1, SOFTENED // logits[0].numel())
-    return F.pad(torch.cat([model.soft_embedding(part) for part in logits.split(few)]), (0, 0, 1, 0))
+def expected_embedding(model, logits: Tensor) -> Tensor:
+    """Return the expected embedding (B, T, C) of a prediction (B, T - 1, V); slot 0 gets zeros."""
+    rows = max(1, SOFTMAX_CHUNK // logits[0].numel())
+    parts = [model.expected_embedding(part) for part in logits.split(rows)]
+    return F.pad(torch.cat(parts), (0, 0, 1, 0))
+
+
+# Samplers: one step each, with one signature. denoise() runs them.
+
+
+@dataclass
+class SamplerConfig:
+    """How a canvas becomes text."""
+
+    sampler: str = setting(
+        "resample",
+        "resample is the paper's",
+        ("resample", "argmax_unrolled", "confidence", "entropy_bound"),
+    )
+    steps: int = setting(10, "network calls, each over all slots", minimum=1)
+    temperature: float = setting(
+        0.2, "of resample and confidence; 0: argmax", minimum=1e-3, zero_ok=True
+    )
+    update_fraction: float = setting(
+        1.0, "share of slots redrawn: resample, argmax_unrolled", above=0, maximum=1
+    )
+    candidates: int = setting(1, "canvases per prompt; the one with the best score is kept", minimum=1)
+    temperature_start: float = setting(
+        0.8, "entropy_bound: temperature of the first step", minimum=1e-3, zero_ok=True
+    )
+    temperature_end: float = setting(
+        0.4, "entropy_bound: temperature of the last step", minimum=1e-3, zero_ok=True
+    )
+    entropy_bound: float = setting(0.1, "entropy_bound: nats accepted per step", minimum=0)
+    stop_entropy: float = setting(
+        0.005, "nats per slot: below it, confidence and entropy_bound stop early", minimum=0
+    )
+
+    def __post_init__(self):
+        validate(self)
+
+
+class SamplerState(NamedTuple):
+    """What a sampler reads and returns, for R rows and S slots."""
+
+    canvas: Tensor  # (R, S) the tokens that the network reads next
+    output: Tensor  # (R, S) the text, if the row stopped now
+    scored: Tensor  # (R, S) the tokens whose mean NLL is the row's score
+    aux: Tensor  # (R, S) float, for the sampler's own use
+    converged: Tensor  # (R,) bool: another step would change nothing
+    editable: Tensor  # (R, S) bool, False where the token is given (infilling)
+
+
+def resample(logits, state: SamplerState, step: int, cfg, rng: CounterRNG, model_cfg):
+    """Redraw a random share of the slots at a low temperature.
+
+    With update_fraction=1 the paper's sampler (section 4.2).
+    """
+    S = logits.shape[1]
+    drawn = draw_tokens(logits, cfg.temperature, rng.uniform(SAMPLE, S)[0])
+    chosen = rng.uniform(SELECT, S)[0] < cfg.update_fraction
+    canvas = torch.where(chosen & state.editable, drawn, state.canvas)
+    converged = _unchanged(drawn, state) & (cfg.temperature == 0)
+    output = _replace_masks(canvas, drawn, model_cfg)
+    scored = _replace_masks(state.canvas, drawn, model_cfg)
+    return state._replace(canvas=canvas, output=output, scored=scored, converged=converged)
+
+
+def argmax_unrolled(logits, state: SamplerState, step: int, cfg, rng: CounterRNG, model_cfg):
+    """Take the argmax everywhere, then rewrite only the slots of lowest confidence.
+
+    SUNDAE, section 2.4. aux: the log-probability of each slot's argmax in the last pass.
+    """
+    drawn = argmax(logits)
+    confidences = -token_nll(logits, drawn)  # (R, S)
+    if step == 0:
+        chosen = state.editable
+    else:
+        # 50 x 0.3 is 15.000001 in float32, hence the small number.
+        n = (state.editable.sum(1, keepdim=True) * cfg.update_fraction - 1e-3).ceil()
+        chosen = _rank(-state.aux.masked_fill(~state.editable, math.inf)) < n
+    canvas = torch.where(chosen & state.editable, drawn, state.canvas)
+    return state._replace(
+        canvas=canvas,
+        output=canvas,
+        scored=_replace_masks(state.canvas, drawn, model_cfg),
+        aux=confidences,
+        converged=_unchanged(drawn, state),
+    )
+
+
+def confidence(logits, state: SamplerState, step: int, cfg, rng: CounterRNG, model_cfg):
+    """Keep the most confident slots, more of them each step; the others become noise again.
+
+    All slots are ranked at each step, so a kept token may be replaced later.
+    """
+    drawn = draw_tokens(logits, cfg.temperature, rng.uniform(SAMPLE, logits.shape[1])[0])
+    confidences = -token_nll(logits, drawn).masked_fill(~state.editable, math.inf)  # (R, S)
+    n = (state.editable.sum(1, keepdim=True) * (step + 1) / cfg.steps).ceil()
+    kept = _rank(confidences) < n
+    # Pads are confident first: in the first half an answer may be stable before it has any text.
+    may_stop = cfg.stop_entropy > 0 and step + 1 >= cfg.steps / 2
+    entropies = entropy(logits) if may_stop else None
+    return _keep_or_renoise(state, kept, drawn, argmax(logits), entropies, cfg, rng, model_cfg)
+
+
+def entropy_bound(logits, state: SamplerState, step: int, cfg, rng: CounterRNG, model_cfg):
+    """Keep the slots of lowest entropy as long as its sum stays below a bound; renoise the others.
+
+    The temperature falls linearly and the output is the argmax, as in DiffusionGemma's sampler
+    (transformers 5.23, generation of DiffusionGemma).
+    """
+    progress = step / max(cfg.steps - 1, 1)
+    temperature = cfg.temperature_start + (cfg.temperature_end - cfg.temperature_start) * progress
+    drawn = draw_tokens(logits, temperature, rng.uniform(SAMPLE, logits.shape[1])[0])
+    entropies = entropy(logits, max(temperature, 1e-6))  # (R, S)
+    ordered, order = entropies.masked_fill(~state.editable, math.inf).sort(1)
+    within = ordered.cumsum(1) - ordered <= cfg.entropy_bound
+    kept = torch.zeros_like(state.editable).scatter(1, order, within)
+    stop = entropies if cfg.stop_entropy > 0 else None
+    return _keep_or_renoise(state, kept, drawn, argmax(logits), stop, cfg, rng, model_cfg)
+
+
+SAMPLERS: dict[str, Callable] = {
+    "resample": resample,
+    "argmax_unrolled": argmax_unrolled,
+    "confidence": confidence,
+    "entropy_bound": entropy_bound,
+}
+
+
+def _unchanged(drawn: Tensor, state: SamplerState) -> Tensor:
+    return ((drawn == state.canvas) | ~state.editable).all(1)
+
+
+def _replace_masks(tokens: Tensor, drawn: Tensor, model_cfg) -> Tensor:
+    # A slot may still hold the mask token, which is no text and has no likelihood.
+    return torch.where(tokens == model_cfg.mask_id, drawn, tokens)
+
+
+def _keep_or_renoise(state, kept, drawn, best, entropies, cfg, rng, model_cfg) -> SamplerState:
+    """Kept slots get their drawn token, the others noise. aux: the last output.
+
+    A row converges if its output repeats and its mean entropy is low; never if entropies is None.
+    """
+    noise = sample_noise(rng.uniform(RENOISE, kept.shape[1])[0], model_cfg)
+    canvas = torch.where(state.editable, torch.where(kept, drawn, noise), state.canvas)
+    output = torch.where(state.editable, best, state.canvas)
+    converged = state.converged
+    if entropies is not None:
+        n = state.editable.sum(1).clamp(min=1)
+        mean_entropy = entropies.masked_fill(~state.editable, 0.0).sum(1) / n
+        repeats = (output == state.aux.long()).all(1)
+        converged = repeats & (mean_entropy < cfg.stop_entropy)
+    return SamplerState(canvas, output, output, output.float(), converged, state.editable)
+
+
+def _rank(score: Tensor) -> Tensor:
+    """Return the place of each slot of (R, S), the highest score first."""
+    order = score.argsort(dim=1, descending=True, stable=True)
+    return order.argsort(dim=1)
+
+
+# Generation
 
 
 @torch.no_grad()
@@ -141,131 +316,106 @@ def generate(
     example: Tensor | None = None,
     on_step: Callable | None = None,
     given: Tensor | None = None,
-) -> Generated:
-    """Denoise cfg.candidates random canvases per prefix (B, P), keep the one the model scores best (section 4.2).
+) -> GenerateOutput:
+    """Denoise cfg.candidates canvases per prefix (B, P) and keep the best-scoring one (section 4.2).
 
-    With cfg.block_length a text is written block by block, each a canvas of its own behind all that was written before
-    (BD3-LM, arXiv 2503.09573); the candidates are of a block, and a text ends with the first pad.
-    example (B,): names of the rows, which key their draws with the seed; 0 .. B - 1 by default.
-    given (B, T - 1): token ids that stay as they are, -1 where the slot is free (infilling).
-    on_step: see denoise; row r is candidate r % N of prompt r // N. Steps are counted anew in each block.
+    example (B,): keys of the rows' random numbers; 0 .. B - 1 by default.
+    on_step: see denoise; row r is candidate r % N of prompt r // N.
+    given (B, T - 1): tokens that stay fixed, -1 for a free slot (infilling).
     """
-    m, N, (B, P), device = model.cfg, cfg.candidates, prefix.shape, prefix.device
-    length = cfg.max_new_tokens or m.target_length - 1
-    width = min(cfg.block_length or length, length)
-    if width < length and m.prefix_attention == "joint":
-        raise ValueError("block_length needs a prefix that is read once; this model's prefix_attention is joint")
-    if P + 1 + length > m.block_size:
-        raise ValueError(f"{P} + 1 + {length} tokens are longer than the model's block_size {m.block_size}")
-    example = torch.arange(B, device=device) if example is None else example
-    tokens = torch.full((B, length), m.pad_id, device=device)
-    score, calls = torch.zeros(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
-    begun, before = torch.zeros_like(calls), torch.full((B, 1), m.sep_id, device=device)  # slots that are scored
-    cache, rows = model.encode(prefix, room=1 + length), torch.arange(B, device=device)  # texts that go on
-    for start in range(0, length, width):
-        slots, prompt = min(width, length - start), torch.arange(len(rows), device=device).repeat_interleave(N)  # (R,)
-        candidate = torch.arange(N, device=device).repeat(len(rows))
-        draws = Draws(seed, example[rows][prompt], candidate, step=start // width * cfg.steps)
-        made = denoise(
-            model,
-            cache.rows(prompt) if N > 1 else cache,
-            before[prompt],
-            slots,
-            cfg,
-            draws,
-            _renumbered(on_step, rows, N),
-            None if given is None else given[rows][prompt, start : start + slots],
+    model_cfg = model.cfg
+    B, N = len(prefix), cfg.candidates
+    device = prefix.device
+    prefix, start = split_prompt(prefix, model_cfg)
+    if prefix.shape[1] + model_cfg.target_length > model_cfg.block_size:
+        raise ValueError(
+            f"{prefix.shape[1]} + {model_cfg.target_length} tokens exceed the model's "
+            f"block_size {model_cfg.block_size}"
         )
-        made = best_of(made, N)
-        tokens[rows, start : start + slots] = made.tokens
-        score[rows] += made.score * slots
-        calls[rows] += made.calls
-        begun[rows] += slots
-        if start + slots == length:
-            break
-        ended = (made.tokens == m.pad_id).any(1) & (given is None)  # in a template a pad is a slot that was not needed
-        stay = (~ended).nonzero()[:, 0]
-        if not len(stay):
-            break
-        # What is finished is prefix now, and is read as one: by the causal mask, an AR model's own, or both ways.
-        read = torch.cat([before, made.tokens[:, :-1]], dim=1)[stay]
-        closed = read.new_zeros(slots, slots, dtype=torch.bool) if m.prefix_attention == "causal" else None
-        cache = cache if len(stay) == len(rows) else cache.rows(stay)
-        model.decode(cache, read, append=True, opened=closed)
-        rows, before = rows[stay], made.tokens[stay, -1:]
-        calls[rows] += 1
-    return Generated(tokens, score / begun, calls)
+    if example is None:
+        example = torch.arange(B, device=device)
+    cache = model.encode(prefix, reserve=model_cfg.target_length)
+    prompt = torch.arange(B, device=device).repeat_interleave(N)  # (R,)
+    candidate = torch.arange(N, device=device).repeat(B)
+    if N > 1:
+        cache = cache.select(prompt)
+        given = None if given is None else given[prompt]
+    rng = CounterRNG(seed, example[prompt], candidate)
+    length = model_cfg.target_length - 1
+    return best_of(denoise(model, cache, start[prompt], length, cfg, rng, on_step, given), N)
 
 
-def _renumbered(on_step: Callable | None, rows: Tensor, N: int) -> Callable | None:
-    # Texts that have ended are no rows of denoise any more; a hook knows each by its first number.
-    if on_step is None:
-        return None
-    number = (rows[:, None] * N + torch.arange(N, device=rows.device)).flatten()
-    return lambda step, canvas, logits, r: on_step(step, canvas, logits, torch.where(r < 0, -1, number[r]))
-
-
-def best_of(made: Generated, N: int) -> Generated:
-    """Of each N rows in turn the one of lowest score; the calls of all of them are counted."""
-    best = made.score.view(-1, N).argmin(1) + torch.arange(len(made.score) // N, device=made.score.device) * N  # (B,)
-    return Generated(made.tokens[best], made.score[best], made.calls.view(-1, N).sum(1))
+def best_of(out: GenerateOutput, N: int) -> GenerateOutput:
+    """Of each N rows keep the one with the lowest score. The calls of all N are counted."""
+    offset = torch.arange(len(out.score) // N, device=out.score.device) * N
+    best = out.score.view(-1, N).argmin(1) + offset  # (B,)
+    return GenerateOutput(out.tokens[best], out.score[best], out.calls.view(-1, N).sum(1))
 
 
 @torch.no_grad()
 def denoise(
     model,
     cache,
-    before: Tensor,
-    slots: int,
+    start: Tensor,
+    length: int,
     cfg: SamplerConfig,
-    draws: Draws,
+    rng: CounterRNG,
     on_step: Callable | None = None,
     given: Tensor | None = None,
-) -> Generated:
-    """Rewrite a canvas of noise behind each of R cached prefixes for cfg.steps network calls; all R rows are kept.
+) -> GenerateOutput:
+    """Rewrite R canvases of noise in at most cfg.steps network calls. Converged rows are frozen.
 
-    before (R, 1): the token ahead of the canvas, clean: the separator, or the last one of the block before.
-    on_step: called with (step, canvas (R, S), logits (R, S, V), rows (R,)) after each network call, and once before
-        the first with step 0 and logits None. Rows that settle leave; until the batch has shrunk their number is -1.
+    start (R, 1): slot 0, never rewritten. on_step: called with (step, canvas (R, S), logits (R, S, V),
+    rows (R,)) after each call, and once before with step 0 and logits None. rows is -1 if frozen.
     """
-    m, sampler = model.cfg, SAMPLERS[cfg.sampler]
-    canvas = noise_tokens(draws.uniform(CANVAS, slots)[0], m)  # (R, S)
-    free = torch.ones_like(canvas, dtype=torch.bool)
-    if given is not None:
-        free = given < 0
-        canvas = torch.where(free, canvas, given)
-    rows, closed = torch.arange(len(canvas), device=canvas.device), forbidden_ids(m, canvas.device)
-    state = State(canvas, canvas, canvas, torch.full(canvas.shape, -1.0, device=canvas.device), rows < 0, free)
-    answers, scores, calls = canvas.clone(), torch.zeros(len(canvas), device=canvas.device), torch.zeros_like(rows)
-    moving, left, estimate = rows >= 0, Late(), None  # (R,): rows that have not settled
+    model_cfg = model.cfg
+    step_fn = SAMPLERS[cfg.sampler]
+    state = initial_state(length, rng, model_cfg, given)
+    rows = torch.arange(len(state.canvas), device=state.canvas.device)
+    active = ~state.converged  # (R,)
+    calls = torch.zeros_like(rows)
+    score = torch.zeros(len(rows), device=rows.device)
+    banned = banned_token_ids(model_cfg, rows.device)
+    self_cond = None
     if on_step is not None:
         on_step(0, state.canvas, None, rows)
     for step in range(cfg.steps):
-        last = step + 1 == cfg.steps
-        logits = model.decode(cache, torch.cat([before, state.canvas], dim=1), estimate=estimate)
-        logits = readout(logits, m.shift)
-        if m.self_conditioning and not last:
-            estimate = soft_estimate(model, logits)
-        logits = logits.index_fill_(-1, closed, -math.inf)  # (R, S, V), in place: the network's own are used up
-        state = sampler(logits, state, step, cfg, draws.at(draws.step + step), m)
-        calls[rows] += moving
+        is_last = step + 1 == cfg.steps
+        canvas = torch.cat([start, state.canvas], dim=1)  # (R, 1 + S)
+        logits = align_logits(model.decode(cache, canvas, self_cond=self_cond), model_cfg.shift)
+        if model_cfg.self_conditioning and not is_last:
+            self_cond = expected_embedding(model, logits)  # (R, 1 + S, C)
+        logits = logits.index_fill(-1, banned, -math.inf)  # (R, S, V)
+        new = step_fn(logits, state, step, cfg, rng.fold_in(step), model_cfg)
+        state = freeze(state, new, active)
+        calls += active
         if on_step is not None:
-            on_step(step + 1, state.canvas, logits, torch.where(moving, rows, -1))
-        if not last and not cfg.may_settle:
-            continue
-        leaving = moving & (state.settled | last)
-        if left.sees_none(leaving):
-            continue
-        scores[rows] = torch.where(leaving, nll(logits, state.judged).mean(1), scores[rows])
-        answers[rows] = torch.where(leaving[:, None], state.answer, answers[rows])
-        moving = moving & ~leaving
-        n = left.read(moving.sum())
-        if n == 0:
-            break
-        size = 1 << (n - 1).bit_length() if n else len(rows)  # batches of 1, 2, 4, ..: a compiled step knows them all
-        if size < len(rows):
-            stay = (~moving).int().argsort(stable=True)[:size]  # rows that have settled fill up the batch
-            state, draws, cache = State(*(part[stay] for part in state)), draws.rows(stay), cache.rows(stay)
-            rows, moving, before = rows[stay], moving[stay], before[stay]
-            estimate = estimate[stay] if estimate is not None else None
-    return Generated(answers, scores, calls)
+            on_step(step + 1, state.canvas, logits, torch.where(active, rows, -1))
+        finished = active & (state.converged | is_last)
+        if finished.any():
+            score = torch.where(finished, token_nll(logits, state.scored).mean(1), score)
+            active = active & ~finished
+            if not active.any():
+                break
+    return GenerateOutput(state.output, score, calls)
+
+
+def initial_state(length: int, rng: CounterRNG, model_cfg, given: Tensor | None) -> SamplerState:
+    """Return canvases of noise, with the given tokens in place."""
+    canvas = sample_noise(rng.uniform(CANVAS, length)[0], model_cfg)  # (R, S)
+    editable = torch.ones_like(canvas, dtype=torch.bool)
+    if given is not None:
+        editable = given < 0
+        canvas = torch.where(editable, canvas, given)
+    aux = torch.full(canvas.shape, -1.0, device=canvas.device)
+    converged = torch.zeros_like(editable[:, 0])
+    return SamplerState(canvas, canvas, canvas, aux, converged, editable)
+
+
+def freeze(old: SamplerState, new: SamplerState, active: Tensor) -> SamplerState:
+    """Take the new state for active rows (R,) and keep the old state for the others."""
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(active if a.dim() == 1 else active[:, None], b, a)
+
+    return SamplerState(*map(choose, old, new))

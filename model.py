@@ -217,6 +217,19 @@ def sdpa_mask(kind, past, new, extra_edges, S, T, device):
     return attention_mask(kind, past, new, extra_edges), False
 
 
+def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Split a prompt (B, P), padded anywhere, into the prefix and slot 0 of the target (B, 1).
+
+    Slot 0 is the separator. With sep_id=-1 it is the prompt's last token, which leaves the prefix.
+    """
+    if cfg.sep_id >= 0:
+        return prompt, torch.full((len(prompt), 1), cfg.sep_id, device=prompt.device)
+    index = torch.arange(prompt.shape[1], device=prompt.device)
+    last = (index * (prompt != cfg.pad_id)).amax(1, keepdim=True)  # (B, 1)
+    prefix = prompt.scatter(1, last, cfg.pad_id)
+    return prefix[:, : int(last.max())], prompt.gather(1, last)
+
+
 class KVCache:
     """Keys and values k[l], v[l] (B, H, capacity, D) of the tokens read so far, `length` of them valid.
 
