@@ -1,412 +1,214 @@
-"""Several processes train one model: torchrun starts them, gloo (CPU) or nccl (CUDA) connects them.
+"""Several processes train one model. torchrun starts them; gloo (CPU) or nccl (CUDA) connects them.
 
     torchrun --nproc_per_node=2 train.py config/toy_copy_ar.py
-    torchrun --nproc_per_node=8 train.py config/paper_1_ar.py --parallel=fsdp --dtype=bfloat16
+    torchrun --nproc_per_node=8 train.py config/paper_1_ar.py --parallel=fsdp --optimizer=adamw
 
-Each process takes a slice of the rows of every global batch, and every draw is keyed by the global index of its row. So
-any number of processes trains the model that one trains, to float tolerance (dropout, off by default, is the
-exception). Without torchrun there is one process, and nothing here but `World` is at work.
+Each process takes some rows of every global batch, and random numbers depend on the global row
+index. So every number of processes trains the same model, to rounding (except with dropout).
+Without torchrun there is one process and nothing is exchanged.
 """
 
 import contextlib
+import math
 import os
-import socket
-import sys
-import threading
-import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-import checkpoint
-from device import autocast, pick_device
+from configurator import one_line
+from infra.device import pick_device
 
 
 @dataclass
-class ParallelConfig:
-    """How several processes share the work. See the top of this file."""
+class DistributedContext:
+    """This process among those of the run. Rank 0 is the main one: it writes and prints."""
 
-    parallel: str = "ddp"  # ddp: each holds the whole model | fsdp: each a share of weights, gradients and optimizer
-    patience: float = 600.0  # seconds that a process may stand still while others wait for it; then it is named
-
-    def __post_init__(self):
-        if self.parallel not in ("ddp", "fsdp"):
-            raise ValueError(f"parallel must be one of ddp, fsdp; got {self.parallel!r}")
-        if not 1 <= self.patience < 1e6:
-            raise ValueError(f"patience must be 1 second or more, got {self.patience}")
-
-
-class Whole(nn.Module):
-    """A model, and what is computed with it, as one module: do() runs in its forward pass.
-
-    DDP and FSDP see what goes through a forward pass. Here that is a term of a loss, whichever methods of the model it
-    calls, and not the bare model.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, do: Callable):
-        return do()
-
-
-class World:
-    """The processes of a run, this one among them. Number 0 leads: it writes and prints."""
-
-    rank, size, watch = 0, 1, None
-    sharded, gathered = False, "float32"  # under FSDP, and the dtype in which weights are gathered then
-
-    def __init__(self, device: torch.device):
-        self.device = device
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    sharded: bool = False  # set by wrap(): each process holds a shard of each parameter
 
     @property
-    def leader(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def rows(self, batch_size: int, parts: int, part: int) -> slice:
-        """Rows of the global batch in a micro-batch of this process, the part-th of `parts`."""
-        size = batch_size // (self.size * parts)
-        start = (self.rank * parts + part) * size
-        return slice(start, start + size)
-
-    def wrap(self, model: nn.Module, cfg) -> nn.Module:
-        """The model on its device, as what exchanges gradients: Whole, alone or in DDP or FSDP.
-
-        FSDP replaces the parameters: make the optimizers after it.
-        """
-        self.sharded = cfg.parallel == "fsdp"
-        if self.sharded:
-            self.gathered = cfg.dtype
-            return shard(model, self, cfg)
-        whole = Whole(model.to(self.device))
-        if self.size == 1:
-            return whole
-        # What the last term of a step does not use must be known, or the exchange waits for its gradient.
-        unused = cfg.ar_weight > 0 and cfg.self_conditioning
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch 2.13 renames broadcast_buffers, 2.11 has only the old name
-            return nn.parallel.DistributedDataParallel(
-                whole, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
-            )
-
-    def look(self, whole: nn.Module, do: Callable):
-        """do(), without gradients, in all processes alike: under FSDP each holds only a share of the weights."""
-        # Weights that are gathered in bfloat16 compute in nothing else, not even a sample.
-        with torch.no_grad(), autocast(self.device, self.gathered):
-            found = (whole if self.sharded else whole_of(whole))(do)
-        if self.sharded:
-            whole.reshard()  # the next step moves the shares, and what was put together of them is old
-        return found
-
-    def gather(self, numbers: list) -> list[list[float]]:
-        """The numbers of each process, the same list of lists in all of them. Waits for the device."""
-        mine = [float(number) for number in numbers]
-        if self.size == 1:
-            return [mine]
-        self.beat()  # who waits here is ahead of who has not come
-        every = [torch.zeros(len(mine), dtype=torch.float64) for _ in range(self.size)]
-        dist.all_gather(every, torch.tensor(mine, dtype=torch.float64))
-        return [numbers.tolist() for numbers in every]
-
-    def mean(self, found: dict) -> dict:
-        """Each number of a nested dict as its mean over the processes, which all hold equally many rows."""
-        if self.size == 1:
-            return found
-        flat = list(_numbers(found))
-        means = iter([sum(column) / self.size for column in zip(*self.gather(flat))])
-        return _replaced(found, means)
-
     def barrier(self) -> None:
-        if self.size > 1:
+        if self.world_size > 1:
             dist.barrier()
 
-    def agree(self, what: dict) -> None:
-        """Raise ValueError, naming the process, where not all hold the same values: another folder, other settings."""
-        if self.size == 1:
-            return
-        self.beat()
-        every = [None] * self.size
-        dist.all_gather_object(every, what)
-        for rank, other in enumerate(every):
-            for name in (name for name in what if other[name] != every[0][name]):
-                raise ValueError(
-                    f"process {rank} has {name} {other[name]}, process 0 {every[0][name]}: all must be given the same "
-                    "settings, and see the same out_dir and data"
-                )
+    def local_rows(self, batch_size: int, accum: int = 1, micro: int = 0) -> slice:
+        """Return the rows of the global batch for a micro-batch of this process."""
+        size = batch_size // (self.world_size * accum)
+        start = (self.rank * accum + micro) * size
+        return slice(start, start + size)
 
-    def beat(self, where: str = "") -> None:
-        """Say that this process goes on, and where it is ("": as before). All processes do so at the same places."""
-        if self.watch is not None:
-            self.watch.count, self.watch.where = self.watch.count + 1, where or self.watch.where
+    def wrap(self, model: nn.Module, parallel: str) -> None:
+        """Move the model to the device, in place. fsdp: keep only a shard of each parameter here.
 
-    def save(self, path: Path, model, optimizers: list, step: int, tokenizer: str, keep: int = 1, **rest) -> None:
-        """Write a checkpoint: the leader a file, or all together a folder of shards."""
-        if self.sharded:
-            import sharded  # torch's distributed checkpoints take a second to import
-
-            if self.leader:
-                checkpoint.keep_tokenizer(tokenizer, path.parent)
-            sharded.save(path, checkpoint.head(model, step, tokenizer) | rest, model, optimizers, keep)
-        elif self.leader:
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            checkpoint.save(path, model, step, tokenizer, keep, optimizer=states, **rest)
-
-    def read(self, path: Path, parallel: str | None, device: str = "cpu") -> dict:
-        """The fields of a checkpoint. Of a folder of shards, under FSDP, only what is no tensor: see `restore`.
-
-        parallel: what is asked for; None: what the checkpoint says.
+        Call it before make_optimizers. fsdp needs AdamW, because Muon needs whole matrices.
         """
-        if path.is_dir():
-            import sharded
-
-            head = sharded.read_head(path)
-            if (parallel or head.get("train_config", {}).get("parallel")) == "fsdp":
-                return head
-        return checkpoint.load(path, device)
-
-    def restore(self, path: Path, state: dict, model, optimizers: list) -> None:
-        """Put a checkpoint's optimizer state into place, and the weights too where they are in shards as well."""
-        if self.sharded and "model" not in state:
-            import sharded
-
-            sharded.restore(path, model, optimizers)
+        model.to(self.device)
+        if parallel != "fsdp":
             return
+        if not dist.is_initialized():
+            raise ValueError("--parallel=fsdp needs several processes: start them with torchrun")
+        from torch.distributed.fsdp import fully_shard
+
+        # A block that runs twice in a forward pass (prefix, then target) must not free its weights
+        # in between, so only the whole model is gathered and freed.
+        if model.cfg.single_pass:
+            for block in model.blocks:
+                fully_shard(block)
+        fully_shard(model)
+        self.sharded = True
+
+    def set_gradient_sync(self, model: nn.Module, last: bool) -> None:
+        """fsdp: exchange gradients only in the last backward pass of a step."""
+        if self.sharded:
+            model.set_requires_gradient_sync(last)
+
+    def average_gradients(self, model: nn.Module) -> None:
+        """ddp: replace each gradient by its mean over the processes, in one exchange."""
+        if self.world_size == 1 or self.sharded:
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = parameters_to_vector(gradients)
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        vector_to_parameters(flat, gradients)
+
+    def clip_gradients(self, model: nn.Module, max_norm: float) -> float:
+        """Scale all gradients down to this norm (0: do not) and return the norm they had."""
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+        return float(norm.full_tensor() if self.sharded else norm)
+
+    @contextlib.contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        """fsdp: hold all weights here for an evaluation. All processes must enter it together."""
+        if not self.sharded:
+            yield
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.set_reshard_after_forward(part is not model, recurse=False)
+                part.reshard()
+
+    def mean(self, numbers: dict) -> dict:
+        """Return each number as its mean over the processes, which have equally many rows."""
+        values = torch.tensor([float(value) for value in numbers.values()], dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return dict(zip(numbers, (values / self.world_size).tolist()))
+
+    def any(self, flag: int) -> int:
+        """Return the largest flag of all processes."""
+        value = torch.tensor(int(flag))
+        if self.world_size > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
+    def full_state(self, model: nn.Module, optimizers: list) -> dict:
+        """Return {"model", "optimizer": list}, complete on rank 0. All processes must call it."""
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        return {
+            "model": {name: self._whole(value) for name, value in model.state_dict().items()},
+            "optimizer": [
+                _map_state(state, lambda value, i: self._whole(value)) for state in states
+            ],
+        }
+
+    def load_full_state(self, model: nn.Module, optimizers: list, state: dict) -> None:
+        """Load what full_state returned on rank 0, under any number of processes."""
+        own = model.state_dict()
+        model.load_state_dict({name: _cut(v, own.get(name)) for name, v in state["model"].items()})
         if len(state["optimizer"]) != len(optimizers):
-            raise ValueError(f"{path}: it has {len(state['optimizer'])} optimizers, this run {len(optimizers)}")
+            found = len(state["optimizer"])
+            raise ValueError(f"the checkpoint has {found} optimizers, this run {len(optimizers)}")
         for optimizer, kept in zip(optimizers, state["optimizer"]):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
             try:
-                optimizer.load_state_dict(_shared_out(optimizer, kept) if self.sharded else kept)
-            except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-                raise ValueError(f"{path}: its optimizer state does not fit: {reason}") from None
+                optimizer.load_state_dict(_map_state(kept, lambda v, i: _cut(v, params[i])))  # noqa: B023
+            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+                raise ValueError(f"the optimizer state does not fit: {one_line(error)}") from None
 
-    def leave(self) -> None:
-        """Wait for the others, the leader's last checkpoint too, and part."""
-        self.beat("at the end")
-        dist.barrier()
-        self.watch.over.set()
-        dist.destroy_process_group()
-
-    def lost(self, error: BaseException) -> str:
-        """The line for an exchange that failed: who is not there."""
-        who = self.watch.culprit(2.5) if self.watch is not None else ""
-        reason = str(error).strip().splitlines()[0][:160]
-        return f"process {self.rank} lost the others {self.watch.where}: {who or reason}; go on with --init_from=resume"
+    def _whole(self, value):
+        """Return a tensor put together from its shards, on rank 0 and on the CPU."""
+        if not hasattr(value, "full_tensor"):
+            return value
+        whole = value.full_tensor()
+        return whole.cpu() if self.is_main else None
 
 
-def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of which each process may hold a share, put together."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _map_state(state: dict, function: Callable) -> dict:
+    """Return an optimizer's state_dict with function(value, parameter index) of each value."""
+    mapped = {
+        i: {name: function(value, i) for name, value in values.items()}
+        for i, values in state["state"].items()
+    }
+    return state | {"state": mapped}
 
 
-def whole_of(module: nn.Module) -> nn.Module:
-    return getattr(module, "module", module)
-
-
-def is_exchange(error: BaseException) -> bool:
-    """Whether an error comes from the connection between processes."""
-    words = ("gloo", "nccl", "connection", "socket", "tcpstore")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
-
-
-def each_term(whole: nn.Module, terms: Iterator, count: int, last: bool) -> Iterator:
-    """The terms of a loss, one by one: backpropagate each before the next is asked for.
-
-    Under DDP gradients are exchanged with the count-th, and only where last says that it is the last of the step.
-    """
-    for k in range(count):
-        quiet = isinstance(whole, nn.parallel.DistributedDataParallel) and not (last and k + 1 == count)
-        with whole.no_sync() if quiet else contextlib.nullcontext():
-            yield whole(lambda: next(terms))
-    assert next(terms, None) is None, f"the loss has more than {count} terms, and the last was not exchanged"
-
-
-def shard(model: nn.Module, world: World, cfg) -> nn.Module:
-    """The model in shares: each process keeps a slice of every weight, its gradient and its optimizer state.
-
-    Before a block is computed its weights are gathered, in bfloat16 where that is the dtype; after it they are let go.
-    A block that runs twice in one pass, for a prefix that is read first and for the target, cannot be let go between
-    its two backward passes: such a model is gathered whole, and only gradients and optimizer are in shares.
-    """
-    if not dist.is_initialized():
-        raise ValueError(
-            "parallel=fsdp shares a model out among processes: start them with torchrun, or go on with --parallel=ddp"
-        )
-    if cfg.compile:
-        raise ValueError("compile and parallel=fsdp are not tried together; drop one")
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cfg.dtype == "bfloat16" else {}
-    once = cfg.prefix_attention == "joint" or cfg.prefix_attention == cfg.target_attention == "causal"
-    if once and cfg.arch == "decoder_only" and not cfg.anneal_steps:
-        for block in model.blocks:  # the stream between them stays in float32, as under autocast
-            fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**half, cast_forward_inputs=False))
-    whole = Whole(model)
-    fully_shard(whole, mesh=mesh)
-    if world.device.type != "cpu":
-        model.to(world.device)  # buffers; the shares are there already
-    return whole
-
-
-def _shared_out(optimizer, kept: dict) -> dict:
-    """An optimizer's state with each whole tensor cut as its parameter is."""
+def _cut(value, like):
+    """Return the shard of a whole tensor that belongs to this process, if `like` is sharded."""
+    if not hasattr(like, "device_mesh") or getattr(value, "shape", None) != like.shape:
+        return value
     from torch.distributed.tensor import distribute_tensor
 
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    cut = {
-        j: {
-            name: distribute_tensor(value.to(params[j].device), params[j].device_mesh, params[j].placements)
-            if isinstance(value, torch.Tensor) and value.shape == params[j].shape
-            else value
-            for name, value in state.items()
-        }
-        for j, state in kept["state"].items()
-    }
-    return kept | {"state": cut}
-
-
-def _numbers(found: dict) -> Iterator[float]:
-    for value in found.values():
-        yield from _numbers(value) if isinstance(value, dict) else [value]
-
-
-def _replaced(found: dict, means: Iterator[float]) -> dict:
-    return {name: _replaced(v, means) if isinstance(v, dict) else next(means) for name, v in found.items()}
+    value = value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 @contextlib.contextmanager
-def joined(device: str, patience: float) -> Iterator[World]:
-    """The processes that torchrun started, connected; without torchrun this one alone.
+def init_distributed(
+    device_name: str, timeout_seconds: float = 600
+) -> Iterator[DistributedContext]:
+    """Connect the processes that torchrun started. Only rank 0 prints.
 
-    Only the leader prints. A process that stands still longer than `patience` seconds while others wait for it is
-    named, and the run ends.
+    timeout_seconds: how long a process waits for the others before the run ends.
     """
-    world = World(pick_device(device))
+    context = DistributedContext(pick_device(device_name))
     if "RANK" not in os.environ:
-        yield world
+        yield context
         return
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if world.device.type == "mps":
-        raise ValueError("several processes run on cpu or cuda, not on mps")
-    if world.device.type == "cuda":
-        if local >= torch.cuda.device_count():
+    if context.device.type == "cuda":
+        local_rank = int(os.environ["LOCAL_RANK"])
+        count = torch.cuda.device_count()
+        if local_rank >= count:
             raise ValueError(
-                f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}: "
-                f"torchrun --nproc_per_node={torch.cuda.device_count()}"
+                f"process {local_rank} has no GPU: use torchrun --nproc_per_node={count}"
             )
-        world.device = torch.device("cuda", local)
-        torch.cuda.set_device(world.device)
-    store, world.rank, world.size = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=world.rank,
-        world_size=world.size,
-        # Only a network that fails without a word comes to this: a process that stands still is found before.
-        timeout=timedelta(seconds=2 * patience + 60),
-    )
-    world.watch = Watch(dist.PrefixStore("watch", store), world.rank, world.size, patience)
-    with contextlib.ExitStack() as stack:
-        if not world.leader:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        stopped = None
-        try:
-            try:
-                yield world
-            except SystemExit as stop:  # a signal stopped all of them, in good order
-                stopped = stop
-            world.leave()
-        except RuntimeError as error:
-            if is_exchange(error):
-                raise ValueError(world.lost(error)) from None
+        context.device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(context.device)
+    elif context.device.type == "mps":
+        raise ValueError("several processes need --device=cpu or cuda, got mps")
+    backend = "cpu:gloo,cuda:nccl" if context.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    context.rank = dist.get_rank()
+    context.world_size = dist.get_world_size()
+    try:
+        with contextlib.ExitStack() as stack:
+            if not context.is_main:
+                null = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(null))
+            yield context
+    except RuntimeError as error:
+        if not any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "store")):
             raise
-        finally:
-            world.watch.over.set()
-        if stopped is not None:
-            raise stopped
-
-
-class Watch(threading.Thread):
-    """Tells the store of torchrun every second how far this process has come, and ends it where another hangs.
-
-    A rank that is dead or stopped tells nothing new; one that hangs still tells, but of an earlier place than the rest.
-    """
-
-    def __init__(self, store, rank: int, size: int, patience: float):
-        super().__init__(daemon=True)
-        self.store, self.rank, self.size, self.patience = store, rank, size, patience
-        self.count, self.where, self.told, self.over = 0, "at the start", 0, threading.Event()
-        self.every = min(1.0, patience / 5)
-        self._tell()
-        self.start()
-
-    def _tell(self) -> None:
-        self.told += 1
-        host = f"{socket.gethostname()}, pid {os.getpid()}"
-        self.store.set(f"rank {self.rank}", f"{self.told}|{self.count}|{self.where}|{host}")
-
-    def run(self) -> None:
-        seen, since = self.count, time.monotonic()
-        while not self.over.wait(self.every):
-            try:
-                self._tell()
-                if self.count != seen:
-                    seen, since = self.count, time.monotonic()
-                elif time.monotonic() - since > self.patience:
-                    who = self.culprit(min(self.patience, 30.0))
-                    if self.count != seen:  # it went on while we listened, and what the others told is older than that
-                        continue
-                    if who.startswith(f"process {self.rank} "):
-                        self.over.wait(5 * self.every)  # let the others say it too: they would see a broken connection
-                    if who:
-                        self._end(f"{who}; go on with --init_from=resume")
-            except RuntimeError as error:
-                self._end(f"torchrun's store does not answer: {str(error).splitlines()[0][:100]}")
-
-    def _end(self, line: str) -> None:
-        if not self.over.is_set():
-            print(f"error: {line}", file=sys.stderr, flush=True)
-            os._exit(2)  # the main thread is waiting inside a collective and cannot be woken
-
-    def culprit(self, seconds: float) -> str:
-        """Who keeps the others waiting, in words; "" where all are at the same place and alive.
-
-        Who says nothing for so many seconds is not alive.
-        """
-        try:
-            before, end = self._told(), time.monotonic() + seconds
-            while time.monotonic() < end:
-                time.sleep(self.every)
-                self._tell()  # the others are listening too
-            now = self._told()
-        except RuntimeError:
-            return "torchrun's store does not answer, the process that holds it is gone"
-        furthest = max(count for _, count, _, _ in now)
-        found = []
-        for rank, ((told, *_), (told_now, count, where, host)) in enumerate(zip(before, now)):
-            if rank != self.rank and told == told_now:
-                found.append(f"process {rank} ({host}) is dead or stopped; last heard of {where}")
-            elif count < furthest:
-                found.append(f"process {rank} ({host}) hangs {where}")
-        return " and ".join(found)
-
-    def _told(self) -> list[tuple[int, int, str, str]]:
-        keys, seconds = [f"rank {rank}" for rank in range(self.size)], min(self.patience, 30.0)
-        # torch waits without end for a store whose process is stopped.
-        silent = threading.Timer(seconds, self._end, [f"torchrun's store does not answer: not a word in {seconds:g} s"])
-        silent.daemon = True
-        silent.start()
-        try:
-            every = [value.decode().split("|", 3) for value in self.store.multi_get(keys)]
-        finally:
-            silent.cancel()
-        return [(int(told), int(count), where, host) for told, count, where, host in every]
+        hint = "resume with --init_from=resume"
+        reason = one_line(error)[:160]
+        raise ValueError(f"process {context.rank} lost the others: {reason}; {hint}") from None
+    finally:
+        dist.destroy_process_group()

@@ -1,112 +1,161 @@
-"""What a run costs, counted and not timed: parameters, floating-point operations, memory.
+"""The cost of a run: FLOPs are counted, memory is estimated, time follows from a measured rate.
 
-Multiply-adds count 2, lookups and norms nothing, causal attention as if it saw all keys (PaLM, arXiv 2204.02311,
-appendix B). A backward pass costs two forward passes.
+A multiply-add counts 2; lookups and norms count nothing; causal attention counts as if it saw all
+keys (PaLM, arXiv 2204.02311, appendix B). A backward pass costs two forward passes.
 """
 
-from torch import nn
+from pathlib import Path
 
-from diffusion import SOFTENED
-from encdec import model_without_weights
-from model import ModelConfig
-from optimizers import muon_takes
+import torch
 
+from infra.device import measured_flops, pick_device
+from infra.optimizers import uses_muon
+from model import ModelConfig, meta_model, num_params
 
-def num_params(model: nn.Module) -> int:
-    """Trainable numbers; a tied output layer counts once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def count_params(m: ModelConfig) -> int:
-    """The same of a network that is not made: a billion parameters take no memory here."""
-    return num_params(model_without_weights(m))
-
-
-def count_by_muon(m: ModelConfig) -> int:
-    """How many of these numbers Muon steps, where the optimizer is muon."""
-    return sum(p.numel() for name, p in model_without_weights(m).named_parameters() if muon_takes(name, p))
+TYPICAL_MFU = (0.25, 0.6)  # small networks on a CPU, large ones on a GPU
 
 
 def forward_flops(m: ModelConfig, prefix: int, target: int) -> int:
-    """FLOPs of one forward pass over one row of `prefix` + `target` tokens; the output layer sees the target only."""
-    C, Q, KV = m.n_embd, m.n_head * m.head_size, m.kv_heads * m.head_size
+    """Return the FLOPs of one pass over a row. The output layer sees the target only."""
+    C = m.n_embd
+    Q = m.n_head * m.head_size
+    KV = m.kv_heads * m.head_size
     mlp = C * m.hidden_size * (3 if m.activation == "swiglu" else 2)
-    block = 2 * C * Q + 2 * C * KV + mlp  # queries and projection, keys and values, MLP: multiply-adds a token
+    block = 2 * C * Q + 2 * C * KV + mlp  # multiply-adds per token
 
     def stack(tokens: int, context: int) -> int:
-        return m.n_layer * tokens * (block + 2 * context * Q)  # scores and their sum over values
+        return m.n_layer * tokens * (block + 2 * context * Q)  # scores, weighted sum of values
 
+    adds = stack(prefix, prefix + target if m.single_pass else prefix)
     if m.arch == "encoder_decoder":
-        cross = m.n_layer * (target * (2 * C * Q + 2 * prefix * Q) + prefix * 2 * C * KV)
-        adds = stack(prefix, prefix) + stack(target, target) + cross
+        cross = target * (2 * C * Q + 2 * prefix * Q) + prefix * 2 * C * KV
+        adds += stack(target, target) + m.n_layer * cross
     else:
-        together = m.prefix_attention == "joint" or m.prefix_attention == m.target_attention == "causal"  # in one pass
-        adds = stack(prefix, prefix + target if together else prefix) + stack(target, prefix + target)
-    added = target * C * C * (m.self_conditioning + m.lookahead)
-    return 2 * (adds + added + target * m.vocab_size * C)
+        adds += stack(target, prefix + target)
+    adds += target * C * C * m.self_conditioning
+    return 2 * (adds + target * m.vocab_size * C)
 
 
-def train_flops(m: ModelConfig, prefix: int, target: int, unroll_steps: int = 1, ar_weight: float = 0.0) -> int:
-    """FLOPs of one training step over one row: forward and backward, once for each pass of the diffusion loss and once
-    for the AR loss where it is kept."""
-    passes = unroll_steps + (ar_weight > 0) if m.paradigm == "diffusion" else 1
-    return 3 * forward_flops(m, prefix, target) * passes
+def train_flops(
+    m: ModelConfig, prefix: int, target: int, unroll_steps: int = 1, ar_loss_weight: float = 0.0
+) -> int:
+    """Return the FLOPs of one training step over a row: forward and backward of each loss term."""
+    terms = unroll_steps + (ar_loss_weight > 0) if m.paradigm == "diffusion" else 1
+    return 3 * forward_flops(m, prefix, target) * terms
 
 
-def training_memory(
-    m: ModelConfig,
-    params: int,
-    rows: int,
-    prefix: int,
-    target: int,
-    bytes_per_number: int = 4,
-    by_muon: int = 0,
-    padded: bool = False,
-    gradient_checkpointing: bool = False,
-    scores: bool = False,
-) -> dict[str, int]:
-    """Bytes that a training step holds at its peak, by what they are for. That is where a backward pass begins: later
-    passes of the loss come when the graph of the one before is gone, however many there are.
+def memory(cfg, params: int, muon_params: int, rows: int, prefix: int, target: int) -> dict:
+    """Return the bytes a training step holds at its peak, by purpose. Activations are approximate.
 
-    rows, prefix, target: of one micro-batch. bytes_per_number: of what autocast makes, 4 or 2; the stream between the
-    blocks, the loss and all weights are float32. by_muon: how many of the params have Muon's one moment and not
-    AdamW's two. padded: whether the prefixes of a batch differ in length, which takes a mask.
-    scores: whether attention keeps its scores (attention.py, in bfloat16 on a CPU), which no other kernel does.
-    Activations are what autograd keeps of each operation in model.py.
+    cfg: TrainConfig. rows, prefix, target: of one micro-batch.
     """
-    C, V, b, L = m.n_embd, m.vocab_size, bytes_per_number, m.n_layer
-    Q, KV = m.n_head * m.head_size, m.kv_heads * m.head_size
-    hidden = m.hidden_size * (4 if m.activation == "swiglu" else 2)  # up, act(gate) and their product; up and act(up)
-    qkv = Q + 2 * KV  # in one piece, kept where one of its parts is used as it is: v, unless heads share it
-    if KV < Q:
-        qkv = 3 * Q if m.position == "rope" else qkv + 2 * Q
-    elif m.position == "rope":
-        qkv += Q + KV  # q and k as they were turned
-    # What the two norms read, float32, and what an RMSNorm makes before its weight; what the four products read.
-    token = 4 * C * (4 if m.norm == "rmsnorm" else 2) + b * (2 * C + qkv + Q + hidden)
-    cross = b * ((2 * C + 2 * Q) * target + 3 * KV * prefix) + 4 * C * target if m.arch == "encoder_decoder" else 0
-    tokens = prefix + target
-    block = rows * (token * tokens + cross)
-    kept = rows * 4 * C * tokens  # a block's input
-    together = m.prefix_attention == "joint" or m.prefix_attention == m.target_attention == "causal"  # in one pass
-    if scores:
-        pairs = tokens**2 if together else prefix**2 + target * tokens
-        block += rows * b * m.n_head * pairs
-    # The logits, whose gradient takes their place, and beside them the output layer's own, or a soft answer.
-    answer = min(rows * target * V, max(target * V, SOFTENED)) * (4 if b == 4 else 8) if m.self_conditioning else 0
-    logits = b * rows * target * V + max(V * C * (4 if b == 4 else 6), answer)
-    if gradient_checkpointing:  # a block comes to life again when nothing is left of the loss
-        alive = block + 2 * b * rows * tokens * m.hidden_size  # with the gradients inside an MLP
-        alive = alive if together else alive * max(prefix, target) // tokens
-        activations = L * kept + max(0, alive - logits)
-    else:
-        activations = L * block
-    ends = 4 * C * (2 * tokens + (4 * target if m.self_conditioning or m.lookahead else 0))  # embeddings, last norm
-    mask = rows * target * tokens * 5 * L if padded else 0  # a bool and what it adds
+    m = cfg.model
+    half = cfg.dtype == "bfloat16"
+    number = 2 if half else 4
+    tokens = rows * (prefix + target)
+    heads = (m.n_head + m.kv_heads) * m.head_size
+    mlp = (4 if m.activation == "swiglu" else 2) * m.hidden_size
+    # Autograd keeps: float32 inputs and outputs of two norms; queries, keys, values, MLP.
+    block = tokens * (16 * m.n_embd + number * (2 * m.n_embd + 3 * heads + mlp))
+    activations = m.n_layer * block
+    if cfg.activation_checkpointing:
+        activations = m.n_layer * tokens * 4 * m.n_embd + block
+    head_gradient = m.vocab_size * m.n_embd * (6 if half else 4)
     return {
-        "weights": 4 * params + (2 * params if b == 2 else 0),  # and autocast's copies
-        "gradients": 4 * params,
-        "optimizer": 8 * params - 4 * by_muon,
-        "activations": activations + rows * ends + mask,
-        "logits": logits,
+        "weights": params * (6 if half else 4),
+        "gradients": params * 4,
+        "optimizer": params * 8 - muon_params * 4,
+        "activations": activations + 8 * tokens * m.n_embd,
+        "logits": number * rows * target * m.vocab_size + head_gradient,
     }
+
+
+def estimate(cfg, dataset) -> dict:
+    """Print and return what the run will cost: parameters, memory, FLOPs, time."""
+    m = cfg.model
+    device = pick_device(cfg.device)
+    batches = [dataset.batch(cfg.seed, step, cfg.batch_size) for step in range(8)]
+    prefix = sum(batch.prefix.shape[1] for batch in batches) // len(batches)
+    params, muon_params = _count(cfg)
+    rows = cfg.batch_size // cfg.grad_accum_steps
+    longest = dataset.block_size - m.target_length
+    parts = memory(cfg, params, muon_params, rows, longest, m.target_length)
+    per_row = train_flops(
+        m, prefix, m.target_length, cfg.loss.unroll_steps, cfg.loss.ar_loss_weight
+    )
+    flops = per_row * cfg.batch_size * cfg.max_steps
+    rate = measured_flops(device, cfg.dtype)
+    slow, fast = (flops / rate / mfu for mfu in TYPICAL_MFU)
+    peak = sum(parts.values())
+    free = free_memory(device)
+    detail = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    print(f"parameters  {params:,}")
+    print(
+        f"memory      about {format_bytes(peak)} of {format_bytes(free)} free on {device}: {detail}"
+    )
+    print(f"FLOPs       {flops:.2e}, {flops / cfg.max_steps:.2e} per step")
+    print(
+        f"time        {format_duration(fast)} to {format_duration(slow)}, at 60% to 25% of the "
+        f"{rate / 1e9:,.0f} GFLOP/s measured here; evaluations not counted"
+    )
+    return {"params": params, "memory": parts, "flops": flops, "seconds": [fast, slow]}
+
+
+def _count(cfg) -> tuple[int, int]:
+    """Return the number of parameters, and of those that Muon updates."""
+    model = meta_model(cfg.model)
+    muon = sum(p.numel() for name, p in model.named_parameters() if uses_muon(name, p))
+    return num_params(model), muon if cfg.optimizer == "muon" else 0
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be allocated, 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return 0
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a device or the machine ran out of memory."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def out_of_memory_message(cfg, step: int, prefix: int) -> str:
+    """Return what a step needed and which settings lower it."""
+    rows = cfg.batch_size // cfg.grad_accum_steps
+    params, muon_params = _count(cfg)
+    parts = memory(cfg, params, muon_params, rows, prefix, cfg.model.target_length)
+    flags = []
+    if rows > 1:
+        flags.append(f"--grad_accum_steps={cfg.grad_accum_steps * 2}")
+    if not cfg.activation_checkpointing and not cfg.compile:
+        flags.append("--activation_checkpointing")
+    if cfg.dtype != "bfloat16":
+        flags.append("--dtype=bfloat16")
+    flags.append("a smaller --n_embd or --n_layer")
+    return (
+        f"out of memory at step {step}: {rows} rows need about "
+        f"{format_bytes(sum(parts.values()))}; try {' or '.join(flags)}, with --init_from=resume"
+    )
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.{0 if unit == 'B' else 1}f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
+
+
+def format_duration(seconds: float) -> str:
+    """5400 -> '1.5 h'."""
+    for unit, length in (("days", 2 * 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:.1f} {unit}"
+    return f"{seconds:.0f} s"
