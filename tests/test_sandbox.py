@@ -185,7 +185,7 @@ from eval.sandbox import Limits, run_many
 if task["refuse"]:  # a system that gives no namespaces: unshare(2) is refused
     libc = sandbox_child.load_libc()
     libc.prctl(38, 1, 0, 0, 0)
-    assert sandbox_child.refuse_calls(libc, tuple(task["refuse"]))
+    assert sandbox_child.refuse_calls(libc, tuple(task["refuse"])) == ["filter"]
 own = os.path.join(task["folder"], "own")  # belongs to us, and only we may enter; files go to tmp
 os.mkdir(own, 0o700)
 port = socket.create_server(("127.0.0.1", 0))
@@ -195,7 +195,7 @@ for name, text in task["reaches"].items():
         text = text.replace(word, value)
     task["reaches"][name] = text
 short, patient = Limits(seconds=0.4, memory_mb=300), Limits(seconds=120, cpu_seconds=60, memory_mb=300)
-marked = Limits(seconds=1, processes=20, file_bytes=1_000_000 + os.getpid())
+marked = Limits(seconds=1, file_bytes=1_000_000 + os.getpid())
 def run(programs, limits):
     jobs = [(program, task["tests"]) for program in programs.values()]
     return dict(zip(programs, run_many(jobs, limits, workers=4, progress=False)))
@@ -359,11 +359,6 @@ def test_each_limit_can_be_moved():
     assert run_tests(file, TESTS, Limits(file_bytes=8192)).status == "failed" and run_tests(file, TESTS).passed
     slow = f"import time\ntime.sleep(0.5)\n{RIGHT}"
     assert run_tests(slow, TESTS, Limits(seconds=0.3)).status == "timeout" and run_tests(slow, TESTS).passed
-    # Own processes are counted only where the user is not shared with others.
-    thread = f"import threading\nt = threading.Thread(target=int)\nt.start()\nt.join()\n{RIGHT}"
-    if sys.platform == "linux" and os.geteuid() == 0:
-        assert run_tests(thread, TESTS, Limits(processes=2)).passed
-    assert run_tests(thread, TESTS).status == "failed"
 
 
 def test_a_program_has_one_verdict_though_sets_have_no_order():
@@ -447,23 +442,11 @@ def _wait_until(true, seconds: float = 60):
         time.sleep(0.02)
 
 
-@pytest.mark.slow  # eight programs one after the other, 2 s
-def test_where_there_is_no_fork_a_clock_is_left(monkeypatch):
-    """Windows, as far as it can be had here: no judge, and isolation() says so."""
+def test_without_fork_nothing_is_run(monkeypatch):
+    """On Windows nothing contains a program."""
     monkeypatch.delattr(os, "fork")
-    assert "only a clock" in sandbox.isolation()
-    programs = {
-        RIGHT: "passed",
-        WRONG: "failed",
-        "": "failed",
-        "f = (": "not_python",
-        "import sys\nsys.exit(0)": "exit",
-        "import os\nos._exit(0)": "exit",
-        "while True: print(1)": "timeout",
-        f"import os\nfor fd in range(9):\n    try: os.write(fd, b'passed')\n    except OSError: pass\n{RIGHT}": "exit",
-    }
-    seen = run_many([(program, TESTS) for program in programs], Limits(seconds=2), progress=False)
-    assert [status for _, status, _ in seen] == list(programs.values())
+    with pytest.raises(ValueError, match="only be contained on Linux or macOS"):
+        run_tests(RIGHT, TESTS)
 
 
 def test_a_sandbox_that_does_not_work_is_an_error_and_no_verdict(monkeypatch, tmp_path):
@@ -490,7 +473,7 @@ def test_tests_that_all_would_pass_or_fail_are_refused(tests, says):
 def test_bad_programs_and_limits_are_refused():
     with pytest.raises(ValueError, match="a program must be text, got NoneType"):
         run_tests(None, TESTS)
-    for field, value in (("seconds", 0), ("seconds", float("nan")), ("cpu_seconds", 1.5), ("processes", True)):
+    for field, value in (("seconds", 0), ("seconds", float("nan")), ("cpu_seconds", 1.5), ("memory_mb", True)):
         with pytest.raises(ValueError, match=f"{field} must be a positive"):
             Limits(**{field: value})
 
