@@ -1,1 +1,1 @@
-"""Watching a text appear: in the terminal (terminal.py) and as a page (page.py); nothing here changes a text."""
+"""Watch a text being generated: terminal.py, page.py. Imported by sample.py and eval/ only."""

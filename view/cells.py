@@ -1,39 +1,50 @@
-"""What stands for a token where a canvas is drawn: characters that take their place and do nothing else."""
+"""Choose the characters that show tokens. No token can move the cursor or send a command."""
 
+import re
 import unicodedata
 
 from data.tokenizer import Tokenizer
 
 PAD, NEWLINE, UNPRINTABLE = "░", "↵", "·"
+CONTROL = "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
 
 
 def spans(ids: list[int], tokenizer: Tokenizer) -> list[tuple[str, int, int]]:
-    """(text, first slot, slot after the last) of each cell. A newline stays one; see lay_out in terminal.py."""
-    found, i = [], 0
-    while i < len(ids):
-        n, text = 1, PAD
-        if ids[i] != tokenizer.pad_id:
-            n = next((n for n in range(1, 5) if _is_text(ids[i : i + n], tokenizer)), 1)
-            text = tokenizer.decode(ids[i : i + n])
-        found.append(("".join(visible(c) if c != "\n" else c for c in text), i, i + n))
-        i += n
-    return found
+    """Return the cells of a canvas: (text, first position, end position).
+
+    Tokens that only together form a character share a cell. A newline stays a newline.
+    """
+    cells = []
+    start = 0
+    while start < len(ids):
+        end = start + 1
+        text = PAD
+        if ids[start] != tokenizer.pad_id:
+            ends = range(end, min(start + 5, len(ids) + 1))
+            end = next((e for e in ends if _is_text(ids[start:e], tokenizer)), end)
+            text = "".join(map(visible, tokenizer.decode(ids[start:end])))
+        cells.append((text, start, end))
+        start = end
+    return cells
 
 
 def _is_text(ids: list[int], tokenizer: Tokenizer) -> bool:
-    return "\ufffd" not in tokenizer.decode(ids) and (len(ids) == 1 or max(ids) < tokenizer.n_ordinary)
+    ordinary = len(ids) == 1 or max(ids) < tokenizer.n_ordinary
+    return ordinary and "\ufffd" not in tokenizer.decode(ids)
 
 
 def visible(char: str) -> str:
-    # A combining mark would join the colour of its neighbour and take no column.
-    return char if char.isprintable() and not unicodedata.combining(char) and char != "\ufffd" else UNPRINTABLE
+    """Return the character if it takes a place of its own or is a newline, else a dot."""
+    marks = unicodedata.category(char) in ("Mn", "Me")  # they would join the character before
+    shown = char == "\n" or char.isprintable() and not marks and char != "\ufffd"
+    return char if shown else UNPRINTABLE
 
 
 def width(char: str) -> int:
-    """Columns of a terminal that a character takes."""
+    """Return how many terminal columns a character takes."""
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
-def harmless(text: str) -> str:
-    """The text without control characters: an escape sequence that a model makes up is no command to a terminal."""
-    return "".join(UNPRINTABLE if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+def printable(text: str) -> str:
+    """Replace control characters, so that no text can send a command to the terminal."""
+    return re.sub(CONTROL, UNPRINTABLE, text)

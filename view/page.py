@@ -1,7 +1,7 @@
-"""One HTML page, whole in itself, of texts that appear: play, scrub, ask a token for its history.
+"""Write one HTML page that plays how texts were generated. page.html is its template.
 
-The page needs no network and may use none: its Content-Security-Policy forbids every request and runs the one script
-whose hash it names. view/page.html is the page; here its data are made and put in.
+The page needs no network: its Content-Security-Policy forbids every request, and allows only the
+script and the style whose hashes it names.
 """
 
 import base64
@@ -13,42 +13,35 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
-from checkpoint import write_atomically
 from data.tokenizer import Tokenizer
-from view.record import Look
+from infra.checkpoint import write_atomically
+from view.record import Frame
 
-UNKNOWN, SCALE = 255, 254  # a chance is a whole number of 254ths; 255: the network was not asked
 
-
-class Lane(NamedTuple):
-    """One text of the page, and how it came about."""
+class Track(NamedTuple):
+    """One text of the page."""
 
     title: str
-    settings: str  # of the sampler, as flags
-    frames: Iterable[Look]  # whole canvases, see Recorder.frames
+    flags: str  # the sampler's settings
+    frames: Iterable[Frame]  # see Recorder.frames
     tokenizer: Tokenizer
-    given: list[bool]  # (S,) True where the token was given (infilling)
+    fixed: list[bool]  # (S,) True at tokens that were given (infilling)
 
 
-def write_page(path: str | Path, title: str, prompt: str, facts: dict[str, str], lanes: list[Lane]) -> None:
-    """Write the page to path, whole or not at all. facts: what stands at its foot, such as the seed."""
-    text = page(title, prompt, facts, lanes)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", errors="replace")))
-
-
-def page(title: str, prompt: str, facts: dict[str, str], lanes: list[Lane]) -> str:
-    """The page as text."""
-    data = {"prompt": prompt, "facts": facts, "lanes": [pack(lane) for lane in lanes]}
-    # No `<` is left in the data, so no text in it can end the element or begin a comment.
-    embedded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+def write_page(path, title: str, prompt: str, facts: dict[str, str], tracks: list[Track]) -> None:
+    """Write the page atomically. facts: the foot of the page, such as the seed."""
+    data = {"prompt": prompt, "facts": facts, "tracks": [pack(track) for track in tracks]}
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    fill = {"TITLE": html.escape(title), "DATA": embedded}
-    fill |= {"STYLE_HASH": _hash(template, "style"), "SCRIPT_HASH": _hash(template, "script")}
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: fill[found[1]], template)
+    fill = {
+        "TITLE": html.escape(title),
+        # Without "<" no text in the data can end the element or start a comment.
+        "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        "STYLE_HASH": _hash(template, "style"),
+        "SCRIPT_HASH": _hash(template, "script"),
+    }
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: fill[match[1]], template)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(page.encode("utf-8", errors="replace")))
 
 
 def _hash(template: str, tag: str) -> str:
@@ -56,60 +49,34 @@ def _hash(template: str, tag: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
-def pack(lane: Lane) -> dict:
-    """A lane as plain values. Only what changes from frame to frame is kept.
-
-    A record is what one slot shows from a frame on: its token, the chance of it, the likeliest tokens and theirs.
-    counts[f] says how many records begin at frame f; the records stand one after the other in columns of little-endian
-    integers of `bits` bits (chances: 8), in base64.
-    """
-    names, calls, ms, counts, columns, before = [], [], [], [], [], None
-    for frame in lane.frames:
-        names.append(frame.name)
-        calls.append(frame.calls)
-        ms.append(round(1000 * frame.seconds, 3))
-        record = np.concatenate(
-            [frame.ids[:, None], _scaled(frame.chance)[:, None], frame.top, _scaled(frame.top_chance)], axis=1
-        ).astype(np.int64)  # (S, 2 + 2 TOP)
-        differs = (record[:, 0] >= 0) if before is None else (record != before).any(1)  # an empty slot has no record
-        slots = np.flatnonzero(differs)
-        counts.append(len(slots))
-        columns.append(np.concatenate([slots[:, None], record[slots]], axis=1))
-        before = record
-    table, top = np.concatenate(columns), (record.shape[1] - 2) // 2  # (records, 3 + 2 TOP)
-    ids = np.unique(table[:, [1, *range(3, 3 + top)]])
-    bits = 16 if max(len(record), ids.max()) < 1 << 16 else 32
+def pack(track: Track) -> dict:
+    """Return a track as plain values. A frame holds only the positions that changed, each as
+    [position, *row of the frame's table], with probabilities in thousandths."""
+    frames = []
+    used = {track.tokenizer.pad_id}
+    before = [[]] * len(track.fixed)
+    for frame in track.frames:
+        table = frame.table.clone()
+        table[:, 1::2] = (1000 * table[:, 1::2]).round().clamp(min=-1)
+        rows = table.long().tolist()
+        changed = [s for s in range(len(rows)) if rows[s] != before[s] and rows[s][0] >= 0]
+        changes = [[s, *rows[s]] for s in changed]
+        used.update(token for row in changes for token in row[1::2] if token >= 0)
+        ms = round(1000 * frame.seconds, 3)
+        frames.append({"name": frame.name, "calls": frame.calls, "ms": ms, "changes": changes})
+        before = rows
     return {
-        "title": lane.title,
-        "settings": lane.settings,
-        "slots": len(record),
-        "top": top,
-        "bits": bits,
-        "pad": lane.tokenizer.pad_id,
-        "given": [i for i, fixed in enumerate(lane.given) if fixed],
-        "vocabulary": {int(i): _piece(int(i), lane.tokenizer) for i in ids if i >= 0},
-        "names": names,
-        "calls": calls,
-        "ms": ms,
-        "counts": counts,
-        "slot": _base64(table[:, 0], bits),
-        "id": _base64(table[:, 1], bits),
-        "chance": _base64(table[:, 2], 8),
-        # A likeliest token that is not known is the token itself, at UNKNOWN.
-        "topId": _base64(np.where(table[:, 3 : 3 + top] < 0, table[:, 1:2], table[:, 3 : 3 + top]), bits),
-        "topChance": _base64(np.where(table[:, 3 : 3 + top] < 0, UNKNOWN, table[:, 3 + top :]), 8),
+        "title": track.title,
+        "flags": track.flags,
+        "length": len(track.fixed),
+        "pad": track.tokenizer.pad_id,
+        "fixed": [i for i, fixed in enumerate(track.fixed) if fixed],
+        "vocabulary": {i: _piece(i, track.tokenizer) for i in sorted(used)},
+        "frames": frames,
     }
 
 
-def _scaled(chance: torch.Tensor) -> torch.Tensor:
-    return torch.where(chance.isnan(), UNKNOWN, (chance * SCALE).round())
-
-
 def _piece(i: int, tokenizer: Tokenizer) -> str | list[int]:
-    """The token as text, or its bytes where they are text only together with others."""
+    """Return the token's text, or its bytes if they are only part of a character."""
     text = tokenizer.decode([i])
     return list(tokenizer.piece(i)) if "\ufffd" in text else text
-
-
-def _base64(values: np.ndarray, bits: int) -> str:
-    return base64.b64encode(np.ascontiguousarray(values, dtype=f"<u{bits // 8}").tobytes()).decode()

@@ -1,10 +1,5 @@
-"""An on_step hook that keeps what a decoder does to the first sample, call by call, with the time it took.
+"""Record what a decoder does to the first sample: an on_step hook for all decoders."""
 
-All decoders call their hook alike (diffusion.denoise, autoregressive.generate, speculative.generate). Of several
-candidates all are kept until it is known which one is the answer.
-"""
-
-import math
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,124 +7,101 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TOP = 4  # candidates that are kept for each slot
-EMPTY = -1  # a slot where nothing stands yet
+TOP = 4  # most probable tokens recorded per position
+UNKNOWN = -1.0  # no token yet, or a probability that was not computed
 
 
-class Look(NamedTuple):
-    """What one network call left in the n slots from `at` on: a whole canvas, a block of it, or one new token."""
+class Frame(NamedTuple):
+    """The canvas of S positions after one network call."""
 
-    name: str  # the step, or "answer"; "block 2, step 3" where a text is written block by block
-    calls: int  # network calls so far, all candidates counted
-    seconds: float  # since the decoder began, without what recording took
-    at: int
-    ids: Tensor  # (n,) EMPTY where nothing stands yet
-    chance: Tensor  # (n,) what the network gave the token, before temperature; nan where it was not asked
-    top: Tensor  # (n, TOP) the likeliest tokens, likeliest first; EMPTY where it was not asked
-    top_chance: Tensor  # (n, TOP)
+    name: str  # the step, or "answer"
+    calls: int  # network calls so far, over all candidates
+    seconds: float  # since the start, without the time that recording took
+    table: Tensor  # (S, 2 + 2 TOP) token, its probability, likeliest token, its probability, ..
+
+    @property
+    def ids(self) -> Tensor:
+        return self.table[:, 0].long()  # (S,)
 
 
 class Recorder:
-    """Hand it to a decoder as on_step, in a `with`, which starts the clock; then ask for looks or frames.
+    """Pass it to a decoder as on_step, inside `with`; then call frames().
 
-    growing: the decoder writes one token a call (autoregressive). candidates: rows that belong to the first sample.
-    seconds: what recording took.
+    growing: each call adds one token (autoregressive). candidates: rows of the first sample.
+    seconds: the time that recording took.
     """
 
-    def __init__(self, pad_id: int, growing: bool, candidates: int = 1):
-        self.pad_id, self.growing, self.candidates = pad_id, growing, candidates
-        self.blocks: list[list[list[Look]]] = []  # the looks at each candidate of each block
-        self.calls, self.begun, self.clock, self.seconds, self.ended = 0, 0.0, 0.0, 0.0, False
+    def __init__(self, pad_id: int, growing: bool, candidates: int):
+        self.pad_id = pad_id
+        self.growing = growing
+        # All candidates are recorded, because the best one is known only at the end.
+        self.history: list[list[Frame]] = [[] for _ in range(candidates)]
+        self.calls = 0
+        self.clock = 0.0
+        self.seconds = 0.0
 
     def __enter__(self) -> "Recorder":
-        self.begun = time.perf_counter()
+        self.start = time.perf_counter()
         return self
 
     def __exit__(self, *_) -> None:
         pass
 
     def __call__(self, step: int, canvas: Tensor, logits: Tensor | None, rows: Tensor) -> None:
-        numbers = rows.tolist()  # waits for the device: what it still computes is the network's time, not ours
+        numbers = rows[: len(self.history)].tolist()  # waits for the device: not recording time
         now = time.perf_counter()
-        mine = [(place, r) for place, r in enumerate(numbers) if 0 <= r < self.candidates]
-        if mine and not self.ended:  # else it goes on for other samples
-            self.clock = now - self.begun - self.seconds
-            self._keep(step, canvas, logits, mine)
+        active = [r for r, number in enumerate(numbers) if number >= 0]
+        if self.growing and step > 1 and canvas[0, step - 2] == self.pad_id:
+            active = []  # this text has ended, others have not
+        if active:
+            self.clock = now - self.start - self.seconds
+            self.calls += 0 if logits is None else len(active)
+        for r in active:
+            table = self._table(step, canvas[r], None if logits is None else logits[r])
+            self.history[r].append(Frame(f"{step}", self.calls, self.clock, table))
         self.seconds += time.perf_counter() - now
 
-    def _keep(self, step: int, canvas: Tensor, logits: Tensor | None, mine: list[tuple[int, int]]) -> None:
-        self.calls += 0 if logits is None else len(mine)
+    def _table(self, step: int, ids: Tensor, logits: Tensor | None) -> Tensor:
+        """Return the table of a frame for ids (S,) with logits (S, V), or (1, V) if growing."""
+        table = torch.full((len(ids), 2 + 2 * TOP), UNKNOWN, dtype=torch.double)
+        new = slice(None)
         if self.growing:
-            self.blocks = self.blocks or [[[]]]
-            new = canvas[0, step - 1 : step]
-            self.blocks[0][0].append(self._look(f"{step}", step - 1, new, logits[0]))
-            self.ended = int(new) == self.pad_id
-            return
-        if logits is None:
-            self.blocks.append([[] for _ in range(self.candidates)])
-        at = sum(len(block[0][0].ids) for block in self.blocks[:-1])
-        name = f"block {len(self.blocks)}, step {step}" if at else f"{step}"
-        for place, r in mine:
-            look = self._look(name, at, canvas[place], None if logits is None else logits[place])
-            self.blocks[-1][r].append(look)
+            new = slice(step - 1, step)
+            table = self.history[0][-1].table.clone() if self.history[0] else table
+        table[new, 0] = ids[new].cpu()
+        if logits is not None:
+            log_p = logits.float().log_softmax(-1)  # before temperature
+            top = log_p.topk(TOP, dim=-1)
+            table[new, 1] = log_p.gather(-1, ids[new, None])[:, 0].exp().cpu()
+            table[new, 2::2] = top.indices.cpu()
+            table[new, 3::2] = top.values.exp().cpu()
+        return table
 
-    def _look(self, name: str, at: int, tokens: Tensor, logits: Tensor | None) -> Look:
-        ids = tokens.cpu().to(torch.int32, copy=True)
-        return Look(name, self.calls, self.clock, at, ids, *_asked(tokens, logits))
+    def frames(self, tokens: Tensor) -> Iterator[Frame]:
+        """Yield the canvases of the chosen candidate. The last one is its text, tokens (S,).
 
-    def looks(self, tokens: Tensor) -> list[Look]:
-        """What was seen of the text that was kept, tokens (S,). The last look is that text, at the end of the clock.
-
-        A decoder does not say which candidate it kept: it is the one whose last canvas, or whose likeliest tokens where
-        a sampler answers with these, agree with the text in most slots. Raises ValueError where nothing was recorded.
+        The chosen candidate is the one that agrees with the text at most positions.
         """
-        if not self.blocks:
-            raise ValueError("nothing was recorded: the decoder never called its hook")
-        found, tokens = [], tokens.cpu().to(torch.int32)
-        for block in self.blocks:
-            first = block[0][0]
-            part = tokens[first.at : first.at + len(first.ids)]
-            kept = block[0] if self.growing else max(block, key=lambda looks: _agreement(looks[-1], part))
-            found += kept
-            if not self.growing and not torch.equal(kept[-1].ids, part):
-                found.append(_answer(kept[-1], part))
-        if self.calls > found[-1].calls:  # the other candidates went on: only now it is known which one is best
-            found.append(found[-1]._replace(name="answer", calls=self.calls, seconds=self.clock))
-        return found
-
-    def frames(self, tokens: Tensor) -> Iterator[Look]:
-        """The looks as whole canvases (S slots): each with what was seen before of the slots it says nothing about."""
-        S = len(tokens)
-        parts = [torch.full((S,), EMPTY, dtype=torch.int32), *_asked(torch.zeros(S), None)]
-        for look in self.looks(tokens):
-            parts = [part.clone() for part in parts]
-            for part, new in zip(parts, look[4:]):
-                part[look.at : look.at + len(new)] = new
-            yield Look(*look[:3], 0, *parts)
+        if not any(self.history):
+            raise ValueError("nothing was recorded: the decoder never called on_step")
+        tokens = tokens.cpu()
+        chosen = max(self.history, key=lambda frames: _agreement(frames[-1], tokens))
+        yield from chosen
+        last = chosen[-1]
+        if not self.growing and (last.calls < self.calls or not torch.equal(last.ids, tokens)):
+            yield Frame("answer", self.calls, self.clock, _answer(last.table, tokens))
 
 
-def _asked(ids: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(chance (n,), top (n, TOP), top_chance (n, TOP)) of tokens (n,) under logits (n, V)."""
-    n = len(ids)
-    if logits is None:
-        return torch.full((n,), math.nan), torch.full((n, TOP), EMPTY, dtype=torch.int32), torch.zeros(n, TOP)
-    top = logits.topk(TOP, dim=-1).indices  # (n, TOP)
-    return chances(ids[:, None], logits)[:, 0], top.to(torch.int32).cpu(), chances(top, logits)
+def _agreement(frame: Frame, tokens: Tensor) -> int:
+    # Some samplers return the canvas, others the most probable tokens.
+    return max(int((frame.table[:, column] == tokens).sum()) for column in (0, 2))
 
 
-def chances(ids: Tensor, logits: Tensor) -> Tensor:
-    """What logits (n, V) give the tokens (n, K): (n, K) on the CPU, before temperature."""
-    return (logits.gather(-1, ids).float() - logits.float().logsumexp(-1, keepdim=True)).exp().cpu()
-
-
-def _agreement(look: Look, tokens: Tensor) -> int:
-    return max(int((look.ids == tokens).sum()), int((look.top[:, 0] == tokens).sum()))
-
-
-def _answer(last: Look, tokens: Tensor) -> Look:
-    """The last look with what the sampler answers instead of its canvas. The chance of a token that is not among the
-    likeliest is not known here."""
-    same = last.top == tokens[:, None]  # (n, TOP)
-    known = torch.where(same.any(1), (last.top_chance * same).sum(1), math.nan)
-    chance = torch.where(last.ids == tokens, last.chance, known)
-    return last._replace(name="answer", ids=tokens.clone(), chance=chance)
+def _answer(table: Tensor, tokens: Tensor) -> Tensor:
+    """Return the table with the tokens (S,) in place of the canvas."""
+    same = table[:, 2::2] == tokens[:, None]  # (S, TOP)
+    known = torch.where(same, table[:, 3::2], UNKNOWN).amax(1)
+    answer = table.clone()
+    answer[:, 0] = tokens
+    answer[:, 1] = torch.where(table[:, 0] == tokens, table[:, 1], known)
+    return answer
