@@ -1,273 +1,363 @@
-"""AR2Diff: turn an autoregressive model into a text diffusion model (arXiv 2401.17181, section 4.5).
+"""AR2Diff: convert an autoregressive model into a text diffusion model (arXiv 2401.17181, section 4.5).
 
     python ar2diff.py --init_from=out/ar/ckpt.pt --out_dir=out/start --check
-    python ar2diff.py --init_from=Qwen/Qwen2.5-0.5B --out_dir=out/qwen --check   # or a folder: see pretrained.py
+    python ar2diff.py --init_from=Qwen/Qwen2.5-0.5B --out_dir=out/qwen --check   # or a folder, or a GGUF file
     python ar2diff.py --init_from=out/qwen/ckpt.pt --export=out/qwen_hf          # and back
 
-The weights stay as they are. What changes is which token sees which, where a slot is predicted, and from here on the
-loss. Then train.py goes on from OUT_DIR/ckpt.pt: N steps on the pretraining data (AR2Diff_N; none: AR2Diff_0), and
-fine-tuning on the task. This file is the only place that converts.
+The weights do not change. What changes is which tokens see each other, the position where a slot is
+predicted, and the loss from here on. Then train.py continues from OUT_DIR/ckpt.pt: N steps on the
+pretraining data (AR2Diff_N; none: AR2Diff_0), then fine-tuning. Only this file converts models.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 import autoregressive
 import diffusion
-import pretrained
-from checkpoint import load, load_model, save
-from configurator import configure, run
-from data.loader import build_if_missing, open_set
+from configurator import configure, flatten, run, setting, validate
+from data.loader import build_if_missing, open_dataset
 from data.objectives import Batch
 from data.tokenizer import Tokenizer, get_tokenizer
-from draws import draws_for
-from encdec import assemble
-from model import ADDED_BY_CONVERSION, ModelConfig, Transformer
+from infra.checkpoint import load, load_model, save
+from infra.rng import EDGES, make_rng
+from model import NEW_MODULES, ModelConfig, Transformer, model_from_state_dict
 
-# What the doctor reads of foreign weights, where no text is given.
+# The text that --check reads if the model comes without a data set.
 TEXT = (
-    "The harbour was quiet in the early morning. Two boats lay at the quay, and on one of them a man in a blue coat "
-    "was mending a net. He did not look up when the bell of the old church began to ring. Later, he said, there would "
-    "be wind from the west, and by noon all the boats would be back. The children knew it too; they had already gone "
-    "down to the beach with baskets, to wait for the fish and to hear the news from the other side of the bay. "
+    "The harbour was quiet in the early morning. Two boats lay at the quay, and on one of them a man in "
+    "a blue coat was mending a net. He did not look up when the bell of the old church began to ring. "
+    "Later, he said, there would be wind from the west, and by noon all the boats would be back. The "
+    "children knew it too; they had already gone down to the beach with baskets, to wait for the fish "
+    "and to hear the news from the other side of the bay. "
 )
 
 
 @dataclass
 class ConvertConfig:
-    """What the diffusion model is to be. The defaults did best on translation (results/README.md, what was tried)."""
+    """What to convert, and into what. The defaults did best on translation (results/README.md)."""
 
-    init_from: str = "out/ar2diff_1_ar/ckpt.pt"  # an AR checkpoint, a Hugging Face folder or a hub name, org/name
-    out_dir: str = "out/ar2diff_start"
-    paradigm: str = "diffusion"  # diffusion | ar: only import foreign weights, to be read left to right as before
-    export: str = ""  # instead: write the weights of init_from, a checkpoint, as a Hugging Face folder with this name
-    block_size: int = 0  # foreign weights: prefix and target, tokens; 0: what they can read, at most 4,096
-    target_length: int = 0  # foreign weights: slots of a target; 0: half of block_size, at most 128
-    prefix_attention: str = "bidirectional"  # bidirectional | causal: a prefix that is read once | joint (the paper)
-    noise: str = "uniform"  # uniform (the paper) | mask
-    shift: bool = True  # predict slot i at position i - 1, as the AR weights do; the paper does not say
-    lookahead: bool = False  # with shift: let position i - 1 read slot i's own token too
-    self_conditioning: bool = True  # not in the paper
-    check: bool = False  # run the conversion doctor; a failed line ends with status 1
-    data: str = ""  # what the doctor reads; by default the set the AR model was trained on, for foreign weights ..
-    prompt: str = ""  # .. this text; by default a paragraph of our own
-    overwrite: bool = False
-    seed: int = 0
+    init_from: str = setting(
+        "out/ar2diff_1_ar/ckpt.pt",
+        "AR checkpoint, Hugging Face folder, hub name (org/name) or .gguf file",
+        path=True,
+    )
+    out_dir: str = setting("out/ar2diff_start", "where ckpt.pt is written", path=True)
+    paradigm: str = setting("diffusion", "ar: import weights only", ("diffusion", "ar"))
+    export: str = setting("", "instead: write a checkpoint as a Hugging Face folder", path=True)
+    block_size: int = setting(0, "imports: prefix + target; 0: at most 4,096", minimum=0)
+    target_length: int = setting(0, "imports: slots; 0: half of block_size, at most 128", minimum=0)
+    prefix_attention: str = setting(
+        "bidirectional", "joint is the paper's", ("bidirectional", "causal", "joint")
+    )
+    noise: str = setting("uniform", "uniform is the paper's", ("uniform", "mask"))
+    shift: bool = setting(True, "predict slot i at position i - 1, as the AR weights do")
+    self_conditioning: bool = setting(True, "not in the paper")
+    check: bool = setting(False, "verify the conversion; a failure exits with status 1")
+    data: str = setting("", "data set that --check reads; default: the AR model's own", path=True)
+    prompt: str = setting("", "imports: the text that --check reads; default: a paragraph")
+    overwrite: bool = setting(False, "replace an existing checkpoint")
+    seed: int = setting(0, "of --check", minimum=0)
 
     def __post_init__(self):
-        if self.paradigm not in ("diffusion", "ar"):
-            raise ValueError(f"paradigm must be diffusion or ar, got {self.paradigm!r}")
+        validate(self)
 
 
-def adapt(source: Transformer, copy: bool = True, **settings) -> Transformer:
-    """The same weights under other settings: a new model; the source is left alone. copy=False: around its tensors.
+class Check(NamedTuple):
+    """One line of the report of --check."""
 
-    Only layers of ADDED_BY_CONVERSION may be new, and they are zero, so the network computes what it did before where
-    it sees the same tokens. Raises ValueError where a setting would need other parameters.
+    claim: str
+    measured: str
+    ok: bool
+
+
+def convert(source: Transformer, copy: bool = True, **settings) -> Transformer:
+    """Return a new model with the same weights and other settings. The source does not change.
+
+    Only NEW_MODULES may be added. They are zero, so the network computes what it did before wherever it
+    sees the same tokens. copy=False shares the tensors. Raises ValueError if weights do not fit.
     """
     weights = source.state_dict()
     if copy:
         weights = {name: tensor.clone() for name, tensor in weights.items()}
-    return assemble(replace(source.cfg, **settings), weights)
+    return model_from_state_dict(replace(source.cfg, **settings), weights)
+
+
+def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
+    """Return the random extra edges (T, T), or (P + T, P + T) if joint, that are open at this step.
+
+    Their share grows linearly over `steps` steps (DiffuLLaMA, arXiv 2410.17891, section 3.2), from the
+    causal mask to the bidirectional one. All micro-batches of a step see the same edges.
+    """
+    P = batch.prefix.shape[1] if joint else 0
+    T = batch.target.shape[1]
+    # The target comes first, so its edges do not depend on the prefix length of the micro-batch.
+    row = torch.cat([torch.arange(T, T + P), torch.arange(T)]).to(batch.target.device)
+    uniform, _ = make_rng(seed, row, step).uniform(EDGES, P + T)
+    return uniform[:, row] < (step + 1) / steps
+
+
+# The checks. They hold for any weights: none depends on training or on luck, except loss_before.
 
 
 @torch.no_grad()
-def check(
+def verify(
     source: Transformer, model: Transformer, batch: Batch, seed: int = 0, knows_text: bool = True
-) -> list[tuple[str, str, bool]]:
-    """The conversion doctor: (claim, what was measured, whether it holds) per line.
+) -> list[Check]:
+    """Compare a converted model with its AR source on text that the source has not seen.
 
-    batch: real text that the AR model has not seen. Nothing here depends on luck: the claims hold for any weights,
-    except that a trained AR model is expected to be better than guessing, where it is known to know such text.
+    knows_text: whether the source should predict this text better than guessing.
     """
-    prefix, target = batch.prefix, batch.target
-    ar_again = _as_source(model, source.cfg)
-    before = source(prefix, target)
-    difference = (ar_again(prefix, target) - before).abs().max().item()
-
-    new = [n for n, _ in model.named_parameters() if n.split(".")[0] in ADDED_BY_CONVERSION]
-    added = sum(model.get_parameter(name).abs().max().item() for name in new)
-
-    logits = model(prefix, target)
-    moved = target.clone()
-    moved[:, -1] = (moved[:, -1] + 1) % model.cfg.n_ordinary
-    future = (model(prefix, moved) - logits)[:, 0].abs().max().item()
-    future_before = (source(prefix, moved) - before)[:, :-1].abs().max().item()
-
-    clean, dirty = _spied_prefixes(model, batch, seed)
-    guess = math.log(model.cfg.n_ordinary + 1)
+    as_source = _with_source_settings(model, source.cfg)
     ar_loss = autoregressive.loss(source, batch, None, None).item()
-    # Causal attention and clean tokens: the readout that fits the weights is the one that costs what the AR loss does.
-    aligned = {shift: _clean_loss(ar_again, batch, shift) for shift in (True, False)}
-    draws = draws_for(seed, batch.example)
-    rates = diffusion.loss_by_rate(model, batch, diffusion.LossConfig(), draws, [0.0, 0.5, 1.0])
     return [
-        ("under the old mask the logits are the source's", f"max difference {difference:.1e}", difference < 1e-4),
-        ("new layers are zero", f"{', '.join(new) or 'no new layer'}: largest {added:.1e}", added == 0),
-        (
-            "the source does not see the future",
-            f"a later token moves earlier logits by {future_before:.1e}",
-            future_before == 0,
-        ),
-        ("the converted model does", f"the last token moves the first logits by {future:.1e}", future > 0),
-        ("prefix ids are untouched in every pass", f"{dirty} of {clean + dirty} reads changed", clean > 0 == dirty),
-        (
-            "the readout that fits AR weights is the slot before",
-            f"clean loss {aligned[True]:.3f} read at i - 1, {aligned[False]:.3f} at i; AR loss {ar_loss:.3f}",
-            abs(aligned[True] - ar_loss) < 1e-3 * max(1.0, ar_loss),
-        ),
-        (
-            "loss before: AR, nats per slot",
-            f"{ar_loss:.3f} (guessing costs {guess:.3f}"
-            + (")" if ar_loss < guess else ", less: random weights, or ids of another tokenizer)"),
-            ar_loss < guess or not knows_text,
-        ),
-        (
-            f"loss after: L(1) at corruption 0 / 0.5 / 1, shift={model.cfg.shift}",
-            " / ".join(f"{value:.3f}" for value in rates.values()),
-            all(math.isfinite(value) for value in rates.values()),
-        ),
+        check_logits(source, as_source, batch),
+        check_new_modules(model),
+        check_future(source, batch, visible=False),
+        check_future(model, batch, visible=True),
+        check_prefix(model, batch, seed),
+        check_alignment(as_source, batch, ar_loss),
+        check_loss_before(ar_loss, model.cfg, knows_text),
+        check_loss_after(model, batch, seed),
     ]
 
 
-def _as_source(model: Transformer, cfg: ModelConfig) -> Transformer:
-    """The converted weights under the source's settings, without what the conversion added."""
-    return assemble(cfg, {k: v for k, v in model.state_dict().items() if k.split(".")[0] not in ADDED_BY_CONVERSION})
+def _with_source_settings(model: Transformer, cfg: ModelConfig) -> Transformer:
+    weights = model.state_dict()
+    kept = {name: w for name, w in weights.items() if name.split(".")[0] not in NEW_MODULES}
+    return model_from_state_dict(cfg, kept)
 
 
-def _clean_loss(model: Transformer, batch: Batch, shift: bool) -> float:
-    logits = diffusion.readout(model(batch.prefix, batch.target), shift)
-    return F.cross_entropy(logits.flatten(0, 1), batch.target[:, 1:].flatten()).item()
+def check_logits(source, as_source, batch) -> Check:
+    logits = source(batch.prefix, batch.target)
+    difference = (as_source(batch.prefix, batch.target) - logits).abs().max().item()
+    claim = "with the causal mask the logits equal the source's"
+    return Check(claim, f"largest difference {difference:.1e}", difference < 1e-4)
 
 
-def _spied_prefixes(model: Transformer, batch: Batch, seed: int) -> tuple[int, int]:
-    """(reads of the prefix that found it clean, reads that did not) during a two-pass loss and a generation."""
-    first, seen, T = Batch(*(part[:2] for part in batch)), [], model.cfg.target_length
-    if first.prefix.shape[1] == T:  # reads are told apart by their width: the target, or the prefix with or without it
+def check_new_modules(model) -> Check:
+    new = {n: p for n, p in model.named_parameters() if n.split(".")[0] in NEW_MODULES}
+    largest = max((p.abs().max().item() for p in new.values()), default=0.0)
+    return Check("new layers are zero", f"{', '.join(new) or 'none'}: {largest:.1e}", largest == 0)
+
+
+def check_future(model, batch, visible: bool) -> Check:
+    """Change the last token: does an earlier prediction change?"""
+    changed = batch.target.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % model.cfg.n_ordinary
+    difference = model(batch.prefix, changed) - model(batch.prefix, batch.target)
+    effect = difference[:, :-1].abs().max().item()
+    if visible:
+        effect = difference[:, 0].abs().max().item()
+    claim = "the converted model does" if visible else "the source does not see later tokens"
+    measured = f"the last token changes earlier logits by {effect:.1e}"
+    return Check(claim, measured, (effect > 0) == visible)
+
+
+def check_prefix(model, batch, seed: int) -> Check:
+    """Record every prefix that the network reads during a two-pass loss and a generation."""
+    first = Batch(*(part[:2] for part in batch))
+    T = model.cfg.target_length
+    if first.prefix.shape[1] == T:  # reads are told apart by their width
         first = first._replace(prefix=first.prefix[:, :-1])
+    seen = []
     hook = model.tok.register_forward_hook(lambda module, ids, out: seen.append(ids[0]))
-    diffusion.loss(model, first, diffusion.LossConfig(), draws_for(seed, first.example))
-    diffusion.generate(model, first.prefix, diffusion.SamplerConfig(steps=2, candidates=1), seed)
+    diffusion.loss(model, first, diffusion.LossConfig(), make_rng(seed, first.example))
+    sampler = diffusion.SamplerConfig(steps=2)
+    prompt = first.prefix
+    if model.cfg.sep_id < 0:
+        prompt = torch.cat([prompt, first.target[:, :1]], dim=1)
+    diffusion.generate(model, prompt, sampler, seed)
     hook.remove()
     reads = [ids[:, : first.prefix.shape[1]] for ids in seen if ids.shape[1] != T]
-    dirty = sum(not torch.equal(ids, first.prefix) for ids in reads)
-    return len(reads) - dirty, dirty
+    changed = sum(not torch.equal(ids, first.prefix) for ids in reads)
+    claim = "the prefix is never corrupted"
+    return Check(claim, f"{changed} of {len(reads)} reads changed", len(reads) > 0 == changed)
 
 
-def text_batch(text: str, tokenizer: Tokenizer, m: ModelConfig) -> Batch:
-    """Two rows of a text, from its start and from its middle, over and over until no slot of a target is pad."""
-    ids, P, T = tokenizer.encode(text), min(32, m.block_size - m.target_length), m.target_length
-    if not ids:
-        raise ValueError("the doctor needs a text; --prompt is empty")
-    rows = torch.tensor([(ids[start:] + ids * (P + T))[: P + T - 1] for start in (0, len(ids) // 2)])
-    target = torch.cat([torch.full((2, 1), m.sep_id), rows[:, P:]], dim=1)
-    return Batch(rows[:, :P], target, torch.arange(2))
+def check_alignment(as_source, batch, ar_loss: float) -> Check:
+    """On clean tokens with the causal mask, the right alignment gives exactly the AR loss."""
+
+    def clean_loss(shift: bool) -> float:
+        logits = diffusion.align_logits(as_source(batch.prefix, batch.target), shift)
+        return F.cross_entropy(logits.flatten(0, 1), batch.target[:, 1:].flatten()).item()
+
+    shifted = clean_loss(True)
+    measured = f"loss {shifted:.3f} at i - 1, {clean_loss(False):.3f} at i; AR loss {ar_loss:.3f}"
+    ok = abs(shifted - ar_loss) < 1e-3 * max(1.0, ar_loss)
+    return Check("position i - 1 predicts slot i", measured, ok)
+
+
+def check_loss_before(ar_loss: float, cfg: ModelConfig, knows_text: bool) -> Check:
+    guess = math.log(cfg.n_ordinary + 1)
+    measured = f"{ar_loss:.3f} (guessing: {guess:.3f})"
+    if ar_loss >= guess:
+        measured += ": random weights, or ids of another tokenizer"
+    return Check("AR loss before, nats per slot", measured, ar_loss < guess or not knows_text)
+
+
+def check_loss_after(model, batch, seed: int) -> Check:
+    rng = make_rng(seed, batch.example)
+    rates = diffusion.loss_by_rate(model, batch, rng, [0.0, 0.5, 1.0])
+    claim = f"L(1) after, at corruption 0 / 0.5 / 1, shift={model.cfg.shift}"
+    measured = " / ".join(f"{value:.3f}" for value in rates.values())
+    return Check(claim, measured, all(math.isfinite(value) for value in rates.values()))
+
+
+# The command
+
+
+class Source(NamedTuple):
+    """An AR model to convert. path: its Hugging Face folder or GGUF file; None for a checkpoint."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    data: str  # what it was trained on
+    origin: str
+    path: Path | None
 
 
 def main(argv: list[str]) -> None:
-    """Convert, and check where asked; exits with status 1 where a claim fails."""
+    """Convert, and verify if asked. Exits with status 1 if a check fails."""
     cfg = configure(ConvertConfig, argv)
-    folder = pretrained.folder_of(cfg.init_from)
     if cfg.export:
-        return export(cfg, folder)
+        return export(cfg)
     out = Path(cfg.out_dir) / "ckpt.pt"
     if out.exists() and not cfg.overwrite:
-        raise ValueError(f"{out} is there already; name another --out_dir, or say --overwrite")
+        raise ValueError(f"{out} exists; use another --out_dir, or --overwrite")
     if (out.parent / "config.json").exists():
-        raise ValueError(f"{out.parent} is a Hugging Face folder, which is left as it is; name another --out_dir")
-    source, tokenizer, data, origin = foreign(cfg, folder) if folder else own(cfg)
-    names = ("prefix_attention", "noise", "shift", "lookahead", "self_conditioning")
-    settings = {name: value for name, value in asdict(cfg).items() if name in names}
+        raise ValueError(f"{out.parent} is a Hugging Face folder; use another --out_dir")
+    source = open_source(cfg)
+    names = ("prefix_attention", "noise", "shift", "self_conditioning")
+    settings = {name: getattr(cfg, name) for name in names}
     settings |= {"paradigm": "diffusion", "target_attention": "bidirectional"}
-    # Around the same tensors a second model costs no memory, but then the doctor would compare them with themselves.
-    model = source if cfg.paradigm == "ar" else adapt(source, copy=cfg.check, **settings)
+    model = source.model
+    if cfg.paradigm == "diffusion":
+        # With shared tensors, --check would compare the model with itself.
+        model = convert(source.model, copy=cfg.check, **settings)
     if cfg.check:
-        doctor(cfg, source, model, tokenizer, data, folder)
+        report(source, model, cfg)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save(out, model, 0, tokenizer.name, train_config={"data": data}, converted_from=origin)
+    train_config = {"data": source.data}
+    save(out, model, 0, source.tokenizer.name, train_config=train_config, converted_from=source.origin)
     if cfg.paradigm == "ar":
-        print(f"{out}: {origin} as an AR model, not converted")
+        print(f"{out}: {source.origin} as an AR model, not converted")
         return
-    new = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[0] in ADDED_BY_CONVERSION)
-    said = " ".join(f"--{name}={value}" for name, value in settings.items())
-    print(f"{out}: {origin} as a diffusion model, {said} | {new:,} new weights, all zero")
+    new = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[0] in NEW_MODULES)
+    flags = " ".join(f"--{name}={value}" for name, value in settings.items())
+    print(f"{out}: {source.origin} as a diffusion model, {flags} | {new:,} new weights, all zero")
 
 
-def own(cfg: ConvertConfig) -> tuple[Transformer, Tokenizer, str, str]:
-    """(AR model, tokenizer, what it was trained on, what it is) of a checkpoint."""
-    source, tokenizer, state = load_model(cfg.init_from)
-    if source.cfg.paradigm != "ar":
-        raise ValueError(f"{cfg.init_from} is a diffusion model already; --init_from wants an AR checkpoint")
-    for name, given in (("block_size", cfg.block_size), ("target_length", cfg.target_length), ("prompt", cfg.prompt)):
-        if given:
-            raise ValueError(f"--{name} is for foreign weights; {cfg.init_from} is a checkpoint, which says its own")
-    if cfg.paradigm == "ar":
-        raise ValueError(f"{cfg.init_from} is an AR checkpoint already; --paradigm=ar is for foreign weights")
+def open_source(cfg: ConvertConfig) -> Source:
+    """Read the AR model: one of our checkpoints, or imported weights. Raises ValueError if it is neither."""
+    from hf.load import resolve_source
+
+    path = resolve_source(cfg.init_from)
+    if path is not None:
+        return import_source(cfg, path)
+    model, tokenizer, state = load_model(cfg.init_from)
+    if model.cfg.paradigm != "ar":
+        raise ValueError(f"{cfg.init_from} is already a diffusion model; --init_from needs an AR model")
+    if cfg.block_size or cfg.target_length or cfg.prompt or cfg.paradigm == "ar":
+        raise ValueError(
+            "--block_size, --target_length, --prompt and --paradigm=ar are for imported weights; "
+            f"{cfg.init_from} is a checkpoint and has its own"
+        )
     data = state.get("train_config", {}).get("data", "")
-    return source, tokenizer, data, f"{cfg.init_from} step {state['step']}"
+    return Source(model, tokenizer, data, f"{cfg.init_from} step {state['step']}", None)
 
 
-def foreign(cfg: ConvertConfig, folder: Path) -> tuple[Transformer, Tokenizer, str, str]:
-    """The same of a Hugging Face folder, with what there is to know of it printed."""
-    found = pretrained.read_folder(folder, cfg.block_size, cfg.target_length)
-    m, numbers = found.model.cfg, str(found.model.tok.weight.dtype).removeprefix("torch.")
-    size = sum(p.numel() for p in found.model.parameters())
-    print(f"{cfg.init_from}: {size:,} weights, {numbers}, every tensor in its place | block_size {m.block_size}, "
-          f"target_length {m.target_length} | tokenizer {found.tokenizer.name}")  # fmt: skip
-    for note in found.notes:
+def import_source(cfg: ConvertConfig, path: Path) -> Source:
+    """Read weights of other people and print what was found."""
+    from hf.load import load_hf
+
+    loaded = load_hf(path, cfg.block_size, cfg.target_length)
+    model = loaded.model
+    weight = model.tok.weight
+    size = sum(p.numel() for p in model.parameters())
+    print(
+        f"{cfg.init_from}: {size:,} weights, {str(weight.dtype).removeprefix('torch.')} | block_size "
+        f"{model.cfg.block_size}, target_length {model.cfg.target_length} | {loaded.tokenizer.name}"
+    )
+    for note in loaded.notes:
         print(f"note: {note}")
-    return found.model, found.tokenizer, "", cfg.init_from
+    return Source(model, loaded.tokenizer, "", cfg.init_from, path)
 
 
-def doctor(cfg: ConvertConfig, source, model, tokenizer: Tokenizer, data: str, folder: Path | None) -> None:
-    """Print the lines of check, and for foreign weights those of pretrained.parity; status 1 where one fails."""
-    data = cfg.data or data
-    if data:
-        held_out = open_set(build_if_missing(data), "valid")
-        if held_out.tokenizer_name != tokenizer.name:
-            raise ValueError(
-                f"{data} is made with tokenizer {held_out.tokenizer_name!r}, the model with {tokenizer.name!r}"
-            )
-        if held_out.target_length != source.cfg.target_length:
-            raise ValueError(
-                f"{data} has targets of {held_out.target_length}: say --target_length, or leave --data out"
-            )
-        batch = held_out.batch(cfg.seed, 0, 16)
-    elif folder is None:
-        raise ValueError(f"{cfg.init_from} does not say what it was trained on; name a held-out set with --data")
-    else:
-        numbers = " ".join(str(7 * i % tokenizer.n_ordinary) for i in range(50))
-        text = cfg.prompt or (numbers if tokenizer.name.startswith("ids-") else TEXT)
-        batch = text_batch(text, tokenizer, source.cfg)
-    rows = pretrained.parity(folder, source, batch.target[:, 1:]) if folder else []
-    if model is not source:
-        both = pretrained.as_float32(source), pretrained.as_float32(model)
-        rows += check(*both, batch, cfg.seed, knows_text=folder is None)
-    for claim, measured, holds in rows:
-        print(f"{'ok  ' if holds else 'FAIL'}  {claim:<52} {measured}")
-    failed = sum(not holds for *_, holds in rows)
+def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
+    """Print all checks. Exits with status 1 if one fails."""
+    batch = check_batch(source, cfg)
+    checks = []
+    if source.path is not None:
+        from hf.load import parity
+
+        checks += parity(source.path, source.model, batch.target[:, 1:])
+    if model is not source.model:
+        knows_text = source.path is None
+        checks += verify(source.model.float(), model.float(), batch, cfg.seed, knows_text)
+    for claim, measured, ok in checks:
+        print(f"{'ok  ' if ok else 'FAIL'}  {claim:<52} {measured}")
+    failed = sum(not ok for *_, ok in checks)
     if failed:
-        print(f"verdict: do not train on this: {failed} of {len(rows)} claims fail, so it is not the source's network")
+        print(f"FAILED: {failed} of {len(checks)} checks. The converted model does not match its source.")
         raise SystemExit(1)
-    but = ", but for what was not compared" if any("not compared" in measured for _, measured, _ in rows) else ""
-    print(f"verdict: sound{but}. The same weights compute what they did, what is new is zero, and training can begin")
+    print(f"passed: {len(checks)} checks")
 
 
-def export(cfg: ConvertConfig, folder: Path | None) -> None:
-    """Write the AR-shaped weights of a checkpoint as a Hugging Face folder."""
-    if folder is not None:
-        raise ValueError(f"{cfg.init_from} is a Hugging Face folder already; --export wants a checkpoint")
+def check_batch(source: Source, cfg: ConvertConfig) -> Batch:
+    """Return the text to check on: held-out data, or a paragraph for imported weights."""
+    data = cfg.data or source.data
+    if data:
+        valid_set = open_dataset(build_if_missing(data), "valid")
+        if valid_set.tokenizer_name != source.tokenizer.name:
+            raise ValueError(
+                f"{data} uses the tokenizer {valid_set.tokenizer_name!r}, the model "
+                f"{source.tokenizer.name!r}; build the data with --tokenizer={source.tokenizer.name}"
+            )
+        if valid_set.target_length != source.model.cfg.target_length:
+            raise ValueError(
+                f"{data} has targets of {valid_set.target_length}, the model of "
+                f"{source.model.cfg.target_length}; set --target_length or drop --data"
+            )
+        return valid_set.batch(cfg.seed, 0, 16)
+    if source.path is None:
+        raise ValueError(f"{cfg.init_from} does not name its data; give a data set with --data")
+    return text_batch(cfg.prompt or TEXT, source.tokenizer, source.model.cfg)
+
+
+def text_batch(text: str, tokenizer: Tokenizer, cfg: ModelConfig) -> Batch:
+    """Cut two rows from a text, at its start and its middle, repeated until the targets are full."""
+    ids = tokenizer.encode(text)
+    T = cfg.target_length
+    P = min(32, cfg.block_size - T)
+    if not ids:
+        raise ValueError("--check needs a text, but --prompt is empty")
+    starts = (0, len(ids) // 2)
+    rows = torch.tensor([(ids[start:] + ids * (P + T))[: P + T - 1] for start in starts])
+    first = torch.full((2, 1), cfg.sep_id) if cfg.sep_id >= 0 else rows[:, P - 1 : P]
+    prefix = rows[:, :P] if cfg.sep_id >= 0 else rows[:, : P - 1]
+    return Batch(prefix, torch.cat([first, rows[:, P:]], dim=1), torch.arange(2))
+
+
+def export(cfg: ConvertConfig) -> None:
+    """Write the weights of a checkpoint as a Hugging Face folder."""
+    from hf.export import export_folder
+    from hf.load import resolve_source
+
+    if resolve_source(cfg.init_from) is not None:
+        raise ValueError(f"{cfg.init_from} is not a checkpoint; --export needs one of ours")
     state = load(cfg.init_from)
     tokenizer = get_tokenizer(state["tokenizer"], Path(cfg.init_from).parent)
-    notes = pretrained.write_folder(Path(cfg.export), state, tokenizer, cfg.overwrite)
+    notes = export_folder(Path(cfg.export), state, tokenizer, cfg.overwrite)
     print(f"{cfg.export}: {cfg.init_from} step {state['step']} as a Hugging Face folder")
     for note in notes:
         print(f"note: {note}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ConvertConfig)

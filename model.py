@@ -503,27 +503,13 @@ class Transformer(nn.Module):
         return self.drop(x), rope, *sdpa_mask(kind, past, valid, extra_edges, S, T, x.device)
 
     def run_blocks(self, x, rope, mask, causal, cache):
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return self._run_and_recompute(x, rope, mask, causal, cache)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        if recompute:  # a view with its own length: the caller's cache moves on before backward
+            cache = copy.copy(cache)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, causal, cache, layer)
-        return self.norm(x)
-
-    def _run_and_recompute(self, x, rope, mask, causal, cache):
-        """Keep only the input of each block for the backward pass (arXiv 1604.06174)."""
-        past = _snapshot(cache)  # the caller's cache moves on before the backward pass
-
-        def run(block, x, layer):
-            local = _snapshot(past)
-            x = block(x, rope, mask, causal, local, layer)
-            return x if cache is None else (x, local.k[layer], local.v[layer])
-
-        for layer, block in enumerate(self.blocks):
-            out = checkpoint(run, block, x, layer, use_reentrant=False)
-            if cache is None:
-                x = out
-            else:
-                x, cache.k[layer], cache.v[layer] = out
+            args = (x, rope, mask, causal, cache, layer)
+            # Keep only the input of each block for the backward pass (arXiv 1604.06174).
+            x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         return self.norm(x)
 
     def init_weights(self):
@@ -541,15 +527,6 @@ class Transformer(nn.Module):
         for name in NEW_MODULES:
             if hasattr(self, name):
                 nn.init.zeros_(getattr(self, name).weight)
-
-
-def _snapshot(cache: KVCache | None) -> KVCache | None:
-    if cache is None:
-        return None
-    other = copy.copy(cache)
-    other.k = list(cache.k)
-    other.v = list(cache.v)
-    return other
 
 
 def num_params(model: nn.Module) -> int:
