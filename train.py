@@ -83,9 +83,7 @@ class TrainConfig:
     mask_schedule: str = setting("random", "how it opens", ("random", "blocks"))
     seed: int = setting(1337, "of all random numbers", minimum=0, maximum=2**62)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", may_change=True)
-    dtype: str = setting(
-        "float32", "bfloat16: autocast", ("float32", "bfloat16"), may_change=True
-    )
+    dtype: str = setting("float32", "bfloat16: autocast", ("float32", "bfloat16"), may_change=True)
     compile: bool = setting(False, "torch.compile the blocks", may_change=True)
     activation_checkpointing: bool = setting(
         False, "less memory, a third more time", may_change=True
@@ -96,7 +94,9 @@ class TrainConfig:
     log_interval: int = setting(20, "steps between speed reports", minimum=1, may_change=True)
     eval_interval: int = setting(200, "steps between evaluations", minimum=1, may_change=True)
     eval_batches: int = setting(8, "batches of an evaluation", minimum=1, may_change=True)
-    sample_interval: int = setting(200, "steps between samples; 0: none", minimum=0, may_change=True)
+    sample_interval: int = setting(
+        200, "steps between samples; 0: none", minimum=0, may_change=True
+    )
     save_interval: int = setting(200, "steps between checkpoints", minimum=1, may_change=True)
 
     def __post_init__(self):
@@ -256,8 +256,10 @@ def train_step(run: Run, batches, step: int) -> dict:
             raise ValueError(message) from None
         (B, P), T = batch.prefix.shape, batch.target.shape[1]
         tokens += ctx.world_size * B * (P + T)
-        n_flops += ctx.world_size * B * flops.train_flops(
-            cfg.model, P, T, cfg.loss.unroll_steps, cfg.loss.ar_loss_weight
+        n_flops += (
+            ctx.world_size
+            * B
+            * flops.train_flops(cfg.model, P, T, cfg.loss.unroll_steps, cfg.loss.ar_loss_weight)
         )
     ctx.average_gradients(model)
     grad_norm = ctx.clip_gradients(model, cfg.grad_clip)
@@ -356,7 +358,8 @@ def sample_line(run: Run, step: int) -> str:
 
 def main(argv: list[str]) -> dict:
     """Train as argv asks. Returns the last log entry, or the estimate with --estimate."""
-    given = read_settings((TrainConfig,), argv)
+    resume = "--init_from=resume" in argv  # else from the source that argv or its file names
+    given = read_settings((TrainConfig,), [arg for arg in argv if arg != "--init_from=resume"])
     defaults = all_fields(TrainConfig)
     out = Path(given.get("out_dir", defaults["out_dir"].default)).expanduser()
     estimate_only = given.get("estimate", False)
@@ -365,7 +368,7 @@ def main(argv: list[str]) -> dict:
         with lock:
             if not ctx.is_main:
                 ctx.barrier()  # rank 0 builds missing data and finds damaged files first
-            cfg, weights, state = prepare(given, out, ctx.world_size)
+            cfg, weights, state = prepare(given, resume, out, ctx.world_size)
             if ctx.is_main:
                 ctx.barrier()
             if estimate_only:
@@ -384,7 +387,9 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights: dict | None, state
         print(f"nothing to do: the checkpoint is at step {run.first_step} of {cfg.max_steps}")
         return Log(run.out / "log.jsonl", run.first_step, enabled=ctx.is_main).last
     params = f"{num_params(run.model):,} parameters"
-    print(f"{params} | {cfg.data} {len(run.train_set):,} | {ctx.device} {cfg.dtype} | {describe(cfg)}")
+    print(
+        f"{params} | {cfg.data} {len(run.train_set):,} | {ctx.device} {cfg.dtype} | {describe(cfg)}"
+    )
     if cfg.dtype == "bfloat16" and not has_fast_bf16(ctx.device):
         print("this processor has no bfloat16 and is very slow in it; use --dtype=float32")
     run.model.activation_checkpointing = cfg.activation_checkpointing
@@ -396,7 +401,7 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights: dict | None, state
     return last
 
 
-def prepare(given: dict, out: Path, world_size: int):
+def prepare(given: dict, resume: bool, out: Path, world_size: int):
     """Validate everything. Returns (settings, weights or None, resumed checkpoint or None).
 
     The only side effect: the data set is built if it is missing.
@@ -404,7 +409,6 @@ def prepare(given: dict, out: Path, world_size: int):
     from_data = ("block_size", "target_length")  # 0 means: not given
     given = {name: value for name, value in given.items() if value or name not in from_data}
     state = None
-    resume = given.get("init_from") == "resume"
     if resume and checkpoints(out):
         path, state = latest_checkpoint(out)
         check_resumable(path, state)
@@ -416,8 +420,6 @@ def prepare(given: dict, out: Path, world_size: int):
             f"{out} already holds a run; continue with --init_from=resume, start over with "
             "--overwrite, or choose another --out_dir"
         )
-    if resume:
-        del given["init_from"]
     known = state["train_config"] if state else {}
     data = given.get("data", known.get("data", all_fields(TrainConfig)["data"].default))
     given["data"] = str(build_if_missing(data))
