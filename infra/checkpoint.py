@@ -1,8 +1,8 @@
 """Checkpoints: tensors and plain values in one file, written atomically, read without running code.
 
-Fields: format, step, model (state_dict), model_config, tokenizer (name), and for a training also
-train_config (flat), optimizer, best_loss, fingerprint (of the data), converted_from. There is no
-random state and no loader position, because both are functions of (seed, step).
+Fields: format, step, model (state_dict), model_config, tokenizer (name); of a training also
+train_config (flat), optimizer, best_loss, fingerprint (of the data), converted_from. Random state
+and loader position are not saved, because both are functions of (seed, step).
 """
 
 import contextlib
@@ -17,35 +17,27 @@ import torch
 
 from configurator import from_stored, one_line
 from data.tokenizer import FILE, Tokenizer, get_tokenizer
-from model import ModelConfig, Transformer, build_model
+from model import ModelConfig, Transformer, model_from_state_dict
 
 FORMAT = 2  # raise it if a field changes its meaning
 FIELDS = {"step": int, "model": dict, "model_config": dict, "tokenizer": str}  # always present
 
 
 class CorruptCheckpoint(ValueError):
-    """The bytes of a checkpoint are not the bytes that were written."""
+    """The file is not what was written."""
 
 
-def save(
-    path: str | Path,
-    model: Transformer,
-    step: int,
-    tokenizer: str,
-    keep_last: int = 0,
-    weights: dict | None = None,
-    **rest,
-) -> None:
+def save(path, model, /, step: int, tokenizer: str, keep_last: int = 1, **fields) -> None:
     """Write a checkpoint. A reader finds the old file or the new one, also after a power cut.
 
-    keep_last: how many files stay: ckpt.pt, ckpt.1.pt, ..; 0 or 1: no backup.
-    weights: the whole state_dict, if the model holds only shards of it.
+    keep_last: with 2, the previous file stays as ckpt.1.pt.
+    fields: saved too. The field `model` replaces the weights of a model that holds only shards.
     """
     path = Path(path)
     keep_tokenizer(tokenizer, path.parent)
     state = dict(format=FORMAT, step=step, model_config=asdict(model.cfg), tokenizer=tokenizer)
-    state["model"] = model.state_dict() if weights is None else weights
-    write_atomically(path, lambda file: torch.save(state | rest, file), keep_last)
+    state = state | {"model": model.state_dict()} | fields
+    write_atomically(path, lambda file: torch.save(state, file), keep_last)
 
 
 def load(path: str | Path, device: str = "cpu") -> dict:
@@ -63,10 +55,10 @@ def load(path: str | Path, device: str = "cpu") -> dict:
         try:
             state = torch.load(file, map_location=device, weights_only=True)
         except Exception as error:  # a foreign pickle, or too little memory
-            raise ValueError(
-                f"{path}: cannot be read as a checkpoint: {_first_line(error)}"
-            ) from None
-    return _checked(path, state)
+            reason = one_line(error)[:160]
+            raise ValueError(f"{path}: cannot be read as a checkpoint: {reason}") from None
+    _check_fields(path, state)
+    return state
 
 
 def load_model(path: str | Path, device: str = "cpu") -> tuple[Transformer, Tokenizer, dict]:
@@ -75,11 +67,9 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[Transformer, Toke
     state = load(path, device)
     tokenizer = get_tokenizer(state["tokenizer"], path.parent)
     try:
-        model = build_model(ModelConfig(**state["model_config"]))
-        model.load_state_dict(state["model"])
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path}: its weights do not fit its settings: {reason}") from None
+        model = model_from_state_dict(ModelConfig(**state["model_config"]), state["model"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if tokenizer.vocab_size != model.cfg.vocab_size:
         raise ValueError(
             f"{path}: the model has {model.cfg.vocab_size} tokens, "
@@ -98,8 +88,8 @@ def keep_tokenizer(name: str, folder: Path) -> None:
         write_atomically(path, lambda file: file.write(text))
 
 
-def write_atomically(path: str | Path, write: Callable, keep_last: int = 0) -> None:
-    """Let write(file) fill a temporary file, then rename it to path. Errors leave path unchanged."""
+def write_atomically(path: str | Path, write: Callable, keep_last: int = 1) -> None:
+    """Let write(file) fill a temporary file, then rename it. An error leaves path unchanged."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -107,19 +97,31 @@ def write_atomically(path: str | Path, write: Callable, keep_last: int = 0) -> N
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        _rotate(path, keep_last)
+        if keep_last > 1 and path.exists():
+            _keep_backup(path)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # some systems cannot sync a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or _first_line(error)
+        reason = getattr(error, "strerror", None) or one_line(error)[:160]
         raise OSError(f"{path}: not written ({reason}); the previous file is unchanged") from None
 
 
-def backup_path(path: Path, n: int) -> Path:
-    """Return the name of the n-th backup: ckpt.pt, ckpt.1.pt, ckpt.2.pt, .."""
-    return path.with_name(f"{path.stem}.{n}{path.suffix}") if n else path
+def backup_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.1{path.suffix}")
+
+
+def _keep_backup(path: Path) -> None:
+    backup = backup_path(path)
+    backup.unlink(missing_ok=True)
+    try:
+        os.link(path, backup)  # a second name, so that path exists at every moment
+    except OSError:  # this file system has no hard links
+        os.replace(path, backup)
 
 
 def sha256_file(path: str | Path) -> str:
@@ -127,62 +129,28 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _rotate(path: Path, keep_last: int) -> None:
-    """Move each backup one place on. path itself gets a second name, so that it always exists."""
-    for n in range(keep_last - 1, 0, -1):
-        source = backup_path(path, n - 1)
-        target = backup_path(path, n)
-        if not source.exists():
-            continue
-        target.unlink(missing_ok=True)
-        if n > 1:
-            os.replace(source, target)
-            continue
-        try:
-            os.link(source, target)
-        except OSError:  # this file system has no hard links
-            os.replace(source, target)
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some systems cannot sync a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _check_bytes(path: Path, file) -> None:
-    """Compare the CRC-32 of each record of the zip file. torch.load does not."""
+    """Compare the CRC-32 of each record of the zip file, which torch.load does not."""
     try:
         with zipfile.ZipFile(file) as archive:
             bad = archive.testzip()
-        reason = f"the checksum of its record {bad} is wrong" if bad else ""
+        reason = f"wrong checksum of {bad}" if bad else ""
     except Exception as error:  # damaged bytes raise nearly anything
-        reason = _first_line(error)
+        reason = one_line(error)[:160] or type(error).__name__
     file.seek(0)
     if reason:
-        backup = backup_path(path, 1)
+        backup = backup_path(path)
         remedy = f"use {backup}" if backup.exists() else "use another checkpoint"
         raise CorruptCheckpoint(f"{path}: damaged or not a checkpoint ({reason}); {remedy}")
 
 
-def _checked(path: Path, state) -> dict:
-    """Return the state if it has the fields of a checkpoint. Raises ValueError if not."""
+def _check_fields(path: Path, state) -> None:
     found = state.get("format") if isinstance(state, dict) else None
     if type(found) is not int or found != FORMAT:
         raise ValueError(f"{path}: checkpoint format {str(found)[:40]}, this code reads {FORMAT}")
     for name, kind in FIELDS.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{path}: field {name!r} is missing or not of type {kind.__name__}")
-    if state["step"] < 0 or not isinstance(state.get("train_config", {}), dict):
-        raise ValueError(f"{path}: field 'step' or 'train_config' is not valid")
-    if not all(isinstance(name, str) for name in state["model"]):
-        raise ValueError(f"{path}: a weight has no name")
+    if not isinstance(state.get("train_config", {}), dict) or not state["model"]:
+        raise ValueError(f"{path}: field 'train_config' is not of type dict, or 'model' is empty")
     from_stored(ModelConfig, state["model_config"], f"{path}, model_config")
-    return state
-
-
-def _first_line(error: Exception) -> str:
-    return one_line(error).split("\\n")[0][:120] or type(error).__name__

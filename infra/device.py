@@ -3,38 +3,29 @@
 import ctypes
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def pick_device(name: str) -> torch.device:
     """Return the device of that name; auto means cuda, else mps, else cpu."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    available = ["cuda"] if gpus else []
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    available += ["cpu"]
     if name == "auto":
-        return torch.device(next(kind for kind in available if available[kind]))
-    if not available.get(name.split(":")[0]):
-        names = ", ".join(kind for kind in available if available[kind])
-        raise ValueError(f"device {name!r} is not available here; use one of: auto, {names}")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is not a device; write for example cuda:0") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} does not exist; GPUs: {torch.cuda.device_count()}")
-    return device
+        name = available[0]
+    if name not in available + gpus:
+        names = ", ".join(["auto", *available, *gpus])
+        raise ValueError(f"device must be one of {names}; got {name!r}")
+    return torch.device(name)
 
 
-def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
-    """Compute in bfloat16 if dtype asks for it; weights, softmax and loss stay float32."""
-    if dtype == "bfloat16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+def autocast(device: torch.device, dtype: str):
+    """Return a context that computes in dtype; weights, softmax and loss stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -42,17 +33,17 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def disable_malloc_trim() -> bool:
-    """Let glibc keep freed memory for later tensors. Return False if this is not Linux with glibc.
+def disable_malloc_trim() -> None:
+    """Let glibc keep freed memory for later tensors; nothing happens on other systems.
 
     By default glibc returns large arrays to the kernel, which must zero each page again: a quarter
     of a training step on a CPU. From then on the process keeps its peak memory.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # constants of malloc.h
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    if mallopt is not None:
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # constants of malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def compile_or_explain(model: nn.Module) -> None:
@@ -79,28 +70,3 @@ def measured_flops(device: torch.device, dtype: str) -> float:
         float((a @ a)[0, 0])  # reading a number waits for the device
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times[1:])
-
-
-class AsyncScalar:
-    """Read a number from the device without waiting: on CUDA, read() returns the previous number.
-
-    If each step waited for its number, the GPU would be idle while the next step is queued.
-    """
-
-    def __init__(self):
-        self.previous = None
-
-    def read(self, number: Tensor) -> int | None:
-        """Return number () on a CPU. On CUDA return the number of the last call, None at first."""
-        if number.device.type != "cuda":
-            return int(number)
-        copy = torch.empty((), dtype=number.dtype, pin_memory=True)
-        copy.copy_(number, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        previous, self.previous = self.previous, (copy, event)
-        if previous is None:
-            return None
-        copy, event = previous
-        event.synchronize()  # over already, unless the device lags by a whole step
-        return int(copy)

@@ -60,7 +60,7 @@ class DistributedContext:
         from torch.distributed.fsdp import fully_shard
 
         # A block that runs twice in a forward pass (prefix, then target) must not free its weights
-        # in between, so only the whole model is gathered and freed.
+        # in between. Such a model is gathered and freed as a whole.
         if model.cfg.single_pass:
             for block in model.blocks:
                 fully_shard(block)
@@ -83,28 +83,21 @@ class DistributedContext:
         vector_to_parameters(flat, gradients)
 
     def clip_gradients(self, model: nn.Module, max_norm: float) -> float:
-        """Scale all gradients down to this norm (0: do not) and return the norm they had."""
+        """Scale all gradients down to this norm (0: never) and return the norm they had."""
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
         return float(norm.full_tensor() if self.sharded else norm)
 
     @contextlib.contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
         """fsdp: hold all weights here for an evaluation. All processes must enter it together."""
-        if not self.sharded:
-            yield
-            return
-        from torch.distributed.fsdp import FSDPModule
-
-        parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        parts = [m for m in model.modules() if self.sharded and hasattr(m, "unshard")]
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
-        try:
-            yield
-        finally:
-            for part in parts:
-                part.set_reshard_after_forward(part is not model, recurse=False)
-                part.reshard()
+        yield
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
 
     def mean(self, numbers: dict) -> dict:
         """Return each number as its mean over the processes, which have equally many rows."""
@@ -122,34 +115,39 @@ class DistributedContext:
 
     def full_state(self, model: nn.Module, optimizers: list) -> dict:
         """Return {"model", "optimizer": list}, complete on rank 0. All processes must call it."""
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        return {
-            "model": {name: self._whole(value) for name, value in model.state_dict().items()},
-            "optimizer": [
-                _map_state(state, lambda value, i: self._whole(value)) for state in states
-            ],
-        }
+        states = [_map_state(o.state_dict(), lambda value, i: _whole(value)) for o in optimizers]
+        weights = {name: _whole(value) for name, value in model.state_dict().items()}
+        return {"model": weights, "optimizer": states}
 
     def load_full_state(self, model: nn.Module, optimizers: list, state: dict) -> None:
         """Load what full_state returned on rank 0, under any number of processes."""
         own = model.state_dict()
-        model.load_state_dict({name: _cut(v, own.get(name)) for name, v in state["model"].items()})
-        if len(state["optimizer"]) != len(optimizers):
-            found = len(state["optimizer"])
-            raise ValueError(f"the checkpoint has {found} optimizers, this run {len(optimizers)}")
-        for optimizer, kept in zip(optimizers, state["optimizer"]):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            try:
-                optimizer.load_state_dict(_map_state(kept, lambda v, i: _cut(v, params[i])))  # noqa: B023
-            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-                raise ValueError(f"the optimizer state does not fit: {one_line(error)}") from None
+        model.load_state_dict({name: _cut(v, own[name]) for name, v in state["model"].items()})
+        try:
+            for optimizer, kept in zip(optimizers, state["optimizer"], strict=True):
+                p = [p for group in optimizer.param_groups for p in group["params"]]
+                optimizer.load_state_dict(_map_state(kept, lambda v, i, p=p: _cut(v, p[i])))
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            reason = one_line(error)[:160]
+            raise ValueError(f"the optimizer state does not fit this run: {reason}") from None
 
-    def _whole(self, value):
-        """Return a tensor put together from its shards, on rank 0 and on the CPU."""
-        if not hasattr(value, "full_tensor"):
-            return value
-        whole = value.full_tensor()
-        return whole.cpu() if self.is_main else None
+
+def _whole(value):
+    """Return a tensor put together from its shards, on the CPU of rank 0."""
+    if not hasattr(value, "full_tensor"):
+        return value
+    whole = value.full_tensor()
+    return whole.cpu() if dist.get_rank() == 0 else None
+
+
+def _cut(value, like):
+    """Return this process's shard of a whole tensor, if `like` is sharded."""
+    if not hasattr(like, "device_mesh") or getattr(value, "shape", None) != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _map_state(state: dict, function: Callable) -> dict:
@@ -161,54 +159,32 @@ def _map_state(state: dict, function: Callable) -> dict:
     return state | {"state": mapped}
 
 
-def _cut(value, like):
-    """Return the shard of a whole tensor that belongs to this process, if `like` is sharded."""
-    if not hasattr(like, "device_mesh") or getattr(value, "shape", None) != like.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    value = value.to(like.device)
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-
-
 @contextlib.contextmanager
-def init_distributed(
-    device_name: str, timeout_seconds: float = 600
-) -> Iterator[DistributedContext]:
-    """Connect the processes that torchrun started. Only rank 0 prints.
+def init_distributed(device_name: str, timeout_seconds: float = 600):
+    """Connect the processes that torchrun started. Yields a DistributedContext.
 
-    timeout_seconds: how long a process waits for the others before the run ends.
+    Only rank 0 prints. timeout_seconds: how long a process waits for the others.
     """
     context = DistributedContext(pick_device(device_name))
     if "RANK" not in os.environ:
         yield context
         return
     if context.device.type == "cuda":
-        local_rank = int(os.environ["LOCAL_RANK"])
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise ValueError(
-                f"process {local_rank} has no GPU: use torchrun --nproc_per_node={count}"
-            )
-        context.device = torch.device("cuda", local_rank)
+        context.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(context.device)
-    elif context.device.type == "mps":
-        raise ValueError("several processes need --device=cpu or cuda, got mps")
     backend = "cpu:gloo,cuda:nccl" if context.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     context.rank = dist.get_rank()
     context.world_size = dist.get_world_size()
     try:
-        with contextlib.ExitStack() as stack:
+        with open(os.devnull, "w") as null, contextlib.ExitStack() as stack:
             if not context.is_main:
-                null = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(null))
             yield context
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "store")):
             raise
-        hint = "resume with --init_from=resume"
-        reason = one_line(error)[:160]
-        raise ValueError(f"process {context.rank} lost the others: {reason}; {hint}") from None
+        reason = f"process {context.rank} lost the others: {one_line(error)[:160]}"
+        raise ValueError(f"{reason}; resume with --init_from=resume") from None
     finally:
         dist.destroy_process_group()

@@ -26,18 +26,16 @@ def make_optimizers(model: nn.Module, cfg) -> list[torch.optim.Optimizer]:
             matrices.append(p)
         else:
             vectors.append(p)
+    decay = cfg.weight_decay
     groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay, "lr_ratio": 1.0},
+        {"params": matrices, "weight_decay": decay, "lr_ratio": 1.0},
         {"params": vectors, "weight_decay": 0.0, "lr_ratio": 1.0},
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=BETAS, fused=True)]
+    lr = cfg.learning_rate
+    optimizers = [torch.optim.AdamW(groups, lr, betas=BETAS, fused=True)]
     if muon_params:
-        group = {"params": muon_params, "weight_decay": cfg.weight_decay, "lr_ratio": MUON_LR_RATIO}
-        optimizers.append(
-            torch.optim.Muon(
-                [group], lr=cfg.learning_rate, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        group = {"params": muon_params, "weight_decay": decay, "lr_ratio": MUON_LR_RATIO}
+        optimizers.append(torch.optim.Muon([group], lr, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 

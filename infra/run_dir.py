@@ -7,6 +7,7 @@ lock                 exists while a run uses the folder, and names it
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -23,11 +24,6 @@ try:
 except ImportError:  # Windows has no file locks of this kind
     fcntl = None
 
-# Sums are taken in another order, so the last bits of a resumed run differ.
-AFFECTS_ROUNDING = (
-    "device world_size threads torch cpu grad_accum_steps dtype compile parallel".split()
-)
-
 
 @contextlib.contextmanager
 def lock_dir(out: Path) -> Iterator[None]:
@@ -39,7 +35,10 @@ def lock_dir(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "lock"
     with open(path, "a+", encoding="utf-8") as file:
-        _lock(file, path)
+        if _is_locked(file, path):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(f"{out} is in use by {holder}; wait, or choose another --out_dir")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)[:300]}")
         file.flush()
@@ -52,38 +51,29 @@ def lock_dir(out: Path) -> Iterator[None]:
                     out.rmdir()
 
 
-def _lock(file, path: Path) -> None:
+def _is_locked(file, path: Path) -> bool:
+    """Take the lock, or return True if another process has it."""
     if fcntl is None:
-        return
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        in_use = not path.exists() or not os.path.samestat(
-            os.fstat(file.fileno()), path.stat()
-        )  # its holder just removed it
     except BlockingIOError:
-        in_use = True
+        return True
     except OSError as error:
         print(f"{path}: no lock on this file system ({error.strerror}); start one run only")
-        return
-    if in_use:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        raise ValueError(f"{path.parent} is in use by {holder}; wait, or choose another --out_dir")
+    return not path.exists()  # removed by its last holder a moment ago
 
 
 def checkpoints(out: Path) -> list[Path]:
     """Return the checkpoints of a run, the newest first."""
     newest = out / "ckpt.pt"
-    numbers = [path.suffixes[0][1:] for path in out.glob("ckpt.*.pt")]
-    backups = sorted(int(number) for number in numbers if number.isdecimal())
-    paths = [backup_path(newest, n) for n in [0, *backups]]
-    return [path for path in paths if path.exists()]
+    return [path for path in (newest, backup_path(newest)) if path.exists()]
 
 
 def latest_checkpoint(out: Path) -> tuple[Path, dict]:
-    """Return (path, fields) of the newest intact checkpoint. There must be at least one file.
+    """Return (path, fields) of the newest intact checkpoint. Rename a damaged one to *.damaged.
 
-    Rename each damaged file to *.damaged. Raises CorruptCheckpoint if no file is intact.
+    Raises CorruptCheckpoint if no file is intact. There must be one.
     """
     damaged = []
     for path in checkpoints(out):
@@ -92,13 +82,11 @@ def latest_checkpoint(out: Path) -> tuple[Path, dict]:
         except CorruptCheckpoint as error:
             damaged.append((path, error))
             continue
-        for bad, error in damaged:  # otherwise the next rotation would push out the good files
+        for bad, error in damaged:  # or the next backup would replace the good file
             os.replace(bad, bad.with_name(bad.name + ".damaged"))
             print(f"{error}; renamed to {bad.name}.damaged, resuming from {path}")
         return path, state
-    raise CorruptCheckpoint(
-        f"no intact checkpoint in {out} ({damaged[0][1]}); start over with --overwrite"
-    )
+    raise CorruptCheckpoint(f"{damaged[0][1]}; no other is intact: start over with --overwrite")
 
 
 def clear(out: Path) -> None:
@@ -108,24 +96,22 @@ def clear(out: Path) -> None:
 
 
 def environment(device: torch.device, world_size: int) -> dict:
-    """Return what the last bits of a run depend on, next to its settings."""
-    on_cpu = device.type == "cpu"
+    """Return what the last bits of a result depend on, next to the settings."""
     return {
         "device": device.type,
         "world_size": world_size,
-        "threads": torch.get_num_threads() if on_cpu else 0,
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "torch": str(torch.__version__),
-        "cpu": torch.backends.cpu.get_cpu_capability() if on_cpu else "",
     }
 
 
 def rounding_note(before: dict, now: dict) -> str:
-    """Return why a resumed run will differ in the last bits, or ""."""
-    names = [name for name in AFFECTS_ROUNDING if name in before and before[name] != now[name]]
-    if not names:
+    """Return why a resumed run differs in the last bits, or "". Both: settings | environment."""
+    names = "device world_size threads torch grad_accum_steps dtype compile parallel".split()
+    changes = [f"{n} {before[n]} -> {now[n]}" for n in names if n in before and before[n] != now[n]]
+    if not changes:
         return ""
-    changes = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in names)
-    return f"from here on the run is equal to rounding, not bit for bit: {changes}"
+    return f"from here on the run is equal to rounding, not bit for bit: {', '.join(changes)}"
 
 
 class Log:
@@ -136,18 +122,14 @@ class Log:
 
     def __init__(self, path: Path, first_step: int, enabled: bool = True):
         lines = path.read_bytes().splitlines() if first_step and path.exists() else []
-        entries = [entry for entry in map(_parse, lines) if entry is not None]
-        kept = [entry for entry in entries if entry["step"] <= first_step]
+        entries = [entry for entry in map(_parse, lines) if entry["step"] <= first_step]
         self.path = path
-        self.last = kept[-1] if kept else {}
+        self.last = entries[-1] if entries else {}
         self.file = None
-        if not enabled:
-            return
-        if len(entries) < len(lines):
-            print(f"{path}: dropped {len(lines) - len(entries)} incomplete line(s)")
-        text = "".join(json.dumps(entry) + "\n" for entry in kept)
-        write_atomically(path, lambda file: file.write(text.encode()))
-        self.file = open(path, "ab", buffering=0)  # a line is written before the next step begins
+        if enabled:
+            text = "".join(json.dumps(entry) + "\n" for entry in entries)
+            write_atomically(path, lambda file: file.write(text.encode()))
+            self.file = open(path, "ab", buffering=0)  # each line is written at once
 
     def write(self, entry: dict) -> None:
         """Append one line. Raises OSError if it cannot be written or the file was removed."""
@@ -155,14 +137,9 @@ class Log:
         if self.file is None:
             return
         line = (json.dumps(entry) + "\n").encode()
-        try:
-            written = self.file.write(line)
-        except OSError as error:
-            raise OSError(f"{self.path}: not written ({error.strerror})") from None
-        if written < len(line):
-            raise OSError(f"{self.path}: not written (no space left)")
-        if os.fstat(self.file.fileno()).st_nlink == 0:
-            raise OSError(f"{self.path}: somebody removed it during the run")
+        written = self.file.write(line)
+        if written < len(line) or os.fstat(self.file.fileno()).st_nlink == 0:
+            raise OSError(f"{self.path}: not written (no space left, or the file was removed)")
 
     def sync(self) -> None:
         """Flush to disk. Call it before a checkpoint, so that no saved step lacks its line."""
@@ -179,19 +156,20 @@ class Log:
         return f"step {entry['step']:6d} | {losses}{rates}{ar}"
 
 
-def _parse(line: bytes) -> dict | None:
-    try:
+def _parse(line: bytes) -> dict:
+    """Return a log entry. A killed run may leave half a line: its step is infinite."""
+    with contextlib.suppress(ValueError):
         entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return entry if isinstance(entry, dict) and type(entry.get("step")) is int else None
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            return entry
+    return {"step": math.inf}
 
 
 class StopSignals:
     """Let Ctrl-C and SIGTERM finish the step and save. A second signal stops at once.
 
-    requested: the signal number, 0 if there was none. Under torchrun each Ctrl-C arrives twice, so
-    the second one is ignored there.
+    requested: the signal number, 0 if there was none. torchrun sends each Ctrl-C once more, so a
+    second signal is ignored there.
     """
 
     def __init__(self):
