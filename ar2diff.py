@@ -244,7 +244,14 @@ def main(argv: list[str]) -> None:
         report(source, model, cfg)
     out.parent.mkdir(parents=True, exist_ok=True)
     train_config = {"data": source.data}
-    save(out, model, 0, source.tokenizer.name, train_config=train_config, converted_from=source.origin)
+    save(
+        out,
+        model,
+        0,
+        source.tokenizer.name,
+        train_config=train_config,
+        converted_from=source.origin,
+    )
     if cfg.paradigm == "ar":
         print(f"{out}: {source.origin} as an AR model, not converted")
         return
@@ -262,7 +269,9 @@ def open_source(cfg: ConvertConfig) -> Source:
         return import_source(cfg, path)
     model, tokenizer, state = load_model(cfg.init_from)
     if model.cfg.paradigm != "ar":
-        raise ValueError(f"{cfg.init_from} is already a diffusion model; --init_from needs an AR model")
+        raise ValueError(
+            f"{cfg.init_from} is already a diffusion model; --init_from needs an AR model"
+        )
     if cfg.block_size or cfg.target_length or cfg.prompt or cfg.paradigm == "ar":
         raise ValueError(
             "--block_size, --target_length, --prompt and --paradigm=ar are for imported weights; "
@@ -304,7 +313,9 @@ def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
         print(f"{'ok  ' if ok else 'FAIL'}  {claim:<52} {measured}")
     failed = sum(not ok for *_, ok in checks)
     if failed:
-        print(f"FAILED: {failed} of {len(checks)} checks. The converted model does not match its source.")
+        print(
+            f"FAILED: {failed} of {len(checks)} checks. The converted model does not match its source."
+        )
         raise SystemExit(1)
     print(f"passed: {len(checks)} checks")
 

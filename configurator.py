@@ -33,26 +33,13 @@ REMOVED = (
 ).split()
 
 
-def setting(
-    default,
-    help: str,
-    choices: tuple = (),
-    minimum=None,
-    maximum=None,
-    above=None,
-    zero_ok: bool = False,
-    path: bool = False,
-    hidden: bool = False,
-    may_change: bool = False,
-):
+def setting(default, help: str, choices: tuple = (), **limits):
     """A dataclass field with its limits.
 
-    above: an exclusive lower limit. zero_ok: 0 is allowed below the minimum.
-    path: a leading ~ is expanded. hidden: cannot be typed. may_change: a resumed run may change it.
+    minimum, maximum, above (exclusive). zero_ok: 0 is allowed below the minimum. path: expand a
+    leading ~. hidden: cannot be typed. may_change: a resumed run may change it.
     """
-    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
-    flags = {"zero_ok": zero_ok, "path": path, "hidden": hidden, "may_change": may_change}
-    return dataclasses.field(default=default, metadata={"help": help} | limits | flags)
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices} | limits)
 
 
 def group(cls: type):
@@ -93,22 +80,20 @@ def _typed(value, field):
 
 def _check_limits(value, field) -> None:
     limits = field.metadata
-    choices = limits.get("choices")
-    if choices and value not in choices:
-        raise ValueError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}")
+    if limits["choices"] and value not in limits["choices"]:
+        options = ", ".join(limits["choices"])
+        raise ValueError(f"{field.name} must be one of {options}; got {value!r}")
     if isinstance(value, bool | str) or (limits.get("zero_ok") and value == 0):
         return
     if not math.isfinite(value):
         raise ValueError(f"{field.name} must be a finite number, got {value}")
-    minimum, maximum, above = (limits.get(name) for name in ("minimum", "maximum", "above"))
-    if maximum is None and isinstance(value, int):
-        maximum = LARGEST_INT
     zero = "0 or " if limits.get("zero_ok") else ""
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{field.name} must be {zero}at least {minimum}, got {value}")
-    if above is not None and value <= above:
-        raise ValueError(f"{field.name} must be {zero}above {above}, got {value}")
-    if maximum is not None and value > maximum:
+    if value < limits.get("minimum", -math.inf):
+        raise ValueError(f"{field.name} must be {zero}at least {limits['minimum']}, got {value}")
+    if value <= limits.get("above", -math.inf):
+        raise ValueError(f"{field.name} must be {zero}above {limits['above']}, got {value}")
+    maximum = limits.get("maximum", LARGEST_INT if isinstance(value, int) else math.inf)
+    if value > maximum:
         raise ValueError(f"{field.name} must be at most {maximum}, got {value}")
 
 
@@ -197,14 +182,20 @@ def _parse(text: str | None, field, arg: str):
             return False
         raise ValueError(f"{arg}: {field.name} must be true or false, got {text!r}")
     if text is None:
-        raise ValueError(f"{arg}: {field.name} needs a value: --{field.name}=VALUE ({kind.__name__})")
+        raise ValueError(
+            f"{arg}: {field.name} needs a value: --{field.name}=VALUE ({kind.__name__})"
+        )
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"{arg}: {field.name} must be of type {kind.__name__}, got {text!r}") from None
+        raise ValueError(
+            f"{arg}: {field.name} must be of type {kind.__name__}, got {text!r}"
+        ) from None
 
 
-def refuse_changes(given: dict, fixed: dict, context: str, hint: str = "drop the setting", allowed=()):
+def refuse_changes(
+    given: dict, fixed: dict, context: str, hint: str = "drop the setting", allowed=()
+):
     """Raise ValueError if a given setting differs from a fixed one."""
     for name, value in given.items():
         if name in fixed and name not in allowed and value != fixed[name]:
@@ -223,7 +214,9 @@ def suggest(name: str, known, all_names: bool = True) -> str:
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     if close:
         return f", did you mean {close[0]!r}?"
-    return f"; available: {', '.join(map(str, known))}" if all_names else "; --help lists all settings"
+    return (
+        f"; available: {', '.join(map(str, known))}" if all_names else "; --help lists all settings"
+    )
 
 
 def help_text(*classes: type) -> str:
@@ -232,9 +225,11 @@ def help_text(*classes: type) -> str:
     for name, field in all_fields(*classes).items():
         if field.metadata.get("hidden"):
             continue
-        choices = " | ".join(field.metadata.get("choices") or ())
-        comment = field.metadata.get("help", "")
-        lines.append(f"  --{f'{name}={field.default}':<38} {comment}" + (f" ({choices})" if choices else ""))
+        choices = " | ".join(field.metadata["choices"])
+        comment = field.metadata["help"]
+        lines.append(
+            f"  --{f'{name}={field.default}':<38} {comment}" + (f" ({choices})" if choices else "")
+        )
     return "\n".join(lines)
 
 

@@ -60,12 +60,10 @@ def corrupt(target: Tensor, rate: Tensor, model_cfg, rng: CounterRNG) -> Tensor:
 class LossConfig:
     """How the diffusion loss is computed. The kind of noise is a setting of the model."""
 
-    unroll_steps: int = setting(2, "passes: 1 is denoising, 2 is the paper's L(1) + L(2)", (), 1, 16)
-    unroll_temperature: float = setting(
-        0.0, "0: the next pass reads the argmax (the paper); 1: a sample (SUNDAE)", minimum=0
-    )
-    full_noise_prob: float = setting(0.0, "share of rows that start from pure noise", (), 0, 1)
-    ar_loss_weight: float = setting(0.0, "keep the AR loss, for extras/speculative.py", minimum=0)
+    unroll_steps: int = setting(2, "passes; the paper: L(1) + L(2)", minimum=1, maximum=16)
+    unroll_temperature: float = setting(0.0, "0: pass 2 reads the argmax; 1: a sample", minimum=0)
+    full_noise_prob: float = setting(0.0, "share of rows of pure noise", minimum=0, maximum=1)
+    ar_loss_weight: float = setting(0.0, "keep the AR loss, for speculation", minimum=0)
 
     def __post_init__(self):
         validate(self)
@@ -149,38 +147,6 @@ def expected_embedding(model, logits: Tensor) -> Tensor:
 
 
 # Samplers: one step each, with one signature. denoise() runs them.
-
-
-@dataclass
-class SamplerConfig:
-    """How a canvas becomes text."""
-
-    sampler: str = setting(
-        "resample",
-        "resample is the paper's",
-        ("resample", "argmax_unrolled", "confidence", "entropy_bound"),
-    )
-    steps: int = setting(10, "network calls, each over all slots", minimum=1)
-    temperature: float = setting(
-        0.2, "of resample and confidence; 0: argmax", minimum=1e-3, zero_ok=True
-    )
-    update_fraction: float = setting(
-        1.0, "share of slots redrawn: resample, argmax_unrolled", above=0, maximum=1
-    )
-    candidates: int = setting(1, "canvases per prompt; the one with the best score is kept", minimum=1)
-    temperature_start: float = setting(
-        0.8, "entropy_bound: temperature of the first step", minimum=1e-3, zero_ok=True
-    )
-    temperature_end: float = setting(
-        0.4, "entropy_bound: temperature of the last step", minimum=1e-3, zero_ok=True
-    )
-    entropy_bound: float = setting(0.1, "entropy_bound: nats accepted per step", minimum=0)
-    stop_entropy: float = setting(
-        0.005, "nats per slot: below it, confidence and entropy_bound stop early", minimum=0
-    )
-
-    def __post_init__(self):
-        validate(self)
 
 
 class SamplerState(NamedTuple):
@@ -272,6 +238,24 @@ SAMPLERS: dict[str, Callable] = {
 }
 
 
+@dataclass
+class SamplerConfig:
+    """How a canvas becomes text."""
+
+    sampler: str = setting("resample", "resample is the paper's", tuple(SAMPLERS))
+    steps: int = setting(10, "network calls, each over all slots", minimum=1)
+    temperature: float = setting(0.2, "resample, confidence", minimum=1e-3, zero_ok=True)
+    update_fraction: float = setting(1.0, "slots redrawn per step", above=0, maximum=1)
+    candidates: int = setting(1, "canvases per prompt; the best score wins", minimum=1)
+    temperature_start: float = setting(0.8, "entropy_bound", minimum=1e-3, zero_ok=True)
+    temperature_end: float = setting(0.4, "entropy_bound", minimum=1e-3, zero_ok=True)
+    entropy_bound: float = setting(0.1, "nats accepted per step", minimum=0)
+    stop_entropy: float = setting(0.005, "nats per slot below which a row may stop", minimum=0)
+
+    def __post_init__(self):
+        validate(self)
+
+
 def _unchanged(drawn: Tensor, state: SamplerState) -> Tensor:
     return ((drawn == state.canvas) | ~state.editable).all(1)
 
@@ -327,11 +311,6 @@ def generate(
     B, N = len(prefix), cfg.candidates
     device = prefix.device
     prefix, start = split_prompt(prefix, model_cfg)
-    if prefix.shape[1] + model_cfg.target_length > model_cfg.block_size:
-        raise ValueError(
-            f"{prefix.shape[1]} + {model_cfg.target_length} tokens exceed the model's "
-            f"block_size {model_cfg.block_size}"
-        )
     if example is None:
         example = torch.arange(B, device=device)
     cache = model.encode(prefix, reserve=model_cfg.target_length)

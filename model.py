@@ -32,12 +32,18 @@ class ModelConfig:
         "extras/encoder_decoder.py has the other one",
         ("decoder_only", "encoder_decoder"),
     )
-    n_layer: int = setting(4, "blocks; with an encoder: blocks in each half", minimum=1, maximum=1000)
+    n_layer: int = setting(
+        4, "blocks; with an encoder: blocks in each half", minimum=1, maximum=1000
+    )
     n_head: int = setting(4, "attention heads", minimum=1)
     n_embd: int = setting(128, "width", minimum=1)
-    n_hidden: int = setting(0, "width of the MLP; 0: 8/3 n_embd for swiglu, else 4 n_embd", minimum=0)
+    n_hidden: int = setting(
+        0, "width of the MLP; 0: 8/3 n_embd for swiglu, else 4 n_embd", minimum=0
+    )
     block_size: int = setting(0, "longest prefix + target in tokens; 0: from the data", minimum=0)
-    target_length: int = setting(0, "positions of a target with slot 0; 0: from the data", minimum=0)
+    target_length: int = setting(
+        0, "positions of a target with slot 0; 0: from the data", minimum=0
+    )
     dropout: float = setting(0.0, "share of activations set to zero", minimum=0, maximum=0.99)
     tie_weights: bool = setting(True, "use the embedding as the output layer")
     prefix_attention: str = setting(
@@ -58,7 +64,9 @@ class ModelConfig:
     vocab_size: int = setting(288, "rows of the embedding", minimum=1, hidden=True)
     n_ordinary: int = setting(256, "ids below this are text", minimum=1, hidden=True)
     pad_id: int = setting(256, "ends a text; never a key in the prefix", minimum=0, hidden=True)
-    sep_id: int = setting(257, "slot 0 of a target; -1: the prompt's last token", minimum=-1, hidden=True)
+    sep_id: int = setting(
+        257, "slot 0 of a target; -1: the prompt's last token", minimum=-1, hidden=True
+    )
     mask_id: int = setting(258, "the token of noise='mask'", minimum=0, hidden=True)
     eos_id: int = setting(-1, "end of text of imported weights; -1: none", minimum=-1, hidden=True)
 
@@ -73,7 +81,9 @@ class ModelConfig:
     bias: bool = setting(False, "on every linear layer and layernorm", hidden=True)
     qkv_bias: bool = setting(False, "on queries, keys and values only (Qwen 2)", hidden=True)
     rope_base: float = setting(10000.0, "base of the RoPE frequencies", above=0, hidden=True)
-    rope_factor: float = setting(1.0, "Llama 3: how much slower slow pairs turn", above=0, hidden=True)
+    rope_factor: float = setting(
+        1.0, "Llama 3: how much slower slow pairs turn", above=0, hidden=True
+    )
     rope_slow_turns: float = setting(1.0, "Llama 3: fewer turns are slow", minimum=0, hidden=True)
     rope_fast_turns: float = setting(4.0, "Llama 3: more turns are fast", above=0, hidden=True)
     rope_trained_length: int = setting(8192, "Llama 3: original context", minimum=1, hidden=True)
@@ -81,9 +91,13 @@ class ModelConfig:
     def __post_init__(self):
         validate(self)
         if not self.head_dim and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
+            raise ValueError(
+                f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}"
+            )
         if self.head_size % 2 and self.position == "rope":
-            raise ValueError(f"rope needs an even head size, got {self.head_size} (n_embd / n_head)")
+            raise ValueError(
+                f"rope needs an even head size, got {self.head_size} (n_embd / n_head)"
+            )
         if self.rope_slow_turns >= self.rope_fast_turns:
             raise ValueError(
                 "rope_slow_turns must be below rope_fast_turns, got "
@@ -109,7 +123,9 @@ class ModelConfig:
                 f"{self.prefix_attention!r}"
             )
         if self.paradigm == "ar" and self.target_attention != "causal":
-            raise ValueError("paradigm='ar' needs target_attention='causal', or the answer is visible")
+            raise ValueError(
+                "paradigm='ar' needs target_attention='causal', or the answer is visible"
+            )
         if self.paradigm == "ar" and (self.shift or self.self_conditioning):
             raise ValueError("shift and self_conditioning need paradigm='diffusion'")
 
@@ -164,7 +180,9 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
-def attention_mask(kind: str, past: Tensor, new: Tensor, extra_edges: Tensor | None = None) -> Tensor:
+def attention_mask(
+    kind: str, past: Tensor, new: Tensor, extra_edges: Tensor | None = None
+) -> Tensor:
     """Return which keys each of T new tokens may attend to: (B, 1, T, S + T) bool.
 
     past (B, S) and new (B, T) are True for tokens and False for padding. Example with two cached
@@ -450,7 +468,9 @@ class Transformer(nn.Module):
                 self.encode(prefix), target, False, self_cond, attention, extra_edges
             )
         P = prefix.shape[1]
-        valid = torch.cat([prefix != self.cfg.pad_id, torch.ones_like(target, dtype=torch.bool)], dim=1)
+        valid = torch.cat(
+            [prefix != self.cfg.pad_id, torch.ones_like(target, dtype=torch.bool)], dim=1
+        )
         valid = None if bool(valid.all()) else valid
         x = self.embed(torch.cat([prefix, target], dim=1), P, self_cond)
         return self.head(self._read(x, None, "causal", valid)[:, P:])

@@ -52,12 +52,16 @@ class SampleConfig:
     show: bool = setting(False, "draw the first sample step by step in the terminal")
     pause: float = setting(0.1, "seconds after each drawn step", minimum=0, maximum=60)
     html: str = setting("", "write a page that plays the first sample", path=True)
-    beside: str = setting("", "second track of the page: ar (the same weights) or a checkpoint", path=True)
+    beside: str = setting(
+        "", "second track of the page: ar (the same weights) or a checkpoint", path=True
+    )
 
     def __post_init__(self):
         validate(self)
         if self.show and self.html:
-            raise ValueError("use --show or --html, not both: drawing would change the page's times")
+            raise ValueError(
+                "use --show or --html, not both: drawing would change the page's times"
+            )
         if self.beside and not self.html:
             raise ValueError("--beside needs --html=FILE")
 
@@ -105,7 +109,9 @@ def choose_sampler(model_cfg: ModelConfig, given: dict, path: str):
     """Return the decoding module and its SamplerConfig for a flat dict of settings."""
     name = given.get("sampler")
     if name is not None and name not in [*diffusion.SAMPLERS, *LEFT_TO_RIGHT]:
-        raise ValueError(f"unknown sampler {name!r}{suggest(name, [*diffusion.SAMPLERS, *LEFT_TO_RIGHT])}")
+        raise ValueError(
+            f"unknown sampler {name!r}{suggest(name, [*diffusion.SAMPLERS, *LEFT_TO_RIGHT])}"
+        )
     module = PARADIGMS[model_cfg.paradigm]
     if name in LEFT_TO_RIGHT:
         given = {key: value for key, value in given.items() if key != "sampler"}
@@ -121,11 +127,15 @@ def choose_sampler(model_cfg: ModelConfig, given: dict, path: str):
     for key in given:
         if key in sampler_settings and key not in names:
             kind = module.__name__.split(".")[-1]
-            raise ValueError(f"{key!r} does not fit {path}, which is decoded by {kind}{suggest(key, names)}")
+            raise ValueError(
+                f"{key!r} does not fit {path}, which is decoded by {kind}{suggest(key, names)}"
+            )
     if model_cfg.target_length < 2:
         raise ValueError(f"{path} has target_length={model_cfg.target_length}: train it first")
     if "infill" in given and module is not diffusion:
-        raise ValueError(f"--infill needs a diffusion checkpoint and sampler; {path} is read to the right")
+        raise ValueError(
+            f"--infill needs a diffusion checkpoint and sampler; {path} is read to the right"
+        )
     return module, build(module.SamplerConfig, given)
 
 
@@ -246,12 +256,16 @@ def parse_template(text: str, tokenizer: Tokenizer, model_cfg: ModelConfig) -> l
         elif re.fullmatch("[0-9]{1,6}", part) and int(part):
             slots += [-1] * int(part)
         else:
-            raise ValueError(f"infill: [[{part}]] is not a number of slots; write for example [[12]]")
+            raise ValueError(
+                f"infill: [[{part}]] is not a number of slots; write for example [[12]]"
+            )
     if len(parts) == 1:
         raise ValueError("infill: no slot is free; write [[12]] where 12 tokens are wanted")
     free = model_cfg.target_length - 1 - len(slots)
     if free < 0:
-        raise ValueError(f"infill: {len(slots)} slots, but the model has {model_cfg.target_length - 1}")
+        raise ValueError(
+            f"infill: {len(slots)} slots, but the model has {model_cfg.target_length - 1}"
+        )
     return slots + [model_cfg.pad_id] * free
 
 
@@ -291,7 +305,9 @@ def open_beside(decoder: Decoder, cfg: SampleConfig, given: dict) -> Decoder | N
 def track_of(decoder: Decoder, recorder, out: GenerateOutput):
     from view.page import Track
 
-    flags = " ".join(f"--{f.name}={getattr(decoder.sampler, f.name)}" for f in fields(decoder.sampler))
+    flags = " ".join(
+        f"--{f.name}={getattr(decoder.sampler, f.name)}" for f in fields(decoder.sampler)
+    )
     frames = recorder.frames(out.tokens[0])
     return Track(decoder.title, flags, frames, decoder.tokenizer, decoder.fixed)
 

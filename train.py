@@ -457,7 +457,7 @@ def check_resumable(path: Path, state: dict) -> None:
 
 def resumed_config(given: dict, state: dict, train_set, path: Path) -> TrainConfig:
     stored = state["train_config"]
-    allowed = {name for name, f in all_fields(TrainConfig).items() if f.metadata["may_change"]}
+    allowed = {name for name, f in all_fields(TrainConfig).items() if f.metadata.get("may_change")}
     refuse_changes(given, stored, f"{path} was trained with", allowed=allowed)
     if state["fingerprint"] != train_set.fingerprint:
         raise ValueError(

@@ -1,0 +1,143 @@
+"""The budgets of the project: python tests/test_budgets.py prints them; as a test it fails beyond them."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+ROOT_FILES = sorted(ROOT.glob("*.py"))
+
+
+def n_lines(*patterns: str) -> int:
+    paths = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    return sum(len(path.read_text().splitlines()) for path in paths)
+
+
+def words(*patterns: str) -> int:
+    paths = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    return sum(len(path.read_text().split()) for path in paths)
+
+
+def root_functions() -> list:
+    """(lines, local names, name) of each function in the root files, without nested ones."""
+    found = []
+    for path in ROOT_FILES:
+        source = path.read_text()
+        code = compile(source, path.name, "exec")
+        lines = {
+            node.lineno: node.end_lineno - node.lineno + 1
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.FunctionDef)
+        }
+        codes = [code]
+        while codes:
+            part = codes.pop()
+            codes += [const for const in part.co_consts if hasattr(const, "co_code")]
+            decorated = [line for line in range(part.co_firstlineno, part.co_firstlineno + 3)]
+            length = next((lines[line] for line in decorated if line in lines), 0)
+            if part.co_name[0] != "<" and length:
+                names = set(part.co_varnames) | set(part.co_cellvars)
+                found.append((length, len(names), f"{path.name}:{part.co_name}"))
+    return found
+
+
+def code_lines() -> list[str]:
+    lines = [line for path in ROOT_FILES for line in path.read_text().splitlines()]
+    return [line for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+def joined_assignments() -> int:
+    """Assignments such as `a, b = x, y`. A swap and an unpacking are allowed."""
+    found = 0
+    for path in ROOT_FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
+                continue
+            target = node.targets[0]
+            if isinstance(target, ast.Tuple):
+                names = {ast.unparse(element) for element in target.elts}
+                found += names != {ast.unparse(element) for element in node.value.elts}
+    return found
+
+
+def typed_settings() -> int:
+    from configurator import all_fields
+    from train import TrainConfig
+
+    fields = all_fields(TrainConfig).values()
+    assert all(dataclasses.is_dataclass(TrainConfig) and f.metadata["help"] for f in fields)
+    return sum(not field.metadata.get("hidden") for field in fields)
+
+
+def modules_of_train() -> int:
+    code = (
+        "import sys, train; print(sum(1 for m in sys.modules.values()"
+        f" if (getattr(m, '__file__', '') or '').startswith({str(ROOT)!r} + '/')"
+        " and not m.__file__.endswith('__init__.py')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return int(done.stdout)
+
+
+def tracked_results() -> int:
+    return sum(1 for path in (ROOT / "results").rglob("*") if path.is_file())
+
+
+def table() -> list[tuple[str, float, float]]:
+    """(what, today, at most). GGUF, chat and real models raised hf/ by 300 and root and data by 100."""
+    python = ("*.py", "infra/*.py", "extras/*.py", "hf/*.py", "data/*.py", "eval/*.py")
+    functions = root_functions()
+    lines = code_lines()
+    return [
+        ("Python, without tests", n_lines(*python, "view/*.py", "config/*.py", "docs/**/*.py"), 10_500),
+        ("root files", n_lines("*.py"), 2_060),
+        ("number of root files", len(ROOT_FILES), 8),
+        ("infra/", n_lines("infra/*.py"), 900),
+        ("extras/", n_lines("extras/*.py"), 650),
+        ("hf/", n_lines("hf/*.py"), 1_100),
+        ("data/", n_lines("data/*.py"), 1_940),
+        ("eval/", n_lines("eval/*.py", "eval/*.sh"), 3_400),
+        ("tests", n_lines("tests/**/*.py"), 9_900),
+        ("longest function in the root, lines", max(functions)[0], 60),
+        ("most local names in the root", max(f[1] for f in functions), 25),
+        ("characters per line in the root", sum(map(len, lines)) / len(lines), 50),
+        ("lines beyond 100 columns, %", 100 * sum(len(x) > 100 for x in lines) / len(lines), 5),
+        ("joined assignments", joined_assignments(), 0),
+        ("settings of a training", typed_settings(), 50),
+        ("modules that train.py loads", modules_of_train(), 16),
+        ("README, lines", n_lines("README.md"), 150),
+        ("README, words", words("README.md"), 1_300),
+        ("docs, words", words("docs/**/*.md"), 5_000),
+        ("results/README, lines", n_lines("results/README.md"), 250),
+        ("files in results/", tracked_results(), 30),
+    ]
+
+
+@pytest.mark.parametrize(("what", "today", "limit"), table())
+def test_within_budget(what, today, limit):
+    assert today <= limit, f"{what}: {today}, budget {limit}"
+
+
+def test_every_function_of_the_root_is_small():
+    large = [f for f in root_functions() if f[0] > 60 or f[1] > 25]
+    assert not large
+
+
+def test_no_unknown_sentence_starts():
+    """Prose is for readers of English as a second language: no 'but for', no 'beside', no 'whoever'."""
+    odd = re.compile(r"\b(but for|whoever|beside|what is said|so many)\b")
+    paths = [*ROOT_FILES, *ROOT.glob("infra/*.py"), ROOT / "README.md"]
+    text = {path.name: odd.findall(path.read_text().replace("--beside", "")) for path in paths}
+    assert not {name: found for name, found in text.items() if found and name != "sample.py"}
+
+
+if __name__ == "__main__":
+    for what, today, limit in table():
+        mark = "OVER" if today > limit else ""
+        print(f"{what:<40} {today:>9,.1f} {limit:>9,} {mark}".replace(".0 ", "   "))
