@@ -1,16 +1,21 @@
-"""device.py: memory that is kept."""
+"""infra/device.py: which device, the compiler's absence, and freed memory that is kept."""
 
 import subprocess
 import sys
 
 import pytest
+import torch
 
-FAULTS = """
-import resource, torch, device
+from infra.device import compile_or_explain, measured_flops, pick_device
+from model import ModelConfig, Transformer
+
+PAGE_FAULTS = """
+import resource, torch
+from infra.device import disable_malloc_trim
 if {keep}:
-    assert device.keep_freed_memory()
+    disable_malloc_trim()
 torch.set_num_threads(1)
-for _ in range(40):  # 16 MiB, that is freed at once; what is small stands in between, and the first few do not fit
+for _ in range(40):  # 16 MiB each, freed at once
     torch.ones(1 << 22)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(1 << 22)
@@ -19,13 +24,43 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.slow  # 8 s
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt is asked")
-def test_what_was_freed_comes_back_without_new_pages():
-    """16 MiB are 4,096 pages; the kernel counts each that it has to hand out."""
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt belongs to glibc")
+def test_freed_memory_is_used_again_without_new_pages():
+    """16 MiB are 4,096 pages; the kernel counts each one it hands out."""
 
     def faults(keep: bool) -> int:
-        code = [sys.executable, "-c", FAULTS.format(keep=keep)]
-        return int(subprocess.run(code, check=True, capture_output=True, text=True).stdout)
+        command = [sys.executable, "-c", PAGE_FAULTS.format(keep=keep)]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     kept, returned = faults(True), faults(False)
-    assert kept < 100 and (kept < returned or returned < 100), (kept, returned)  # with huge pages there are few
+    # Huge pages make few faults in both cases.
+    assert kept < 100 and (kept < returned or returned < 100), (kept, returned)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cuda:x", "", "cpu:0:0"])
+def test_an_unknown_device_is_refused(name):
+    with pytest.raises(ValueError, match="device must be one of auto, .*cpu.*; got"):
+        pick_device(name)
+
+
+def test_auto_is_a_device_that_computes():
+    device = pick_device("auto")
+    assert (torch.ones(2, device=device) + 1).tolist() == [2, 2]
+    assert measured_flops(device, "float32") > 1e6
+
+
+def test_without_a_compiler_the_model_runs_eagerly(monkeypatch, capsys):
+    model = Transformer(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8))
+    tokens = torch.arange(6).view(2, 3)
+    expected = model(tokens, tokens)
+
+    def broken(function):
+        def call(*_):
+            raise RuntimeError("no C++ compiler found")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    compile_or_explain(model)
+    assert "no C++ compiler found" in capsys.readouterr().out
+    assert torch.equal(model(tokens, tokens), expected)
