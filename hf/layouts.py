@@ -1,5 +1,4 @@
-"""Families of foreign models: for each a table, from our modules to theirs, and two functions, config.json to
-ModelConfig and back.
+"""How the tensors and settings of each model family are called.
 
     gpt2      GPT-2 of all sizes
     llama     Llama 2 and 3, TinyLlama, SmolLM2
@@ -7,7 +6,8 @@ ModelConfig and back.
     qwen2     Qwen 2 and 2.5: a bias on queries, keys and values
     qwen3     Qwen 3: norms on queries and keys
 
-A setting of config.json that changes the network and has no counterpart in model.py is refused by its name.
+A family is a table from our modules to theirs and two functions, from config.json to ModelConfig
+and back. A setting of config.json that model.py cannot express is refused by name.
 """
 
 import re
@@ -18,48 +18,67 @@ from model import ModelConfig
 
 
 class Config:
-    """A config.json: settings by name, of the type they must have."""
+    """The settings of a config.json. path names the file in errors."""
 
-    def __init__(self, found: dict, where: str):
-        self.found, self.where = found, where
+    def __init__(self, values: dict, path: str):
+        self.values = values
+        self.path = path
 
     def get(self, name: str, kind: type, default=None):
-        """Raises ValueError where it is missing and has no default, or is of another type. null is missing."""
-        value = self.found.get(name)
+        """Return a setting. null counts as missing. Raises ValueError if its type is wrong."""
+        value = self.values.get(name)
         value = default if value is None else value
-        value = float(value) if kind is float and type(value) is int else value
+        if kind is float and type(value) is int:
+            value = float(value)
         if type(value) is not kind:
-            fault = "is missing" if value is None else f"must be of type {kind.__name__}, got {value!r}"
-            raise ValueError(f"{self.where}: {name} {fault}")
+            fault = (
+                "is missing" if value is None else f"must be of type {kind.__name__}, got {value!r}"
+            )
+            raise ValueError(f"{self.path}: {name} {fault}")
         return value
 
     def only(self, name: str, *allowed):
-        """The value, which must be among the allowed; the first is what a missing one means."""
-        value = self.found.get(name, allowed[0])
+        """Return a setting that must be one of the allowed values. The first is the default."""
+        value = self.values.get(name, allowed[0])
         if value not in allowed:
-            can = ", ".join(map(repr, allowed))
-            raise ValueError(f"{self.where}: {name}={value!r} is not supported; can be read: {can}")
+            supported = ", ".join(map(repr, allowed))
+            raise ValueError(
+                f"{self.path}: {name}={value!r} is not supported; supported: {supported}"
+            )
         return value
+
+    def agreed(self, name: str, *values):
+        """Return the one value among several spellings of a setting; None if there is none."""
+        given = [value for value in values if value is not None]
+        if any(value != given[0] for value in given):
+            raise ValueError(
+                f"{self.path}: {name} is both {given[0]!r} and {given[-1]!r}; keep one of them"
+            )
+        return given[0] if given else None
 
 
 @dataclass(frozen=True)
 class Family:
-    """modules: ours -> theirs, # a layer's number; of several theirs, the rows of one follow those of another."""
+    """One family. modules: our name -> their names, stacked by rows; # is the layer."""
 
-    prefix: str  # of all names but the head's; a folder that was saved without the head has none
+    prefix: str  # of all names except the head's; files that were saved without the head lack it
     modules: dict[str, list[str]]
-    settings: Callable[[Config], tuple[dict, int]]  # (ModelConfig settings, tokens the source can read)
+    settings: Callable[[Config], tuple[dict, int]]  # (ModelConfig settings, context length)
     config: Callable[[ModelConfig], dict]
-    fits: dict  # what a ModelConfig must say to be of this family
-    buffers: str = "$^"  # names that hold no weights
+    fits: dict  # the settings that a ModelConfig of this family has
+    buffers: str = "$^"  # names of tensors that are no weights
     transposed: bool = False  # matrices of the blocks are (in, out)
 
     def names(self, ours: str) -> list[str]:
-        """Their tensors of one of ours: "blocks.3.attn.qkv.bias" -> three names that end in ".bias"."""
+        """Return their tensors for one of ours: blocks.3.attn.qkv.bias has three."""
         module, _, part = ours.rpartition(".")
         layer = re.match(r"blocks\.([0-9]+)\.", module)
-        theirs = self.modules[f"blocks.#.{module[layer.end() :]}" if layer else module]
-        return [f"{name.replace('#', layer[1]) if layer else name}.{part}" for name in theirs]
+        if layer:
+            theirs = self.modules[f"blocks.#.{module[layer.end() :]}"]
+            theirs = [name.replace("#", layer[1]) for name in theirs]
+        else:
+            theirs = self.modules[module]
+        return [f"{name}.{part}" for name in theirs]
 
 
 GPT2_MODULES = {
@@ -90,12 +109,21 @@ QWEN3_MODULES = LLAMA_MODULES | {
     "blocks.#.attn.k_norm": ["model.layers.#.self_attn.k_norm"],
 }
 GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+# What transformers assumes if the setting is missing.
+MISSING_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 
 
 def _gpt2_settings(c: Config) -> tuple[dict, int]:
     c.only("scale_attn_weights", True)
     c.only("scale_attn_by_inverse_layer_idx", False)
     c.only("add_cross_attention", False)
+    newer = dict(n_embd="hidden_size", n_layer="num_hidden_layers", n_head="num_attention_heads")
+    newer |= dict(n_positions="max_position_embeddings")
+    sizes = {
+        name: c.agreed(name, c.values.get(name), c.values.get(other))
+        for name, other in newer.items()
+    }
+    c = Config(c.values | sizes, c.path)
     width = c.get("n_embd", int)
     hidden = c.get("n_inner", int, 4 * width)
     settings = dict(
@@ -129,17 +157,20 @@ def _gpt2_config(m: ModelConfig) -> dict:
 
 
 def _llama_settings(c: Config) -> tuple[dict, int]:
-    kind = c.found["model_type"]
+    kind = c.values["model_type"]
     c.only("hidden_act", "silu")
-    width, heads = c.get("hidden_size", int), c.get("num_attention_heads", int)
-    hidden, groups = c.get("intermediate_size", int), c.get("num_key_value_heads", int, heads)
-    head = c.get("head_dim", int, 0)
+    width = c.get("hidden_size", int)
+    heads = c.get("num_attention_heads", int)
+    hidden = c.get("intermediate_size", int)
+    missing = heads if "num_key_value_heads" in c.values else MISSING_KV_HEADS.get(kind, heads)
+    kv_heads = c.get("num_key_value_heads", int, missing)
+    head_dim = c.get("head_dim", int, 128 if kind == "qwen3" else 0)
     settings = dict(
         n_layer=c.get("num_hidden_layers", int),
         n_head=heads,
-        n_kv_head=0 if groups == heads else groups,
+        n_kv_head=0 if kv_heads == heads else kv_heads,
         n_embd=width,
-        head_dim=0 if head * heads == width else head,
+        head_dim=0 if head_dim * heads == width else head_dim,
         n_hidden=hidden,
         norm="rmsnorm",
         norm_eps=c.get("rms_norm_eps", float, 1e-6),
@@ -152,7 +183,9 @@ def _llama_settings(c: Config) -> tuple[dict, int]:
     if kind == "llama":  # biases on all linear layers or on none
         settings["bias"] = c.get("attention_bias", bool, False)
         if c.get("mlp_bias", bool, False) != settings["bias"]:
-            raise ValueError(f"{c.where}: attention_bias and mlp_bias must be alike to be read; one of them is true")
+            raise ValueError(
+                f"{c.path}: attention_bias and mlp_bias differ, which is not supported"
+            )
     elif kind != "qwen2":
         c.only("attention_bias", False)
     if hidden == ModelConfig(**settings | {"n_hidden": 0}).hidden_size:
@@ -161,22 +194,30 @@ def _llama_settings(c: Config) -> tuple[dict, int]:
 
 
 def _rope_settings(c: Config) -> dict:
-    rope = Config(c.found.get("rope_parameters") or c.found.get("rope_scaling") or {}, c.where)  # transformers 5 | 4
-    kind = rope.found.get("rope_type", rope.found.get("type", "default"))
-    for part in (c, rope):
-        part.only("partial_rotary_factor", 1.0, None)
-    base = rope.get("rope_theta", float, c.get("rope_theta", float, 10000.0))
-    if kind == "default":
-        return dict(rope_base=base)
-    if kind != "llama3":
-        raise ValueError(f"{c.where}: RoPE scaling {kind!r} is not supported; can be read: 'default', 'llama3'")
-    return dict(
-        rope_base=base,
-        rope_factor=rope.get("factor", float),
-        rope_slow_turns=rope.get("low_freq_factor", float),
-        rope_fast_turns=rope.get("high_freq_factor", float),
-        rope_trained_length=rope.get("original_max_position_embeddings", int),
-    )
+    """Read the RoPE settings of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
+    groups = [c.get(name, dict, {}) for name in ("rope_parameters", "rope_scaling")]
+    kinds = [part.get("rope_type", part.get("type", "default")) for part in groups if part]
+    kind = c.agreed("the RoPE type", *kinds) or "default"
+
+    def number(name: str, kind: type, default=None):
+        values = [c.values.get(name), *(part.get(name) for part in groups)]
+        return Config({name: c.agreed(name, *values)}, c.path).get(name, kind, default)
+
+    if number("partial_rotary_factor", float, 1.0) != 1:
+        raise ValueError(f"{c.path}: partial_rotary_factor is not supported, only 1.0")
+    settings = dict(rope_base=number("rope_theta", float, 10000.0))
+    if kind == "llama3":
+        settings |= dict(
+            rope_factor=number("factor", float),
+            rope_slow_turns=number("low_freq_factor", float),
+            rope_fast_turns=number("high_freq_factor", float),
+            rope_trained_length=number("original_max_position_embeddings", int),
+        )
+    elif kind != "default":
+        raise ValueError(
+            f"{c.path}: RoPE scaling {kind!r} is not supported; supported: 'default', 'llama3'"
+        )
+    return settings
 
 
 def _llama_config(m: ModelConfig) -> dict:
@@ -193,7 +234,7 @@ def _llama_config(m: ModelConfig) -> dict:
     biases = dict(attention_bias=m.bias, mlp_bias=m.bias) if kind == "llama" else {}
     return biases | dict(
         model_type=kind,
-        architectures=[{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind] + "ForCausalLM"],
+        architectures=[f"{kind.title()}ForCausalLM"],
         num_hidden_layers=m.n_layer,
         num_attention_heads=m.n_head,
         num_key_value_heads=m.kv_heads,
@@ -209,64 +250,76 @@ def _llama_config(m: ModelConfig) -> dict:
     )
 
 
-_GPT2_FITS = dict(norm="layernorm", position="learned", activation=("gelu", "gelu_tanh"), bias=True, qk_norm=False)
-_LLAMA_FITS = dict(norm="rmsnorm", position="rope", activation="swiglu", qk_norm=False, qkv_bias=False)
-_INV_FREQ = r"(model\.)?layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq"
-LLAMA = Family("model.", LLAMA_MODULES, _llama_settings, _llama_config, _LLAMA_FITS, buffers=_INV_FREQ)
+GPT2 = Family(
+    prefix="transformer.",
+    modules=GPT2_MODULES,
+    settings=_gpt2_settings,
+    config=_gpt2_config,
+    fits=dict(norm="layernorm", position="learned", activation="gelu", bias=True, qk_norm=False),
+    buffers=r"(transformer\.)?h\.[0-9]+\.attn\.(bias|masked_bias)",  # the causal mask
+    transposed=True,
+)
+LLAMA = Family(
+    prefix="model.",
+    modules=LLAMA_MODULES,
+    settings=_llama_settings,
+    config=_llama_config,
+    fits=dict(norm="rmsnorm", position="rope", activation="swiglu", qk_norm=False, qkv_bias=False),
+    buffers=r"(model\.)?layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq",
+)
+QWEN3_FITS = LLAMA.fits | dict(qk_norm=True, bias=False)
 FAMILIES = {
-    "gpt2": Family(
-        "transformer.",
-        GPT2_MODULES,
-        _gpt2_settings,
-        _gpt2_config,
-        _GPT2_FITS,
-        buffers=r"(transformer\.)?h\.[0-9]+\.attn\.(bias|masked_bias)",  # the causal mask
-        transposed=True,
-    ),
+    "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": LLAMA,
-    "qwen2": replace(LLAMA, fits=_LLAMA_FITS | dict(qkv_bias=True, bias=False)),
-    "qwen3": replace(LLAMA, modules=QWEN3_MODULES, fits=_LLAMA_FITS | dict(qk_norm=True, bias=False)),
+    "qwen2": replace(LLAMA, fits=LLAMA.fits | dict(qkv_bias=True, bias=False)),
+    "qwen3": replace(LLAMA, modules=QWEN3_MODULES, fits=QWEN3_FITS),
 }
 
 
 def family_of(c: Config) -> Family:
-    """The family of a config.json. Raises ValueError for another model_type, and for what no family can say."""
+    """Return the family of a config.json. Raises ValueError if no family covers it."""
     kind = c.get("model_type", str)
     if kind not in FAMILIES:
-        raise ValueError(f"{c.where}: model_type {kind!r} is not supported; can be read: {', '.join(FAMILIES)}")
-    for name, what in (("quantization_config", "quantized weights"), ("auto_map", "a network of its own code")):
-        if c.found.get(name):
-            raise ValueError(f"{c.where}: {what} ({name}) cannot be read")
+        supported = ", ".join(FAMILIES)
+        raise ValueError(f"{c.path}: model_type {kind!r} is not supported; supported: {supported}")
+    for name, what in (("quantization_config", "quantized weights"), ("auto_map", "custom code")):
+        if c.values.get(name):
+            raise ValueError(f"{c.path}: {what} ({name}) is not supported")
     return FAMILIES[kind]
 
 
 def refuse_window(c: Config, block_size: int) -> None:
-    """Raise ValueError where a sliding window hides something. One as wide as all that is read does not."""
-    slides = "sliding_attention" in c.get("layer_types", list, []) or c.get(
-        "use_sliding_window", bool, c.found["model_type"] == "mistral"
-    )
-    if slides and c.found.get("sliding_window") is not None and c.get("sliding_window", int) < block_size:
-        window = c.found["sliding_window"]
+    """Raise ValueError if a sliding window is shorter than block_size."""
+    default = c.values["model_type"] == "mistral"
+    slides = c.get("use_sliding_window", bool, default)
+    slides = slides or "sliding_attention" in c.get("layer_types", list, [])
+    window = c.values.get("sliding_window")
+    if slides and window is not None and c.get("sliding_window", int) < block_size:
         raise ValueError(
-            f"{c.where}: sliding_window={window} is in use at block_size={block_size} and not supported; "
-            f"with --block_size={window} or less every token sees all before it"
+            f"{c.path}: block_size={block_size} exceeds sliding_window={window}; "
+            f"use --block_size={window} or less"
         )
 
 
 def family_name(m: ModelConfig) -> str:
-    """The family whose network is that of m. Raises ValueError with the setting that none has."""
+    """Return the family of a network of ours. Raises ValueError with the settings that none has."""
     if m.arch != "decoder_only":
-        raise ValueError("an encoder-decoder has no family here to be exported as")
-    wrong = {}
-    for name, family in FAMILIES.items():
-        wants = {key: value if isinstance(value, tuple) else (value,) for key, value in family.fits.items()}
-        wrong[name] = [f"{key}={getattr(m, key)}" for key, allowed in wants.items() if getattr(m, key) not in allowed]
-        if name == "gpt2" and (m.kv_heads != m.n_head or m.head_size * m.n_head != m.n_embd):
-            wrong[name].append("heads that are grouped or of another width")
-    best = min(wrong, key=lambda name: len(wrong[name]))
-    if wrong[best]:
         raise ValueError(
-            f"no family has this network, so it cannot be exported; not {best}'s: {', '.join(wrong[best])}"
+            "an encoder-decoder belongs to no supported family, so it cannot be exported"
+        )
+    different = {}
+    for name, family in FAMILIES.items():
+        values = {key: getattr(m, key) for key in family.fits}
+        if name == "gpt2" and m.activation == "gelu_tanh":
+            values["activation"] = "gelu"
+        different[name] = [f"{key}={v}" for key, v in values.items() if v != family.fits[key]]
+        if name == "gpt2" and (m.kv_heads != m.n_head or m.head_size * m.n_head != m.n_embd):
+            different[name].append("grouped heads or heads of another width")
+    best = min(different, key=lambda name: len(different[name]))
+    if different[best]:
+        raise ValueError(
+            f"no family has this network, so it cannot be exported; different from {best}: "
+            f"{', '.join(different[best])}"
         )
     return best
