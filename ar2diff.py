@@ -20,22 +20,13 @@ from torch.nn import functional as F
 
 import autoregressive
 import diffusion
-from configurator import configure, flatten, run, setting, validate
+from configurator import configure, run, setting, validate
 from data.loader import build_if_missing, open_dataset
 from data.objectives import Batch
-from data.tokenizer import Tokenizer, get_tokenizer
-from infra.checkpoint import load, load_model, save
+from data.tokenizer import Tokenizer
+from infra.checkpoint import load_model, save
 from infra.rng import EDGES, make_rng
 from model import NEW_MODULES, ModelConfig, Transformer, model_from_state_dict
-
-# The text that --check reads if the model comes without a data set.
-TEXT = (
-    "The harbour was quiet in the early morning. Two boats lay at the quay, and on one of them a man in "
-    "a blue coat was mending a net. He did not look up when the bell of the old church began to ring. "
-    "Later, he said, there would be wind from the west, and by noon all the boats would be back. The "
-    "children knew it too; they had already gone down to the beach with baskets, to wait for the fish "
-    "and to hear the news from the other side of the bay. "
-)
 
 
 @dataclass
@@ -43,26 +34,24 @@ class ConvertConfig:
     """What to convert, and into what. The defaults did best on translation (results/README.md)."""
 
     init_from: str = setting(
-        "out/ar2diff_1_ar/ckpt.pt",
-        "AR checkpoint, Hugging Face folder, hub name (org/name) or .gguf file",
-        path=True,
+        "out/ar2diff_1_ar/ckpt.pt", "checkpoint, HF folder, hub name or .gguf", path=True
     )
     out_dir: str = setting("out/ar2diff_start", "where ckpt.pt is written", path=True)
     paradigm: str = setting("diffusion", "ar: import weights only", ("diffusion", "ar"))
-    export: str = setting("", "instead: write a checkpoint as a Hugging Face folder", path=True)
+    export: str = setting("", "write a checkpoint as a Hugging Face folder", path=True)
     block_size: int = setting(0, "imports: prefix + target; 0: at most 4,096", minimum=0)
-    target_length: int = setting(0, "imports: slots; 0: half of block_size, at most 128", minimum=0)
+    target_length: int = setting(0, "imports: slots; 0: at most 128", minimum=0)
     prefix_attention: str = setting(
         "bidirectional", "joint is the paper's", ("bidirectional", "causal", "joint")
     )
     noise: str = setting("uniform", "uniform is the paper's", ("uniform", "mask"))
-    shift: bool = setting(True, "predict slot i at position i - 1, as the AR weights do")
+    shift: bool = setting(True, "position i - 1 predicts slot i, as in AR models")
     self_conditioning: bool = setting(True, "not in the paper")
-    check: bool = setting(False, "verify the conversion; a failure exits with status 1")
-    data: str = setting("", "data set that --check reads; default: the AR model's own", path=True)
-    prompt: str = setting("", "imports: the text that --check reads; default: a paragraph")
+    check: bool = setting(False, "verify; a failure exits with status 1")
+    data: str = setting("", "what --check reads; default: the AR model's data", path=True)
+    prompt: str = setting("", "imports: what --check reads; default: a paragraph")
     overwrite: bool = setting(False, "replace an existing checkpoint")
-    seed: int = setting(0, "of --check", minimum=0)
+    seed: int = setting(0, "of --check", minimum=0, maximum=2**62)
 
     def __post_init__(self):
         validate(self)
@@ -213,7 +202,7 @@ def check_loss_after(model, batch, seed: int) -> Check:
 
 
 class Source(NamedTuple):
-    """An AR model to convert. path: its Hugging Face folder or GGUF file; None for a checkpoint."""
+    """An AR model to convert. path: its Hugging Face folder or GGUF file; None: a checkpoint."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -226,7 +215,9 @@ def main(argv: list[str]) -> None:
     """Convert, and verify if asked. Exits with status 1 if a check fails."""
     cfg = configure(ConvertConfig, argv)
     if cfg.export:
-        return export(cfg)
+        from hf.convert import export
+
+        return export(cfg.init_from, Path(cfg.export), cfg.overwrite)
     out = Path(cfg.out_dir) / "ckpt.pt"
     if out.exists() and not cfg.overwrite:
         raise ValueError(f"{out} exists; use another --out_dir, or --overwrite")
@@ -243,16 +234,9 @@ def main(argv: list[str]) -> None:
     if cfg.check:
         report(source, model, cfg)
     out.parent.mkdir(parents=True, exist_ok=True)
-    train_config = {"data": source.data}
-    save(
-        out,
-        model,
-        0,
-        source.tokenizer.name,
-        train_config=train_config,
-        converted_from=source.origin,
-    )
-    if cfg.paradigm == "ar":
+    facts = {"train_config": {"data": source.data}, "converted_from": source.origin}
+    save(out, model, 0, source.tokenizer.name, **facts)
+    if model is source.model:
         print(f"{out}: {source.origin} as an AR model, not converted")
         return
     new = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[0] in NEW_MODULES)
@@ -261,41 +245,19 @@ def main(argv: list[str]) -> None:
 
 
 def open_source(cfg: ConvertConfig) -> Source:
-    """Read the AR model: one of our checkpoints, or imported weights. Raises ValueError if it is neither."""
-    from hf.load import resolve_source
+    """Read the AR model: one of our checkpoints, or imported weights."""
+    if not Path(cfg.init_from).suffix == ".pt":
+        from hf.convert import import_source
 
-    path = resolve_source(cfg.init_from)
-    if path is not None:
-        return import_source(cfg, path)
+        return Source(*import_source(cfg.init_from, cfg.block_size, cfg.target_length))
     model, tokenizer, state = load_model(cfg.init_from)
     if model.cfg.paradigm != "ar":
-        raise ValueError(
-            f"{cfg.init_from} is already a diffusion model; --init_from needs an AR model"
-        )
+        raise ValueError(f"{cfg.init_from} is a diffusion model; --init_from needs an AR model")
     if cfg.block_size or cfg.target_length or cfg.prompt or cfg.paradigm == "ar":
-        raise ValueError(
-            "--block_size, --target_length, --prompt and --paradigm=ar are for imported weights; "
-            f"{cfg.init_from} is a checkpoint and has its own"
-        )
+        flags = "--block_size, --target_length, --prompt and --paradigm=ar"
+        raise ValueError(f"{cfg.init_from} is a checkpoint; {flags} are for imported weights")
     data = state.get("train_config", {}).get("data", "")
     return Source(model, tokenizer, data, f"{cfg.init_from} step {state['step']}", None)
-
-
-def import_source(cfg: ConvertConfig, path: Path) -> Source:
-    """Read weights of other people and print what was found."""
-    from hf.load import load_hf
-
-    loaded = load_hf(path, cfg.block_size, cfg.target_length)
-    model = loaded.model
-    weight = model.tok.weight
-    size = sum(p.numel() for p in model.parameters())
-    print(
-        f"{cfg.init_from}: {size:,} weights, {str(weight.dtype).removeprefix('torch.')} | block_size "
-        f"{model.cfg.block_size}, target_length {model.cfg.target_length} | {loaded.tokenizer.name}"
-    )
-    for note in loaded.notes:
-        print(f"note: {note}")
-    return Source(model, loaded.tokenizer, "", cfg.init_from, path)
 
 
 def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
@@ -313,9 +275,8 @@ def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
         print(f"{'ok  ' if ok else 'FAIL'}  {claim:<52} {measured}")
     failed = sum(not ok for *_, ok in checks)
     if failed:
-        print(
-            f"FAILED: {failed} of {len(checks)} checks. The converted model does not match its source."
-        )
+        problem = "The converted model does not match its source."
+        print(f"FAILED: {failed} of {len(checks)} checks. {problem}")
         raise SystemExit(1)
     print(f"passed: {len(checks)} checks")
 
@@ -323,51 +284,19 @@ def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
 def check_batch(source: Source, cfg: ConvertConfig) -> Batch:
     """Return the text to check on: held-out data, or a paragraph for imported weights."""
     data = cfg.data or source.data
-    if data:
-        valid_set = open_dataset(build_if_missing(data), "valid")
-        if valid_set.tokenizer_name != source.tokenizer.name:
-            raise ValueError(
-                f"{data} uses the tokenizer {valid_set.tokenizer_name!r}, the model "
-                f"{source.tokenizer.name!r}; build the data with --tokenizer={source.tokenizer.name}"
-            )
-        if valid_set.target_length != source.model.cfg.target_length:
-            raise ValueError(
-                f"{data} has targets of {valid_set.target_length}, the model of "
-                f"{source.model.cfg.target_length}; set --target_length or drop --data"
-            )
-        return valid_set.batch(cfg.seed, 0, 16)
-    if source.path is None:
+    if not data and source.path is None:
         raise ValueError(f"{cfg.init_from} does not name its data; give a data set with --data")
-    return text_batch(cfg.prompt or TEXT, source.tokenizer, source.model.cfg)
+    if not data:
+        from hf.convert import text_batch
 
-
-def text_batch(text: str, tokenizer: Tokenizer, cfg: ModelConfig) -> Batch:
-    """Cut two rows from a text, at its start and its middle, repeated until the targets are full."""
-    ids = tokenizer.encode(text)
-    T = cfg.target_length
-    P = min(32, cfg.block_size - T)
-    if not ids:
-        raise ValueError("--check needs a text, but --prompt is empty")
-    starts = (0, len(ids) // 2)
-    rows = torch.tensor([(ids[start:] + ids * (P + T))[: P + T - 1] for start in starts])
-    first = torch.full((2, 1), cfg.sep_id) if cfg.sep_id >= 0 else rows[:, P - 1 : P]
-    prefix = rows[:, :P] if cfg.sep_id >= 0 else rows[:, : P - 1]
-    return Batch(prefix, torch.cat([first, rows[:, P:]], dim=1), torch.arange(2))
-
-
-def export(cfg: ConvertConfig) -> None:
-    """Write the weights of a checkpoint as a Hugging Face folder."""
-    from hf.export import export_folder
-    from hf.load import resolve_source
-
-    if resolve_source(cfg.init_from) is not None:
-        raise ValueError(f"{cfg.init_from} is not a checkpoint; --export needs one of ours")
-    state = load(cfg.init_from)
-    tokenizer = get_tokenizer(state["tokenizer"], Path(cfg.init_from).parent)
-    notes = export_folder(Path(cfg.export), state, tokenizer, cfg.overwrite)
-    print(f"{cfg.export}: {cfg.init_from} step {state['step']} as a Hugging Face folder")
-    for note in notes:
-        print(f"note: {note}")
+        return text_batch(cfg.prompt, source.tokenizer, source.model.cfg)
+    valid_set = open_dataset(build_if_missing(data), "valid")
+    for name in ("tokenizer_name", "target_length"):
+        theirs = getattr(valid_set, name)
+        ours = source.tokenizer.name if name == "tokenizer_name" else source.model.cfg.target_length
+        if theirs != ours:
+            raise ValueError(f"{data} has {name} {theirs!r}, the model {ours!r}; use other --data")
+    return valid_set.batch(cfg.seed, 0, 16)
 
 
 if __name__ == "__main__":

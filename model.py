@@ -27,107 +27,85 @@ class ModelConfig:
     """Every choice that fixes what the network computes. Each checkpoint stores it."""
 
     paradigm: str = setting("ar", "the loss and the way to decode", ("ar", "diffusion"))
-    arch: str = setting(
-        "decoder_only",
-        "extras/encoder_decoder.py has the other one",
-        ("decoder_only", "encoder_decoder"),
-    )
-    n_layer: int = setting(
-        4, "blocks; with an encoder: blocks in each half", minimum=1, maximum=1000
-    )
+    arch: str = setting("decoder_only", "see extras/", ("decoder_only", "encoder_decoder"))
+    n_layer: int = setting(4, "blocks (in each half)", minimum=1, maximum=1000)
     n_head: int = setting(4, "attention heads", minimum=1)
     n_embd: int = setting(128, "width", minimum=1)
-    n_hidden: int = setting(
-        0, "width of the MLP; 0: 8/3 n_embd for swiglu, else 4 n_embd", minimum=0
-    )
-    block_size: int = setting(0, "longest prefix + target in tokens; 0: from the data", minimum=0)
-    target_length: int = setting(
-        0, "positions of a target with slot 0; 0: from the data", minimum=0
-    )
-    dropout: float = setting(0.0, "share of activations set to zero", minimum=0, maximum=0.99)
-    tie_weights: bool = setting(True, "use the embedding as the output layer")
+    n_hidden: int = setting(0, "width of the MLP; 0: 8/3 or 4 n_embd", minimum=0)
+    block_size: int = setting(0, "longest prefix + target; 0: from the data", minimum=0)
+    target_length: int = setting(0, "slots of a target; 0: from the data", minimum=0)
+    dropout: float = setting(0.0, "share of activations set to 0", minimum=0, maximum=0.99)
+    tie_weights: bool = setting(True, "the output layer is the embedding")
     prefix_attention: str = setting(
-        "causal",
-        "joint: the prefix also attends to the target",
-        ("causal", "bidirectional", "joint"),
+        "causal", "joint: it reads the target too", ("causal", "bidirectional", "joint")
     )
-    target_attention: str = setting(
-        "causal", "which target tokens see each other", ("causal", "bidirectional")
-    )
-    noise: str = setting("uniform", "uniform: random tokens, as in the paper", ("uniform", "mask"))
-    shift: bool = setting(False, "diffusion: predict slot i at position i - 1, as an AR model does")
-    self_conditioning: bool = setting(
-        False, "diffusion: read the last soft prediction through a zero-initialised layer"
-    )
+    target_attention: str = setting("causal", "among the target", ("causal", "bidirectional"))
+    noise: str = setting("uniform", "uniform is the paper's", ("uniform", "mask"))
+    shift: bool = setting(False, "diffusion: position i - 1 predicts slot i, as in AR models")
+    self_conditioning: bool = setting(False, "diffusion: read the last prediction too")
 
     # Set by the tokenizer.
     vocab_size: int = setting(288, "rows of the embedding", minimum=1, hidden=True)
     n_ordinary: int = setting(256, "ids below this are text", minimum=1, hidden=True)
-    pad_id: int = setting(256, "ends a text; never a key in the prefix", minimum=0, hidden=True)
-    sep_id: int = setting(
-        257, "slot 0 of a target; -1: the prompt's last token", minimum=-1, hidden=True
-    )
+    pad_id: int = setting(256, "ends a text; ignored in a prefix", minimum=0, hidden=True)
+    sep_id: int = setting(257, "slot 0; -1: the prompt's last token", minimum=-1, hidden=True)
     mask_id: int = setting(258, "the token of noise='mask'", minimum=0, hidden=True)
-    eos_id: int = setting(-1, "end of text of imported weights; -1: none", minimum=-1, hidden=True)
+    eos_id: int = setting(-1, "end of text of imported weights", minimum=-1, hidden=True)
 
     # Set by hf/ for imported weights.
-    n_kv_head: int = setting(0, "heads of keys and values; 0: n_head", minimum=0, hidden=True)
+    n_kv_head: int = setting(0, "key and value heads; 0: n_head", minimum=0, hidden=True)
     head_dim: int = setting(0, "width of a head; 0: n_embd / n_head", minimum=0, hidden=True)
-    norm: str = setting("rmsnorm", "normalisation", ("rmsnorm", "layernorm"), hidden=True)
+    norm: str = setting("rmsnorm", "", ("rmsnorm", "layernorm"), hidden=True)
     norm_eps: float = setting(1e-5, "epsilon of every norm", above=0, hidden=True)
-    activation: str = setting("swiglu", "of the MLP", ("swiglu", "gelu", "gelu_tanh"), hidden=True)
-    position: str = setting("rope", "position encoding", ("rope", "learned"), hidden=True)
-    qk_norm: bool = setting(False, "RMSNorm on queries and keys (arXiv 2302.05442)", hidden=True)
+    activation: str = setting("swiglu", "", ("swiglu", "gelu", "gelu_tanh"), hidden=True)
+    position: str = setting("rope", "", ("rope", "learned"), hidden=True)
+    qk_norm: bool = setting(False, "norm queries and keys (arXiv 2302.05442)", hidden=True)
     bias: bool = setting(False, "on every linear layer and layernorm", hidden=True)
-    qkv_bias: bool = setting(False, "on queries, keys and values only (Qwen 2)", hidden=True)
-    rope_base: float = setting(10000.0, "base of the RoPE frequencies", above=0, hidden=True)
-    rope_factor: float = setting(
-        1.0, "Llama 3: how much slower slow pairs turn", above=0, hidden=True
-    )
-    rope_slow_turns: float = setting(1.0, "Llama 3: fewer turns are slow", minimum=0, hidden=True)
-    rope_fast_turns: float = setting(4.0, "Llama 3: more turns are fast", above=0, hidden=True)
-    rope_trained_length: int = setting(8192, "Llama 3: original context", minimum=1, hidden=True)
+    qkv_bias: bool = setting(False, "on queries, keys and values (Qwen 2)", hidden=True)
+    rope_base: float = setting(10000.0, "base of the frequencies", above=0, hidden=True)
+    rope_factor: float = setting(1.0, "Llama 3: slow pairs turn slower", above=0, hidden=True)
+    rope_slow_turns: float = setting(1.0, "Llama 3: fewer are slow", minimum=0, hidden=True)
+    rope_fast_turns: float = setting(4.0, "Llama 3: more are fast", above=0, hidden=True)
+    rope_trained_length: int = setting(8192, "Llama 3: old context", minimum=1, hidden=True)
 
     def __post_init__(self):
         validate(self)
-        if not self.head_dim and self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}"
-            )
-        if self.head_size % 2 and self.position == "rope":
-            raise ValueError(
-                f"rope needs an even head size, got {self.head_size} (n_embd / n_head)"
-            )
-        if self.rope_slow_turns >= self.rope_fast_turns:
-            raise ValueError(
-                "rope_slow_turns must be below rope_fast_turns, got "
-                f"{self.rope_slow_turns} and {self.rope_fast_turns}"
-            )
-        if self.n_head % self.kv_heads:
-            raise ValueError(
-                f"n_head must be a multiple of n_kv_head, got {self.n_head} and {self.n_kv_head}"
-            )
-        self._check_attention()
+        heads = (self.n_head, self.kv_heads)
+        joint = self.prefix_attention == "joint"
+        causal = self.target_attention == "causal"
+        encoder = self.arch == "encoder_decoder"
         largest_id = max(self.pad_id, self.sep_id, self.mask_id, self.n_ordinary - 1)
-        if largest_id >= self.vocab_size or self.eos_id >= self.n_ordinary:
-            raise ValueError(
-                f"special ids must be below vocab_size {self.vocab_size}, eos_id below n_ordinary"
-            )
-
-    def _check_attention(self):
-        if self.prefix_attention == "joint" and self.target_attention == "causal":
-            raise ValueError("prefix_attention='joint' needs target_attention='bidirectional'")
-        if self.arch == "encoder_decoder" and self.prefix_attention != "bidirectional":
-            raise ValueError(
-                "arch='encoder_decoder' needs prefix_attention='bidirectional', got "
-                f"{self.prefix_attention!r}"
-            )
-        if self.paradigm == "ar" and self.target_attention != "causal":
-            raise ValueError(
-                "paradigm='ar' needs target_attention='causal', or the answer is visible"
-            )
-        if self.paradigm == "ar" and (self.shift or self.self_conditioning):
-            raise ValueError("shift and self_conditioning need paradigm='diffusion'")
+        rules = [
+            (
+                self.head_dim or self.n_embd % self.n_head == 0,
+                "n_embd must be a multiple of n_head",
+            ),
+            (
+                self.head_size % 2 == 0 or self.position != "rope",
+                "rope needs an even n_embd / n_head",
+            ),
+            (heads[0] % heads[1] == 0, f"n_head must be a multiple of n_kv_head, got {heads}"),
+            (
+                self.rope_slow_turns < self.rope_fast_turns,
+                "rope_slow_turns must be the smaller one",
+            ),
+            (largest_id < self.vocab_size, f"an id is not below vocab_size {self.vocab_size}"),
+            (self.eos_id < self.n_ordinary, "eos_id must be an ordinary id"),
+            (not (joint and causal), "prefix_attention=joint needs target_attention=bidirectional"),
+            (
+                not encoder or self.prefix_attention == "bidirectional",
+                "arch=encoder_decoder needs prefix_attention=bidirectional",
+            ),
+        ]
+        if self.paradigm == "ar":
+            rules += [
+                (causal, "paradigm=ar needs target_attention=causal, or it sees the answer"),
+                (not self.shift, "shift needs paradigm=diffusion"),
+                (not self.self_conditioning, "self_conditioning needs paradigm=diffusion"),
+            ]
+        for holds, message in rules:
+            if not holds:
+                raise ValueError(message)
 
     @property
     def head_size(self) -> int:

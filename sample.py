@@ -52,9 +52,7 @@ class SampleConfig:
     show: bool = setting(False, "draw the first sample step by step in the terminal")
     pause: float = setting(0.1, "seconds after each drawn step", minimum=0, maximum=60)
     html: str = setting("", "write a page that plays the first sample", path=True)
-    beside: str = setting(
-        "", "second track of the page: ar (the same weights) or a checkpoint", path=True
-    )
+    beside: str = setting("", "on the page too: ar, or a checkpoint", path=True)
 
     def __post_init__(self):
         validate(self)
@@ -155,18 +153,34 @@ def main(argv: list[str]) -> None:
         encode_prompt(text, each.tokenizer, each.model.cfg)  # raises if it does not fit
     if decoder.module is not diffusion and cfg.num_samples > 1 and not decoder.sampler.temperature:
         print("temperature 0 is greedy: all samples are equal", file=sys.stderr)
-    watch = watch_for(decoder, cfg)
+    watch = nullcontext()
+    if cfg.show or cfg.html:
+        from view import watch as view
+
+        watch = view.watch_for(decoder, cfg)
     out, seconds = generate(decoder, text, cfg, watch)
     print_samples(decoder, out, seconds)
     if cfg.html:
-        from view.page import write_page
-
-        tracks = [track_of(decoder, watch, out)]
+        tracks = [view.track_of(decoder, watch, out)]
         if other is not None:
-            watch = watch_for(other, cfg)
-            tracks.append(track_of(other, watch, generate(other, text, cfg, watch)[0]))
-        write_page(cfg.html, "How a text is generated", text, page_facts(cfg), tracks)
-        print(cfg.html, file=sys.stderr)
+            watch = view.watch_for(other, cfg)
+            tracks.append(view.track_of(other, watch, generate(other, text, cfg, watch)[0]))
+        view.write(cfg, text, tracks, DEMO)
+
+
+def open_beside(decoder: Decoder, cfg: SampleConfig, given: dict) -> Decoder | None:
+    """Return the decoder of the page's second track, with the default settings of its sampler."""
+    path = cfg.beside
+    if cfg.html and not path and not given.keys() & {"init_from", "infill"}:
+        path = str(DEMO / "ar.pt")
+    if not path:
+        return None
+    if path != "ar":
+        return open_decoder(path, {}, pick_device(cfg.device))
+    model_cfg = decoder.model.cfg
+    if model_cfg.paradigm == "ar" or model_cfg.prefix_attention == "joint":
+        raise ValueError("--beside=ar needs a diffusion model with a cached prefix")
+    return decoder._replace(module=autoregressive, sampler=autoregressive.SamplerConfig())
 
 
 def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple[GenerateOutput, float]:
@@ -267,56 +281,6 @@ def parse_template(text: str, tokenizer: Tokenizer, model_cfg: ModelConfig) -> l
             f"infill: {len(slots)} slots, but the model has {model_cfg.target_length - 1}"
         )
     return slots + [model_cfg.pad_id] * free
-
-
-# Watching: view/ is loaded only if it is asked for
-
-
-def watch_for(decoder: Decoder, cfg: SampleConfig):
-    if cfg.show:
-        from view.terminal import TerminalView
-
-        steps = getattr(decoder.sampler, "steps", "?")
-        total = decoder.model.cfg.target_length - 1 if decoder.growing else steps
-        view = (decoder.tokenizer, decoder.growing, total, decoder.candidates, decoder.fixed)
-        return TerminalView(*view, cfg.pause)
-    if cfg.html:
-        from view.record import Recorder
-
-        return Recorder(decoder.tokenizer.pad_id, decoder.growing, decoder.candidates)
-    return nullcontext()
-
-
-def open_beside(decoder: Decoder, cfg: SampleConfig, given: dict) -> Decoder | None:
-    """Return the decoder of the page's second track, with the default settings of its sampler."""
-    path = cfg.beside
-    if cfg.html and not path and not given.keys() & {"init_from", "infill"}:
-        path = str(DEMO / "ar.pt")
-    if not path:
-        return None
-    if path != "ar":
-        return open_decoder(path, {}, pick_device(cfg.device))
-    if decoder.model.cfg.paradigm == "ar" or decoder.model.cfg.prefix_attention == "joint":
-        raise ValueError("--beside=ar needs a diffusion model with a cached prefix")
-    sampler = autoregressive.SamplerConfig()
-    return Decoder(decoder.model, decoder.tokenizer, autoregressive, sampler)
-
-
-def track_of(decoder: Decoder, recorder, out: GenerateOutput):
-    from view.page import Track
-
-    flags = " ".join(
-        f"--{f.name}={getattr(decoder.sampler, f.name)}" for f in fields(decoder.sampler)
-    )
-    frames = recorder.frames(out.tokens[0])
-    return Track(decoder.title, flags, frames, decoder.tokenizer, decoder.fixed)
-
-
-def page_facts(cfg: SampleConfig) -> dict[str, str]:
-    path = Path(cfg.init_from)  # the demonstration's is absolute and names this machine
-    path = path.relative_to(DEMO.parent) if path.is_relative_to(DEMO) else path
-    facts = {"checkpoint": str(path), "seed": str(cfg.seed), "dtype": cfg.dtype}
-    return facts | {"threads": str(torch.get_num_threads()), "torch": torch.__version__}
 
 
 if __name__ == "__main__":

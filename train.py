@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,33 +22,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import autoregressive
+import configurator
 import diffusion
-from configurator import (
-    all_fields,
-    build,
-    describe,
-    flatten,
-    from_stored,
-    group,
-    read_settings,
-    refuse_changes,
-    run,
-    setting,
-    validate,
-)
+from configurator import flatten, group, setting, validate
 from data.loader import build_if_missing, open_dataset, prefetch
 from data.objectives import ObjectiveConfig
 from data.tokenizer import get_tokenizer
-from diffusion import LossConfig
-from infra import flops
-from infra.checkpoint import load, save
-from infra.device import autocast, compile_or_explain, disable_malloc_trim
-from infra.device import has_fast_bf16, measured_flops
+from infra import checkpoint, device, flops, run_dir
 from infra.distributed import DistributedContext, init_distributed
 from infra.optimizers import learning_rate_at, make_optimizers, set_learning_rate
 from infra.rng import make_rng
-from infra.run_dir import Log, StopSignals, checkpoints, clear, environment
-from infra.run_dir import latest_checkpoint, lock_dir, rounding_note
 from model import ModelConfig, Transformer, build_model, num_params
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
@@ -61,11 +44,11 @@ class TrainConfig:
     """A run. The groups and the fields below are all settings of a training."""
 
     model: ModelConfig = group(ModelConfig)
-    loss: LossConfig = group(LossConfig)
+    loss: diffusion.LossConfig = group(diffusion.LossConfig)
     objective: ObjectiveConfig = group(ObjectiveConfig)
     data: str = setting("out/data/mini", "data set", path=True, may_change=True)
     init_from: str = setting(
-        "scratch", "scratch, resume, or a checkpoint to start from", path=True, may_change=True
+        "scratch", "scratch, resume or a checkpoint", path=True, may_change=True
     )
     out_dir: str = setting("out/run", "checkpoints and log", path=True, may_change=True)
     overwrite: bool = setting(False, "replace the run in out_dir", may_change=True)
@@ -83,40 +66,41 @@ class TrainConfig:
     mask_schedule: str = setting("random", "how it opens", ("random", "blocks"))
     seed: int = setting(1337, "of all random numbers", minimum=0, maximum=2**62)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", may_change=True)
-    dtype: str = setting("float32", "bfloat16: autocast", ("float32", "bfloat16"), may_change=True)
+    dtype: str = setting("float32", "of autocast", ("float32", "bfloat16"), may_change=True)
     compile: bool = setting(False, "torch.compile the blocks", may_change=True)
-    activation_checkpointing: bool = setting(
-        False, "less memory, a third more time", may_change=True
-    )
-    parallel: str = setting(
-        "ddp", "with torchrun; fsdp shards the weights", ("ddp", "fsdp"), may_change=True
-    )
-    log_interval: int = setting(20, "steps between speed reports", minimum=1, may_change=True)
-    eval_interval: int = setting(200, "steps between evaluations", minimum=1, may_change=True)
-    eval_batches: int = setting(8, "batches of an evaluation", minimum=1, may_change=True)
-    sample_interval: int = setting(
-        200, "steps between samples; 0: none", minimum=0, may_change=True
-    )
-    save_interval: int = setting(200, "steps between checkpoints", minimum=1, may_change=True)
+    activation_checkpointing: bool = setting(False, "less memory, more time", may_change=True)
+    parallel: str = setting("ddp", "under torchrun", ("ddp", "fsdp"), may_change=True)
+    log_interval: int = setting(20, "steps per speed report", minimum=1, may_change=True)
+    eval_interval: int = setting(200, "steps per evaluation", minimum=1, may_change=True)
+    eval_batches: int = setting(8, "batches per evaluation", minimum=1, may_change=True)
+    sample_interval: int = setting(200, "steps per sample; 0: none", minimum=0, may_change=True)
+    save_interval: int = setting(200, "steps per checkpoint", minimum=1, may_change=True)
 
     def __post_init__(self):
         validate(self)
-        if self.batch_size % self.grad_accum_steps:
-            raise ValueError(
-                "batch_size must be a multiple of grad_accum_steps, got "
-                f"{self.batch_size} and {self.grad_accum_steps}"
-            )
-        if self.compile and self.activation_checkpointing:
-            raise ValueError("use either compile or activation_checkpointing, not both")
-        if self.parallel == "fsdp" and self.optimizer == "muon":
-            raise ValueError("parallel=fsdp needs optimizer=adamw: Muon needs whole matrices")
-        if self.model.self_conditioning and self.loss.unroll_steps < 2:
-            raise ValueError("self_conditioning needs unroll_steps of at least 2")
-        if self.anneal_steps and self.model.target_attention == "causal":
-            raise ValueError("anneal_steps needs target_attention='bidirectional'")
-        joint = self.model.prefix_attention == "joint"
-        if self.loss.ar_loss_weight and (joint or self.model.paradigm == "ar"):
-            raise ValueError("ar_loss_weight needs a diffusion model with a cached prefix")
+        model, loss = (self.model, self.loss)
+        causal = model.target_attention == "causal"
+        uncached = model.paradigm == "ar" or model.prefix_attention == "joint"
+        sizes = (self.batch_size, self.grad_accum_steps)
+        wrong = {
+            f"batch_size must be a multiple of grad_accum_steps, got {sizes}": sizes[0] % sizes[1],
+            "use compile or activation_checkpointing, not both": (
+                self.compile and self.activation_checkpointing
+            ),
+            "parallel=fsdp needs optimizer=adamw": (
+                self.parallel == "fsdp" and self.optimizer == "muon"
+            ),
+            "self_conditioning needs unroll_steps=2 or more": (
+                model.self_conditioning and loss.unroll_steps < 2
+            ),
+            "anneal_steps needs target_attention=bidirectional": self.anneal_steps and causal,
+            "ar_loss_weight needs paradigm=diffusion and a cached prefix": (
+                loss.ar_loss_weight and uncached
+            ),
+        }
+        for message, is_wrong in wrong.items():
+            if is_wrong:
+                raise ValueError(message)
 
 
 class Run:
@@ -141,39 +125,37 @@ class Run:
         self.first_step = state["step"]
         self.best_loss = state["best_loss"]
         self.converted_from = state["converted_from"]
-        now = flatten(self.cfg) | environment(self.ctx.device, self.ctx.world_size)
-        if note := rounding_note(state["train_config"] | state["environment"], now):
+        before = state["train_config"] | state["environment"]
+        if note := run_dir.rounding_note(before, flatten(self.cfg) | self.environment()):
             print(note)
+
+    def environment(self) -> dict:
+        return run_dir.environment(self.ctx.device, self.ctx.world_size)
 
     def checkpoint(self, name: str, step: int, keep_last: int = 1) -> None:
         """Save to out_dir/name. All processes must call it."""
         state = self.ctx.full_state(self.model, self.optimizers)
+        state["train_config"] = flatten(self.cfg)
+        state["environment"] = self.environment()
+        state["fingerprint"] = self.train_set.fingerprint
+        state["best_loss"] = self.best_loss
+        state["converted_from"] = self.converted_from
         if self.ctx.is_main:
-            save(
-                self.out / name,
-                self.model,
-                step,
-                self.train_set.tokenizer_name,
-                keep_last,
-                **state,
-                train_config=flatten(self.cfg),
-                best_loss=self.best_loss,
-                fingerprint=self.train_set.fingerprint,
-                converted_from=self.converted_from,
-                environment=environment(self.ctx.device, self.ctx.world_size),
-            )
+            tokenizer = self.train_set.tokenizer_name
+            checkpoint.save(self.out / name, self.model, step, tokenizer, keep_last, **state)
         self.ctx.barrier()
 
 
 def train(run: Run) -> dict:
     """The loop. Returns the last log entry."""
-    cfg, ctx = run.cfg, run.ctx
-    log = Log(run.out / "log.jsonl", run.first_step, enabled=ctx.is_main)
-    peak_flops = measured_flops(ctx.device, cfg.dtype) * ctx.world_size
+    cfg = run.cfg
+    ctx = run.ctx
+    log = run_dir.Log(run.out / "log.jsonl", run.first_step, enabled=ctx.is_main)
+    peak_flops = device.measured_flops(ctx.device, cfg.dtype) * ctx.world_size
     batches = prefetch(run.train_set.batch, batch_places(run), ctx.device)
     if run.first_step == 0:
         if ctx.is_main:
-            clear(run.out)
+            run_dir.clear(run.out)
         run.checkpoint("ckpt.pt", 0)
     bar = tqdm(
         total=cfg.max_steps,
@@ -184,7 +166,7 @@ def train(run: Run) -> dict:
     )
     work = {"tokens": 0, "flops": 0}
     since = time.perf_counter()
-    with bar, StopSignals() as stop:
+    with bar, run_dir.StopSignals() as stop:
         for step in range(run.first_step, cfg.max_steps):
             entry = train_step(run, batches, step)
             done = step + 1
@@ -232,7 +214,9 @@ def batch_places(run: Run):
 
 def train_step(run: Run, batches, step: int) -> dict:
     """One optimizer step. Returns its log entry; raises ValueError if the loss is not finite."""
-    cfg, ctx, model = run.cfg, run.ctx, run.model
+    cfg = run.cfg
+    ctx = run.ctx
+    model = run.model
     model.train()
     torch.manual_seed(cfg.seed + step + (ctx.rank << 40))  # dropout
     learning_rate = learning_rate_at(step, cfg)
@@ -288,7 +272,7 @@ def micro_batch_losses(run: Run, batch, step: int):
     cfg = run.cfg
     rng = make_rng(cfg.seed, batch.example, step)
     edges = extra_edges(batch, step, cfg)
-    with autocast(run.ctx.device, cfg.dtype):
+    with device.autocast(run.ctx.device, cfg.dtype):
         yield from run.paradigm.losses(run.model, batch, cfg.loss, rng, extra_edges=edges)
 
 
@@ -312,14 +296,15 @@ def evaluate(run: Run) -> dict:
 
     For diffusion it is the mean of L(1) over fixed corruption rates, which are also returned.
     """
-    cfg, model, device = run.cfg, run.model, run.ctx.device
+    cfg = run.cfg
+    model = run.model
     model.eval()
     sums = {}
-    with run.ctx.gathered(model), autocast(device, cfg.dtype):
+    with run.ctx.gathered(model), device.autocast(run.ctx.device, cfg.dtype):
         for step in range(cfg.eval_batches):
             rows = run.ctx.local_rows(cfg.batch_size)
             batch = run.valid_set.batch(0, step, cfg.batch_size, rows)
-            batch = type(batch)(*(part.to(device) for part in batch))
+            batch = type(batch)(*(part.to(run.ctx.device) for part in batch))
             rng = make_rng(0, batch.example, step)
             if cfg.model.paradigm == "ar":
                 found = {"val_loss": float(autoregressive.loss(model, batch, cfg.loss, rng))}
@@ -359,16 +344,15 @@ def sample_line(run: Run, step: int) -> str:
 def main(argv: list[str]) -> dict:
     """Train as argv asks. Returns the last log entry, or the estimate with --estimate."""
     resume = "--init_from=resume" in argv  # else from the source that argv or its file names
-    given = read_settings((TrainConfig,), [arg for arg in argv if arg != "--init_from=resume"])
-    defaults = all_fields(TrainConfig)
-    out = Path(given.get("out_dir", defaults["out_dir"].default)).expanduser()
+    argv = [arg for arg in argv if arg != "--init_from=resume"]
+    given = configurator.read_settings((TrainConfig,), argv)
+    out = Path(given.get("out_dir", "out/run")).expanduser()
     estimate_only = given.get("estimate", False)
     with init_distributed(given.get("device", "auto")) as ctx:
-        lock = lock_dir(out) if ctx.is_main and not estimate_only else nullcontext()
-        with lock:
+        with run_dir.lock_dir(out) if ctx.is_main and not estimate_only else nullcontext():
             if not ctx.is_main:
                 ctx.barrier()  # rank 0 builds missing data and finds damaged files first
-            cfg, weights, state = prepare(given, resume, out, ctx.world_size)
+            cfg, weights, state = prepare(given, out, resume, ctx.world_size)
             if ctx.is_main:
                 ctx.barrier()
             if estimate_only:
@@ -378,51 +362,47 @@ def main(argv: list[str]) -> dict:
 
 def start(ctx: DistributedContext, cfg: TrainConfig, weights: dict | None, state: dict | None):
     """Build the run, print what it is, and train."""
-    if ctx.device.type == "cpu":
-        disable_malloc_trim()
+    device.disable_malloc_trim()
     run = Run(ctx, cfg, init_model(cfg, weights))
     if state is not None:
         run.restore(state)
     if run.first_step >= cfg.max_steps:
         print(f"nothing to do: the checkpoint is at step {run.first_step} of {cfg.max_steps}")
-        return Log(run.out / "log.jsonl", run.first_step, enabled=ctx.is_main).last
-    params = f"{num_params(run.model):,} parameters"
-    print(
-        f"{params} | {cfg.data} {len(run.train_set):,} | {ctx.device} {cfg.dtype} | {describe(cfg)}"
-    )
-    if cfg.dtype == "bfloat16" and not has_fast_bf16(ctx.device):
+        return run_dir.Log(run.out / "log.jsonl", run.first_step, enabled=ctx.is_main).last
+    print(f"{num_params(run.model):,} parameters | {ctx.device} {cfg.dtype}", end=" | ")
+    print(f"{cfg.data} {len(run.train_set):,} | {configurator.describe(cfg)}")
+    if cfg.dtype == "bfloat16" and not device.has_fast_bf16(ctx.device):
         print("this processor has no bfloat16 and is very slow in it; use --dtype=float32")
     run.model.activation_checkpointing = cfg.activation_checkpointing
     if cfg.compile:
-        compile_or_explain(run.model)
+        device.compile_or_explain(run.model)
     last = train(run)
     best = f"best validation loss {run.best_loss:.4f} in {run.out / 'best.pt'}"
     print(f"done: {run.out / 'ckpt.pt'} at step {cfg.max_steps}, {best}")
     return last
 
 
-def prepare(given: dict, resume: bool, out: Path, world_size: int):
+def prepare(given: dict, out: Path, resume: bool, world_size: int):
     """Validate everything. Returns (settings, weights or None, resumed checkpoint or None).
 
     The only side effect: the data set is built if it is missing.
     """
     from_data = ("block_size", "target_length")  # 0 means: not given
     given = {name: value for name, value in given.items() if value or name not in from_data}
-    state = None
-    if resume and checkpoints(out):
-        path, state = latest_checkpoint(out)
+    found = run_dir.checkpoints(out)
+    if found and not resume and not given.get("overwrite"):
+        ways = "continue with --init_from=resume, start over with --overwrite"
+        raise ValueError(f"{out} already holds a run; {ways}, or choose another --out_dir")
+    path = state = None
+    known = {"data": TrainConfig.data}
+    if found and resume:
+        path, state = run_dir.latest_checkpoint(out)
         check_resumable(path, state)
+        known = state["train_config"]
         print(f"resuming {path} at step {state['step']}")
     elif resume:
         print(f"no checkpoint in {out} yet: starting at step 0")
-    elif checkpoints(out) and not given.get("overwrite"):
-        raise ValueError(
-            f"{out} already holds a run; continue with --init_from=resume, start over with "
-            "--overwrite, or choose another --out_dir"
-        )
-    known = state["train_config"] if state else {}
-    data = given.get("data", known.get("data", all_fields(TrainConfig)["data"].default))
-    given["data"] = str(build_if_missing(data))
+    given["data"] = str(build_if_missing(given.get("data", known["data"])))
     train_set = open_dataset(given["data"], "train")
     if state is None:
         cfg, weights = new_config(given, train_set)
@@ -430,41 +410,30 @@ def prepare(given: dict, resume: bool, out: Path, world_size: int):
         cfg = resumed_config(given, state, train_set, path)
         weights = state["model"]
     if cfg.batch_size % (cfg.grad_accum_steps * world_size):
-        raise ValueError(
-            "batch_size must be a multiple of grad_accum_steps times processes, got "
-            f"{cfg.batch_size}, {cfg.grad_accum_steps} and {world_size}"
-        )
+        sizes = f"{cfg.batch_size}, {cfg.grad_accum_steps} and {world_size}"
+        raise ValueError(f"batch_size must divide by grad_accum_steps x processes, got {sizes}")
     return cfg, weights, state
 
 
 def check_resumable(path: Path, state: dict) -> None:
     """Raise ValueError if the checkpoint is a model without a run."""
-    kinds = {
-        "train_config": dict,
-        "optimizer": list,
-        "best_loss": float,
-        "fingerprint": str,
-        "converted_from": str,
-        "environment": dict,
-    }
-    missing = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    names = ("train_config", "optimizer", "best_loss", "fingerprint", "environment")
+    missing = [name for name in names if name not in state]
     if missing:
-        raise ValueError(
-            f"{path} cannot be resumed, it has no {', '.join(missing)}; start from its weights "
-            f"with --init_from={path} and another --out_dir"
-        )
+        remedy = f"start from its weights: --init_from={path} and another --out_dir"
+        raise ValueError(f"{path} cannot be resumed, it has no {', '.join(missing)}; {remedy}")
 
 
 def resumed_config(given: dict, state: dict, train_set, path: Path) -> TrainConfig:
     stored = state["train_config"]
-    allowed = {name for name, f in all_fields(TrainConfig).items() if f.metadata.get("may_change")}
-    refuse_changes(given, stored, f"{path} was trained with", allowed=allowed)
+    fields = configurator.all_fields(TrainConfig)
+    allowed = [name for name, field in fields.items() if field.metadata.get("may_change")]
+    configurator.refuse_changes(given, stored, f"{path} was trained with", allowed=allowed)
     if state["fingerprint"] != train_set.fingerprint:
-        raise ValueError(
-            f"{train_set.folder} is not the data of {path}: its content differs; restore it, or "
-            "name the right folder with --data"
-        )
-    return from_stored(TrainConfig, stored | {"overwrite": False} | given, str(path))
+        remedy = "restore it, or name the right folder with --data"
+        raise ValueError(f"{train_set.folder} differs from the data of {path}; {remedy}")
+    given = {"overwrite": False, "estimate": False} | given
+    return configurator.from_stored(TrainConfig, stored | given, str(path))
 
 
 def new_config(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
@@ -473,42 +442,39 @@ def new_config(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
     ids = ("vocab_size", "n_ordinary", "pad_id", "sep_id", "mask_id")
     fixed = {name: getattr(tokenizer, name) for name in ids}
     fixed["target_length"] = train_set.target_length
-    refuse_changes(given, fixed, f"{train_set.folder} has")
+    configurator.refuse_changes(given, fixed, f"{train_set.folder} has")
     source = given.get("init_from", "scratch")
+    weights = None
     if source == "scratch":
-        size = {"block_size": given.get("block_size", train_set.block_size)}
-        cfg, weights = build(TrainConfig, given | fixed | size), None
+        fixed["block_size"] = given.get("block_size", train_set.block_size)
     else:
-        cfg, weights = config_from_checkpoint(given, fixed, source, train_set)
+        weights, stored = model_of_checkpoint(given, source, train_set)
+        fixed = stored | {"target_length": fixed["target_length"]}
+    cfg = configurator.build(TrainConfig, given | fixed)
     if cfg.model.block_size < train_set.block_size:
-        raise ValueError(
-            f"{train_set.folder} needs {train_set.block_size} tokens, the model's block_size is "
-            f"{cfg.model.block_size}; pretrain with --block_size={train_set.block_size}"
-        )
+        sizes = f"{train_set.block_size} tokens, the model's block_size is {cfg.model.block_size}"
+        remedy = f"pretrain with --block_size={train_set.block_size}"
+        raise ValueError(f"{train_set.folder} needs {sizes}; {remedy}")
     return cfg, weights
 
 
-def config_from_checkpoint(given: dict, fixed: dict, source: str, train_set):
-    """Return settings whose model is that of the checkpoint `source`, and its weights."""
-    state = load(source)
-    if state["tokenizer"] != train_set.tokenizer_name:
-        raise ValueError(
-            f"{source} uses the tokenizer {state['tokenizer']!r}, {train_set.folder} uses "
-            f"{train_set.tokenizer_name!r}; build the data with --tokenizer={state['tokenizer']}"
-        )
+def model_of_checkpoint(given: dict, source: str, train_set) -> tuple[dict, dict]:
+    """Return the weights and the model settings of a checkpoint. The data must fit them."""
+    state = checkpoint.load(source)
     stored = state["model_config"]
+    if state["tokenizer"] != train_set.tokenizer_name:
+        names = f"{state['tokenizer']!r}, {train_set.folder} with {train_set.tokenizer_name!r}"
+        remedy = f"build the data with --tokenizer={state['tokenizer']}"
+        raise ValueError(f"{source} was trained with tokenizer {names}; {remedy}")
     hint = "convert it with python ar2diff.py, or drop the setting"
     if given.get("anneal_steps") and stored["paradigm"] == "ar":
         raise ValueError(f"{source} is an AR model, anneal_steps needs a diffusion model; {hint}")
-    refuse_changes(given, stored, f"{source} has", hint, allowed={"dropout"})
-    dropout = given.get("dropout", stored["dropout"])
-    model = replace(ModelConfig(**stored), dropout=dropout, target_length=fixed["target_length"])
-    cfg = build(TrainConfig, given | flatten(model))
-    return cfg, state["model"]
+    configurator.refuse_changes(given, stored, f"{source} has", hint, allowed=["dropout"])
+    return state["model"], stored | {"dropout": given.get("dropout", stored["dropout"])}
 
 
 def init_model(cfg: TrainConfig, weights: dict | None) -> Transformer:
-    """Return the network with fresh weights or those given. Raises ValueError if they do not fit."""
+    """Return the network with fresh weights or those given."""
     try:
         model = build_model(cfg.model)
         if weights is None:
@@ -523,4 +489,4 @@ def init_model(cfg: TrainConfig, weights: dict | None) -> Transformer:
 
 
 if __name__ == "__main__":
-    run(main, TrainConfig)
+    configurator.run(main, TrainConfig)
