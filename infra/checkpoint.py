@@ -153,4 +153,7 @@ def _check_fields(path: Path, state) -> None:
             raise ValueError(f"{path}: field {name!r} is missing or not of type {kind.__name__}")
     if not isinstance(state.get("train_config", {}), dict) or not state["model"]:
         raise ValueError(f"{path}: field 'train_config' is not of type dict, or 'model' is empty")
-    from_stored(ModelConfig, state["model_config"], f"{path}, model_config")
+    try:
+        from_stored(ModelConfig, state["model_config"], "model_config")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,4 +1,4 @@
-"""run_folder.py: one run a folder, the newest whole checkpoint, a log of whole lines."""
+"""infra/run_dir.py: one run per folder, the newest intact checkpoint, a log of whole lines."""
 
 import multiprocessing
 import os
@@ -8,14 +8,22 @@ import time
 import pytest
 import torch
 
-from atomic import Damaged, read_state, write_state
-from run_folder import Log, StopSignals, checkpoints, clear, inexact, locked, newest
-
-# The lock
+from infra.checkpoint import CorruptCheckpoint, load, save
+from infra.run_dir import (
+    Log,
+    StopSignals,
+    checkpoints,
+    clear,
+    environment,
+    latest_checkpoint,
+    lock_dir,
+    rounding_note,
+)
+from model import ModelConfig, Transformer
 
 
 def hold(out, held):
-    with locked(out):
+    with lock_dir(out):
         held.set()
         time.sleep(60)
 
@@ -33,197 +41,137 @@ def holder(tmp_path):
     process.join()
 
 
-def test_a_second_run_is_told_who_is_at_work(holder, tmp_path):
-    with pytest.raises(ValueError, match=f"a is in use by process {holder.pid} on .* since .*; wait for it, or name"):
-        with locked(tmp_path / "a"):
+def test_a_second_run_is_refused_until_the_first_is_gone(holder, tmp_path):
+    with pytest.raises(ValueError, match=f"a is in use by process {holder.pid} on .*; wait, or"):
+        with lock_dir(tmp_path / "a"):
             pass
-
-
-def test_a_killed_run_frees_its_folder(holder, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    assert (tmp_path / "a" / "lock").exists()  # the file stays, the lock does not
-    with locked(tmp_path / "a"):
-        assert f"process {os.getpid()} " in (tmp_path / "a" / "lock").read_text()
-    assert not (tmp_path / "a" / "lock").exists()
+    lock = tmp_path / "a" / "lock"
+    assert lock.exists()  # the file stays, the lock does not
+    with lock_dir(tmp_path / "a"):
+        assert f"process {os.getpid()} " in lock.read_text()
+    assert not lock.exists()
 
 
-def test_a_lock_is_free_again_after_an_error(tmp_path):
+def test_a_lock_leaves_nothing_behind_except_results(tmp_path):
     for _ in range(2):
-        with pytest.raises(KeyError), locked(tmp_path / "a"):
+        with pytest.raises(KeyError), lock_dir(tmp_path / "a"):
             raise KeyError
-    assert not (tmp_path / "a").exists()  # made for the lock, and empty: nothing is left
-
-
-def test_a_folder_with_something_in_it_stays(tmp_path):
-    with locked(tmp_path / "a"):
+    assert not (tmp_path / "a").exists()
+    with lock_dir(tmp_path / "a"):
         (tmp_path / "a" / "log.jsonl").touch()
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["log.jsonl"]
 
 
-def test_a_lock_file_that_its_holder_removed_meanwhile_is_made_anew(tmp_path, monkeypatch):
-    """Between open and flock the other run ended, and took the file with it: to hold that one would hold nothing."""
-    import fcntl
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
 
-    flock, path = fcntl.flock, tmp_path / "a" / "lock"
-    removed = []
-
-    def late(file, how):
-        if not removed:
-            path.unlink()
-            removed.append(path)
-        return flock(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with locked(tmp_path / "a"):
-        assert path.exists() and removed
-
-
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
-    import fcntl
-
-    def none(*_):
+    def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(fcntl, "flock", none)
-    with locked(tmp_path / "a"):
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with lock_dir(tmp_path / "a"):
         pass
-    assert "cannot be locked (Operation not supported); nothing keeps a second run out" in capsys.readouterr().out
-
-
-# Checkpoints
+    assert "no lock on this file system (Operation not supported)" in capsys.readouterr().out
 
 
 @pytest.fixture
-def three(tmp_path):
-    """ckpt.pt at step 30, ckpt.1.pt at 20, ckpt.2.pt at 10."""
-    for step in (10, 20, 30):
-        write_state(tmp_path / "ckpt.pt", {"step": step}, keep=3)
+def two(tmp_path):
+    """ckpt.pt at step 20, ckpt.1.pt at step 10."""
+    model = Transformer(ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=8))
+    for step in (10, 20):
+        save(tmp_path / "ckpt.pt", model, step, "bytes", keep_last=2)
     return tmp_path
 
 
-def test_the_newest_comes_first(three):
-    (three / "ckpt.x.pt").touch()
-    assert [path.name for path in checkpoints(three)] == ["ckpt.pt", "ckpt.1.pt", "ckpt.2.pt"]
-    assert newest(three, read_state) == (three / "ckpt.pt", {"step": 30})
+def step_of_latest(out) -> int:
+    path, state = latest_checkpoint(out)
+    assert load(path)["step"] == state["step"]
+    return state["step"]
 
 
 def damage(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def test_a_damaged_one_is_put_aside_and_the_one_before_taken(three, capsys):
-    damage(three / "ckpt.pt")
-    damage(three / "ckpt.1.pt")
-    assert newest(three, read_state) == (three / "ckpt.2.pt", {"step": 10})
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and all("put aside as ckpt." in line and "going on from" in line for line in said)
-    assert [p.name for p in checkpoints(three)] == ["ckpt.2.pt"]
-    assert (three / "ckpt.pt.damaged").exists() and (three / "ckpt.1.pt.damaged").exists()
+def test_the_newest_intact_checkpoint_is_found(two, capsys):
+    assert [path.name for path in checkpoints(two)] == ["ckpt.pt", "ckpt.1.pt"]
+    assert step_of_latest(two) == 20
+    damage(two / "ckpt.pt")
+    assert step_of_latest(two) == 10
+    assert "renamed to ckpt.pt.damaged, resuming from" in capsys.readouterr().out
+    assert [p.name for p in checkpoints(two)] == ["ckpt.1.pt"]
+    assert step_of_latest(two) == 10
+    damage(two / "ckpt.1.pt")
+    with pytest.raises(CorruptCheckpoint, match="start over with --overwrite"):
+        latest_checkpoint(two)
+    assert (two / "ckpt.1.pt").exists()
 
 
-def test_a_newest_one_that_is_gone_is_made_up_for(three):
-    (three / "ckpt.pt").unlink()
-    assert newest(three, read_state) == (three / "ckpt.1.pt", {"step": 20})
+def test_another_error_than_damage_is_not_skipped(two):
+    """A file of a later format is no reason to repeat two hundred steps."""
+    torch.save({"format": 99}, two / "ckpt.pt")
+    with pytest.raises(ValueError, match="ckpt.pt: checkpoint format 99"):
+        latest_checkpoint(two)
 
 
-def test_where_all_are_damaged_nothing_is_touched(three):
-    for path in checkpoints(three):
-        damage(path)
-    with pytest.raises(Damaged, match="no other is whole in .*: start over with --overwrite"):
-        newest(three, read_state)
-    assert len(checkpoints(three)) == 3
+def test_an_overwritten_run_leaves_only_what_is_overwritten_next(two):
+    for name in ("best.pt", "ckpt.pt.damaged", "notes.txt"):
+        (two / name).touch()
+    clear(two)
+    assert sorted(p.name for p in two.iterdir()) == ["ckpt.pt", "notes.txt"]
 
 
-def test_another_error_than_damage_is_not_passed_over(three):
-    """A file of a later format is no reason to go back two hundred steps."""
-    torch.save({"step": 1}, three / "ckpt.pt")
-
-    def read(path):
-        raise ValueError(f"{path}: checkpoint format 2")
-
-    with pytest.raises(ValueError, match="ckpt.pt: checkpoint format 2"):
-        newest(three, read)
-
-
-def test_an_overwritten_run_leaves_only_what_is_overwritten_next(three):
-    for name in ("best.pt", "ckpt.pt.damaged", "bad_batch.json", "notes.txt"):
-        (three / name).touch()
-    clear(three)
-    assert sorted(p.name for p in three.iterdir()) == ["ckpt.pt", "notes.txt"]
-
-
-# The log
-
-
-def test_a_torn_last_line_is_dropped_with_a_line(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "line", [b'{"step": 3, "lo', b"\xff\xfe", b"[1]", b"{}", b'{"step": "2"}', b"\x00", b"nul"]
+)
+def test_a_resumed_log_keeps_the_whole_lines_up_to_its_step(tmp_path, line):
     path = tmp_path / "log.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-    log = Log(path, 5)
-    log.write({"step": 3})
-    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
-    assert "1 line is torn and dropped" in capsys.readouterr().out
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n{"step": 3}\n')
+    log = Log(path, 2)
+    assert log.last == {"step": 2}
+    log.write({"step": 3, "loss": 0.5})
+    log.sync()
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n'
+    assert Log(path, 0).last == {} and path.read_bytes() == b""
 
 
-@pytest.mark.parametrize("line", [b"\xff\xfe", b"[" * 100_000, b"[1]", b"{}", b'{"step": "2"}', b"\x00", b"nul"])
-def test_a_line_that_is_none_costs_no_other(tmp_path, line):
-    path = tmp_path / "log.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
-    Log(path, 5)
-    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
-
-
-def test_a_line_is_with_the_system_at_once(tmp_path):
+def test_a_log_that_cannot_be_written_stops_the_run(tmp_path):
     log = Log(tmp_path / "log.jsonl", 0)
     log.write({"step": 1})
-    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
-    log.sync()
-
-
-def test_a_log_that_is_removed_stops_the_run(tmp_path):
-    log = Log(tmp_path / "log.jsonl", 0)
     (tmp_path / "log.jsonl").unlink()
-    with pytest.raises(OSError, match="log.jsonl: it has been removed"):
-        log.write({"step": 1})
+    with pytest.raises(OSError, match="log.jsonl: not written"):
+        log.write({"step": 2})
+    log.file = open("/dev/full", "ab", buffering=0)
+    with pytest.raises(OSError, match="No space left"):
+        log.write({"step": 2})
 
 
-def test_a_log_on_a_full_disk_stops_the_run():
-    log = object.__new__(Log)
-    log.path, log.file = "log.jsonl", open("/dev/full", "ab", buffering=0)
-    with pytest.raises(OSError, match="log.jsonl: not written .No space left"):
-        log.write({"step": 1})
-
-
-def test_only_the_leader_writes(tmp_path):
+def test_only_the_main_process_writes(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
-    log = Log(path, 1, writes=False)
+    log = Log(path, 1, enabled=False)
     log.write({"step": 2, "loss": 1.0})
     log.sync()
-    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n{"st' and log.last == {"step": 2, "loss": 1.0}
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n{"st'
+    assert log.last == {"step": 2, "loss": 1.0}
 
 
-# What is no longer exact
+def test_a_change_of_the_last_bits_is_reported():
+    before = environment(torch.device("cpu"), 1) | {"dtype": "float32"}
+    assert rounding_note(before, before) == ""
+    note = rounding_note(before, before | {"world_size": 2, "dtype": "bfloat16"})
+    assert note.endswith("not bit for bit: world_size 1 -> 2, dtype float32 -> bfloat16")
 
 
-def test_what_changes_the_last_bits_is_named():
-    before = {"device": "cpu", "processes": 1, "threads": 2, "dropout": 0.0, "grad_accum_steps": 1}
-    assert inexact(before, before) == ""
-    now = before | {"processes": 2}
-    assert inexact(before, now) == "from here on equal to rounding, not to the last bit: processes 1 -> 2"
-    line = inexact(before | {"dropout": 0.1}, now | {"dropout": 0.1, "device": "cuda"})
-    assert "and dropout draws other units: device cpu -> cuda, processes 1 -> 2" in line
-    assert inexact({"dropout": 0.0}, now) == ""  # an old checkpoint does not say where it was made
-
-
-# Signals
-
-
-def test_a_second_signal_changes_nothing_where_torchrun_repeats_it():
-    with StopSignals(patient=True) as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked == signal.SIGINT
+def test_a_second_signal_stops_at_once_except_under_torchrun(monkeypatch):
     with StopSignals() as stop, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setenv("RANK", "0")
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == signal.SIGINT
