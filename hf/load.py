@@ -28,7 +28,7 @@ from model import ModelConfig, Transformer, meta_model, model_from_state_dict
 
 MAX_BLOCK = 4096  # tokens: the largest default of block_size
 MAX_TARGET = 128  # tokens: the largest default of target_length
-CHUNK = 1 << 25  # bytes of a tensor that are read at a time
+CHUNK = 1 << 23  # bytes of a tensor that are read at a time
 GREEDY = 32  # tokens that parity() generates
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 OTHER_TOKENIZERS = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")

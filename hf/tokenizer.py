@@ -74,7 +74,11 @@ class HFTokenizer(Tokenizer):
         """Raise ValueError if a probe changes: every byte of UTF-8, spaces, every added token."""
         codes = [*range(0x800), *range(0x800, 0xD800, 0x400), *range(0xE000, 0x110000, 0x1000)]
         readable = [c for c in map(chr, codes) if not self._no_token.intersection(c.encode())]
-        added = [t["content"] for t in self.source["added_tokens"] if t["id"] < self.n_ordinary]
+        added = {t["content"]: t["id"] for t in self.source["added_tokens"]}
+        added = {content: i for content, i in added.items() if i < self.n_ordinary}
+        for content, i in added.items():
+            if self._backend.token_to_id(content) != i:
+                raise ValueError(f"the package tokenizers gives {content!r} another id than {i}")
         probes = [
             "".join(readable),
             "A probe: naïve, nai\u0308ve, don't WON'T,\n\ttwo  spaces \r\n\n   and 1234.5  ",
