@@ -14,8 +14,9 @@ gives the same text in fewer network calls. The one newline at the end of a file
 import re
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,6 @@ from model import ModelConfig, Transformer
 DEMO = Path(__file__).absolute().parent / "checkpoints"
 DEMO_PROMPT = "seven hundred and eighty-four"
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
-LEFT_TO_RIGHT = ("ar", "speculative")
 
 
 @dataclass
@@ -57,9 +57,7 @@ class SampleConfig:
     def __post_init__(self):
         validate(self)
         if self.show and self.html:
-            raise ValueError(
-                "use --show or --html, not both: drawing would change the page's times"
-            )
+            raise ValueError("use --show or --html, not both: drawing would change the times")
         if self.beside and not self.html:
             raise ValueError("--beside needs --html=FILE")
 
@@ -72,25 +70,6 @@ class Decoder(NamedTuple):
     module: object  # autoregressive, diffusion or extras.speculative: has generate
     sampler: object  # its SamplerConfig
     template: list[int] | None = None  # infilling: (T - 1) ids, -1 for a free slot
-
-    @property
-    def growing(self) -> bool:
-        return self.module is autoregressive
-
-    @property
-    def candidates(self) -> int:
-        return getattr(self.sampler, "candidates", 1)
-
-    @property
-    def fixed(self) -> list[bool]:
-        template = self.template or [-1] * (self.model.cfg.target_length - 1)
-        return [token >= 0 for token in template]
-
-    @property
-    def title(self) -> str:
-        if self.growing:
-            return "autoregressive" if self.model.cfg.paradigm == "ar" else "left to right"
-        return getattr(self.sampler, "sampler", "speculative")
 
 
 def open_decoder(path: str, given: dict, device: torch.device) -> Decoder:
@@ -105,46 +84,42 @@ def open_decoder(path: str, given: dict, device: torch.device) -> Decoder:
 
 def choose_sampler(model_cfg: ModelConfig, given: dict, path: str):
     """Return the decoding module and its SamplerConfig for a flat dict of settings."""
-    name = given.get("sampler")
-    if name is not None and name not in [*diffusion.SAMPLERS, *LEFT_TO_RIGHT]:
-        raise ValueError(
-            f"unknown sampler {name!r}{suggest(name, [*diffusion.SAMPLERS, *LEFT_TO_RIGHT])}"
-        )
     module = PARADIGMS[model_cfg.paradigm]
-    if name in LEFT_TO_RIGHT:
+    name = given.get("sampler")
+    if name in ("ar", "speculative"):
         given = {key: value for key, value in given.items() if key != "sampler"}
         module = autoregressive
+    elif name is not None and name not in diffusion.SAMPLERS:
+        known = [*diffusion.SAMPLERS, "ar", "speculative"]
+        raise ValueError(f"unknown sampler {name!r}{suggest(name, known)}")
     if name == "speculative":
-        from extras import speculative
-
-        module = speculative
-    hint = "the model's settings are fixed, drop this one"
-    refuse_changes(given, vars(model_cfg), f"{path} has", hint)
-    names = [f.name for f in fields(module.SamplerConfig)]
-    sampler_settings = {f.name for cls in all_sampler_configs() for f in fields(cls)}
-    for key in given:
-        if key in sampler_settings and key not in names:
-            kind = module.__name__.split(".")[-1]
-            raise ValueError(
-                f"{key!r} does not fit {path}, which is decoded by {kind}{suggest(key, names)}"
-            )
+        from extras import speculative as module
+    refuse_changes(given, vars(model_cfg), f"{path} has", "the model's settings are fixed")
+    names = {f.name for f in fields(module.SamplerConfig)}
+    others = {f.name for cls in sampler_configs() for f in fields(cls)} - names
+    for key in given.keys() & others:
+        hint = suggest(key, names)
+        raise ValueError(
+            f"{key!r} is not a setting of {module.__name__}, which decodes {path}{hint}"
+        )
     if model_cfg.target_length < 2:
         raise ValueError(f"{path} has target_length={model_cfg.target_length}: train it first")
     if "infill" in given and module is not diffusion:
-        raise ValueError(
-            f"--infill needs a diffusion checkpoint and sampler; {path} is read to the right"
-        )
+        raise ValueError(f"--infill needs a diffusion model; {path} is read to the right")
     return module, build(module.SamplerConfig, given)
 
 
-def all_sampler_configs() -> list[type]:
-    from extras import speculative
+def sampler_configs() -> list[type]:
+    modules = [diffusion, autoregressive]
+    with suppress(ImportError):  # extras/ may be deleted
+        from extras import speculative
 
-    return [m.SamplerConfig for m in (diffusion, autoregressive, speculative)]
+        modules.append(speculative)
+    return [module.SamplerConfig for module in modules]
 
 
 def main(argv: list[str]) -> None:
-    given = read_settings((SampleConfig, *all_sampler_configs(), ModelConfig), argv)
+    given = read_settings((SampleConfig, *sampler_configs(), ModelConfig), argv)
     cfg = build(SampleConfig, given)
     text = read_prompt(cfg, given)
     decoder = open_decoder(cfg.init_from, given, pick_device(cfg.device))
@@ -185,20 +160,20 @@ def open_beside(decoder: Decoder, cfg: SampleConfig, given: dict) -> Decoder | N
 
 def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple[GenerateOutput, float]:
     """Return cfg.num_samples samples and the seconds they took, drawing not counted."""
-    n, device = cfg.num_samples, decoder.model.tok.weight.device
+    n = cfg.num_samples
+    device = decoder.model.tok.weight.device
     prompt = encode_prompt(text, decoder.tokenizer, decoder.model.cfg)
     prompt = torch.tensor(prompt, dtype=torch.long, device=device).repeat(n, 1)  # (n, P)
     options = {}
     if decoder.template is not None:
         options["given"] = torch.tensor(decoder.template, device=device).repeat(n, 1)
+    run = partial(decoder.module.generate, decoder.model, prompt, decoder.sampler, cfg.seed)
     with autocast(device, cfg.dtype):
         if cfg.html:  # the first call of a process is slower: do not show that
-            decoder.module.generate(decoder.model, prompt, decoder.sampler, cfg.seed, **options)
+            run(**options)
         start = time.perf_counter()
         with watch as on_step:
-            out = decoder.module.generate(
-                decoder.model, prompt, decoder.sampler, cfg.seed, on_step=on_step, **options
-            )
+            out = run(on_step=on_step, **options)
             out.tokens.cpu()  # wait for the device
     return out, time.perf_counter() - start - getattr(watch, "seconds", 0.0)
 
@@ -250,10 +225,7 @@ def encode_prompt(text: str, tokenizer: Tokenizer, model_cfg: ModelConfig) -> li
     ids = tokenizer.encode(text)
     longest = model_cfg.block_size - model_cfg.target_length
     if len(ids) > longest:
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens; at most {longest} fit (block_size "
-            f"{model_cfg.block_size} - target_length {model_cfg.target_length})"
-        )
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model reads at most {longest}")
     return ids
 
 
@@ -270,16 +242,12 @@ def parse_template(text: str, tokenizer: Tokenizer, model_cfg: ModelConfig) -> l
         elif re.fullmatch("[0-9]{1,6}", part) and int(part):
             slots += [-1] * int(part)
         else:
-            raise ValueError(
-                f"infill: [[{part}]] is not a number of slots; write for example [[12]]"
-            )
+            raise ValueError(f"infill: [[{part}]] is not a number of slots, such as [[12]]")
     if len(parts) == 1:
         raise ValueError("infill: no slot is free; write [[12]] where 12 tokens are wanted")
     free = model_cfg.target_length - 1 - len(slots)
     if free < 0:
-        raise ValueError(
-            f"infill: {len(slots)} slots, but the model has {model_cfg.target_length - 1}"
-        )
+        raise ValueError(f"infill: {len(slots)} slots, {-free} more than the model has")
     return slots + [model_cfg.pad_id] * free
 
 
