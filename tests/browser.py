@@ -1,6 +1,6 @@
-"""A headless Chromium, controlled over its debugging pipe: the parts of DevTools that our tests need.
+"""A headless Chromium, controlled over its debugging pipe.
 
-Commands and events are JSON over two pipes (--remote-debugging-pipe): no package, no port.
+Commands and events are JSON over two pipes: no package, no port.
 """
 
 import base64
@@ -40,7 +40,7 @@ def find_browser() -> str | None:
 
 
 class Browser:
-    """One page in one browser. requests: the addresses it asked for. errors: those on its console."""
+    """One page in one browser. requests: addresses it asked for. errors: on its console."""
 
     def __init__(self, path: str, timeout: float = 120):
         self.timeout = timeout

@@ -1,7 +1,8 @@
-"""The page of sample.py --html: it shows what was recorded, cannot do harm, and works in a browser."""
+"""The page of sample.py --html: it shows what was recorded, is harmless, works in a browser."""
 
 import base64
 import hashlib
+import importlib
 import json
 import re
 import shutil
@@ -11,10 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import autoregressive
-import diffusion
 from data.tokenizer import Tokenizer, get_tokenizer
-from extras import speculative
 from model import ModelConfig, Transformer
 from tests.browser import Browser, find_browser
 from view import page as view_page
@@ -43,11 +41,12 @@ def model_of(**settings) -> Transformer:
     return Transformer(ModelConfig(**TINY | settings)).eval()
 
 
-def recorded(decoder, settings: dict, rows: int = 1):
+def recorded(module: str, settings: dict, rows: int = 1):
     """Return (model, frames of the first text, output, recorder)."""
-    model = model_of(**({} if decoder is autoregressive else DIFFUSION))
+    decoder = importlib.import_module(module)
+    growing = module == "autoregressive"
+    model = model_of(**({} if growing else DIFFUSION))
     cfg = decoder.SamplerConfig(**settings)
-    growing = decoder is autoregressive
     with Recorder(BYTES.pad_id, growing, getattr(cfg, "candidates", 1)) as recorder:
         prompt = torch.tensor([[97, 98]] * rows)
         out = decoder.generate(model, prompt, cfg, 1, on_step=recorder)
@@ -106,24 +105,24 @@ def assert_replays(track: dict, frames: list[Frame]) -> None:
 
 
 WAYS = [
-    (autoregressive, dict(temperature=1.0)),
-    (diffusion, dict(steps=4, temperature=1.0)),
-    (diffusion, dict(steps=4, candidates=3)),
-    (diffusion, dict(steps=9, candidates=3, temperature=0.0)),  # rows converge early
-    (diffusion, dict(sampler="argmax_unrolled", steps=5, candidates=2, update_fraction=0.3)),
-    (diffusion, dict(sampler="confidence", steps=3, candidates=2)),
-    (diffusion, dict(sampler="entropy_bound", steps=5, candidates=2)),
-    (speculative, dict(draft_steps=2)),
+    ("autoregressive", dict(temperature=1.0)),
+    ("diffusion", dict(steps=4, temperature=1.0)),
+    ("diffusion", dict(steps=4, candidates=3)),
+    ("diffusion", dict(steps=9, candidates=3, temperature=0.0)),  # rows converge early
+    ("diffusion", dict(sampler="argmax_unrolled", steps=5, candidates=2, update_fraction=0.3)),
+    ("diffusion", dict(sampler="confidence", steps=3, candidates=2)),
+    ("diffusion", dict(sampler="entropy_bound", steps=5, candidates=2)),
+    ("extras.speculative", dict(draft_steps=2)),
 ]
 
 
-@pytest.mark.parametrize("decoder, settings", WAYS)
-def test_the_last_frame_is_the_text_and_the_page_replays_all(decoder, settings, tmp_path):
-    _, frames, out, recorder = recorded(decoder, settings, rows=2)
+@pytest.mark.parametrize("module, settings", WAYS)
+def test_the_last_frame_is_the_text_and_the_page_replays_all(module, settings, tmp_path):
+    _, frames, out, recorder = recorded(module, settings, rows=2)
     tokens = out.tokens[0]
     shown = frames[-1].ids >= 0
     assert torch.equal(frames[-1].ids[shown], tokens[shown])
-    assert (tokens[~shown] == BYTES.pad_id).all() and (shown.all() or decoder is not diffusion)
+    assert (tokens[~shown] == BYTES.pad_id).all() and (shown.all() or module != "diffusion")
     assert frames[-1].calls == out.calls[0]
     times = [one.seconds for one in frames]
     assert times == sorted(times) and 0 < times[-1] and recorder.seconds > 0
@@ -132,7 +131,7 @@ def test_the_last_frame_is_the_text_and_the_page_replays_all(decoder, settings, 
 
 
 def test_probabilities_are_the_softmax_of_the_network():
-    model, frames, out, _ = recorded(diffusion, dict(steps=1, temperature=0.0))
+    model, frames, out, _ = recorded("diffusion", dict(steps=1, temperature=0.0))
     canvas = torch.cat([torch.tensor([[BYTES.sep_id]]), frames[0].ids[None]], 1)
     with torch.no_grad():
         logits = model(torch.tensor([[97, 98]]), canvas)[0, :-1]
@@ -265,8 +264,8 @@ def small(tmp_path_factory) -> Path:
     return path
 
 
-SPANS = "[...document.querySelectorAll('.track')[0].querySelectorAll('.tokens span')]"
-TEXTS = f"{SPANS}.map((span) => span.textContent)"
+TEXTS = """[...document.querySelectorAll('.track')].map((track) =>
+  [...track.querySelectorAll('.tokens span')].map((span) => span.textContent))"""
 ABOUT = "document.getElementById('about').innerText"
 
 
@@ -279,7 +278,7 @@ def set_value(name: str, value, event: str) -> str:
 def test_a_browser_shows_the_last_step_and_requests_only_the_file(browser, small):
     browser.open(small)
     browser.press("End")
-    assert browser.run(TEXTS) == SHOWN and browser.run("document.title") == "small </script>"
+    assert browser.run(TEXTS)[0] == SHOWN and browser.run("document.title") == "small </script>"
     assert browser.run("document.getElementById('prompt').textContent") == NASTY[0]
     assert browser.requests == [small.resolve().as_uri()] and browser.errors == []
     blocked = "fetch('data:text/plain,x').then(() => 'sent', () => 'blocked')"
@@ -294,8 +293,7 @@ def test_play_runs_to_the_end_and_pause_stops(browser, small):
         browser.press(" ")
         assert browser.run("playing") is playing
     stopped = browser.run("at")
-    wait = "new Promise((done) => setTimeout(() => done(at), 300))"
-    assert browser.run(wait) == stopped
+    assert browser.run("new Promise((done) => setTimeout(() => done(at), 300))") == stopped
     browser.mouse("#play", "click")
     end = "new Promise((done) => { const f = () => playing ? setTimeout(f, 20) : done(at); f(); })"
     assert browser.run(end) == browser.run("times.length - 1") > 0
@@ -309,30 +307,26 @@ def test_the_slider_and_the_keys_on_every_clock(browser, small, unit):
     assert browser.run("times.length") == 4
     for key, at, first in (("Home", 0, "b"), ("ArrowRight", 1, NASTY[0]), ("ArrowLeft", 0, "b")):
         browser.press(key)
-        assert browser.run("at") == at and browser.run(TEXTS)[0] == first
+        assert browser.run("at") == at and browser.run(TEXTS)[0][0] == first
     browser.run(set_value("scrub", browser.run("times[3]"), "input"))
-    assert browser.run("at") == 3 and browser.run(TEXTS)[7] == "b"
+    assert browser.run("at") == 3 and browser.run(TEXTS)[0][7] == "b"
     browser.press("ArrowLeft")
-    grown = ["a", "a", "a" if unit == "step" else ""]  # one token per call
-    assert browser.run(TEXTS.replace("[0]", "[1]")) == grown
+    assert browser.run(TEXTS)[1] == ["a", "a", "a" if unit == "step" else ""]  # one token per call
 
 
 @pytest.mark.slow
 def test_a_token_shows_its_history_by_mouse_and_by_keys(browser, small):
     browser.open(small)
     browser.press("End")
-    browser.mouse(".tokens span:nth-child(8)")
-    told = browser.run(ABOUT)
-    assert "Slot 8 of 12" in told and "75%" in told and "changes of mind: 1" in told
-    assert re.search(r"0\s+b\s+unknown\s+1\s+a\s+25%\s+3\s+b\s+75%", told)
     browser.mouse(".tokens span:nth-child(8)", "click")
     browser.mouse(".tokens span:nth-child(2)")
-    assert "Slot 8 of 12, pinned" in browser.run(ABOUT)
+    told = browser.run(ABOUT)
+    assert "Slot 8 of 12, pinned" in told and "75%" in told and "changes of mind: 1" in told
+    assert re.search(r"0\s+b\s+unknown\s+1\s+a\s+25%\s+3\s+b\s+75%", told)
     browser.run("tracks[0].spans[7].focus()")
     browser.press("Escape")
     browser.press("ArrowRight")
     assert "Slot 9 of 12" in browser.run(ABOUT) and "pinned" not in browser.run(ABOUT)
-    assert browser.run("document.activeElement === tracks[0].spans[8]")
     browser.press("ArrowUp")  # a newline token separates two lines
     assert browser.run("chosen.index") < 5
     browser.press("ArrowDown")
@@ -342,50 +336,21 @@ def test_a_token_shows_its_history_by_mouse_and_by_keys(browser, small):
 
 
 @pytest.mark.slow
-def test_everything_can_be_reached_with_tab(browser, small):
-    browser.open(small)
-    seen = set()
-    for _ in range(14):
-        browser.press("Tab")
-        element = "document.activeElement.id || document.activeElement.getAttribute('role')"
-        seen.add(browser.run(element))
-    assert {"back", "play", "forth", "unit", "colour", "speed", "theme", "scrub", "option"} <= seen
-
-
-# WCAG 2.2, 1.4.3: a contrast of at least 4.5 on every background that a token can have.
-CONTRAST = """(() => {
-  const pen = document.createElement("canvas").getContext("2d");
-  const lightness = (colours) => {
-    for (const one of colours) { pen.fillStyle = one; pen.fillRect(0, 0, 1, 1); }
-    const rgb = [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).map((c) => c / 255)
-      .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * rgb[0] + 0.7152 * rgb[1] + 0.0722 * rgb[2];
-  };
-  const paper = getComputedStyle(document.body).backgroundColor;
-  const span = tracks[0].spans[0];
-  return ["b0", "b5", "noise", "b0 pad"].map((name) => {
-    span.className = name;
-    const style = getComputedStyle(span);
-    const [low, high] = [lightness([paper, style.backgroundColor]), lightness([paper, style.color])]
-      .sort((a, b) => a - b);
-    return (high + 0.05) / (low + 0.05);
-  });
-})()"""
-
-
-@pytest.mark.slow
-def test_dark_and_light_can_be_read_and_switched(browser, small):
+def test_tab_reaches_everything_and_the_theme_can_be_switched(browser, small):
     paper = "getComputedStyle(document.body).backgroundColor"
     browser.open(small, dark=True)
     dark = browser.run(paper)
-    assert min(browser.run(CONTRAST)) >= 4.5
     browser.open(small)
     light = browser.run(paper)
-    assert light == "rgb(255, 255, 255)" != dark and min(browser.run(CONTRAST)) >= 4.5
     browser.press("t")
-    assert browser.run(paper) == dark
+    assert browser.run(paper) == dark != light
     browser.mouse("#theme", "click")
     assert browser.run(paper) == light
+    seen = set()
+    for _ in range(14):
+        browser.press("Tab")
+        seen.add(browser.run("document.activeElement.id || document.activeElement.role"))
+    assert {"back", "play", "forth", "unit", "colour", "speed", "theme", "scrub", "option"} <= seen
 
 
 @pytest.mark.slow
@@ -394,32 +359,24 @@ def test_a_phone_needs_no_sideways_scrolling_and_buttons_fit_a_thumb(browser, sm
     assert browser.run("document.documentElement.scrollWidth") <= 390
     sizes = "[...document.querySelectorAll('button, select')].map((e) => e.offsetHeight)"
     assert min(browser.run(sizes)) >= 40
-    browser.mouse(".tokens span:nth-child(1)", "click")
-    assert "Slot 1 of 12, pinned" in browser.run(ABOUT)
     box = "tracks[0].spans[9].getBoundingClientRect()"
     x, y = browser.run(f"(() => {{ const b = {box}; return [b.right + 30, b.top + 5]; }})()")
     browser.click(x, y)  # next to the text: the nearest token is meant
-    assert re.search(r"Slot 1[0-2] of 12", browser.run(ABOUT))
-    assert browser.run("document.getElementById('about').getBoundingClientRect().bottom") <= 844
+    assert re.search(r"Slot 1[0-2] of 12, pinned", browser.run(ABOUT))
 
 
 @pytest.mark.slow
-def test_a_large_canvas_is_small_enough_and_redrawn_within_a_tenth_of_a_second(browser, tmp_path):
+def test_a_large_canvas_is_redrawn_within_a_tenth_of_a_second(browser, tmp_path):
     """2,000 slots, 60 steps. The better of two processor times, because the machine may be busy."""
-
-    def spent() -> float:
-        metrics = browser.ask("Performance.getMetrics")["metrics"]
-        return next(one["value"] for one in metrics if one["name"] == "TaskDuration")
-
     assert len(page_of(tmp_path, [large_track()])) < 5_000_000
     browser.open(tmp_path / "a.html")
     browser.ask("Performance.enable", timeDomain="threadTicks")
-    took = []
-    positions = (1, 2, 3, 30, 31, 60, 0, 59, 12, 45, 44, 43, 60, 0)
-    for to in positions * 2:
-        before = spent()
+    spent = [0.0]
+    for to in (1, 2, 30, 31, 60, 0, 59, 12, 45, 44) * 2:
         browser.run(set_value("scrub", to, "input"))
         drawn = "new Promise((done) => requestAnimationFrame(() => setTimeout(() => done(at), 0)))"
         assert browser.run(drawn) == to
-        took.append(spent() - before)
-    assert max(map(min, zip(took, took[len(positions) :]))) <= 0.1, took
+        metrics = browser.ask("Performance.getMetrics")["metrics"]
+        spent.append(next(one["value"] for one in metrics if one["name"] == "TaskDuration"))
+    took = [after - before for before, after in zip(spent, spent[1:])]
+    assert max(map(min, zip(took[:10], took[10:]))) <= 0.1, took
