@@ -25,7 +25,7 @@ import torch
 import autoregressive
 import diffusion
 from configurator import build, read_settings, refuse_changes, run, setting, suggest, validate
-from data.text_file import normalize_text
+from data.sources import normalize_text
 from data.tokenizer import Tokenizer
 from infra.checkpoint import load_model
 from infra.device import autocast, pick_device

@@ -1,308 +1,319 @@
-"""Token files on disk and batches from them. One format for every set, a folder with
+"""Data sets on disk, and batches from them. A data set is a folder:
 
-    meta.json             format number, kind, tokenizer, dtype, counts, target_length, block_size, sha256, free fields
-    train.bin, valid.bin  all tokens in a row, uint16 or uint32, memory-mapped
-    train.idx, valid.idx  kind "pairs" only: int64 rows (start, split, end) into the .bin; prefix | target
+    meta.json             kind, tokenizer, counts, target_length, block_size, sha256, free fields
+    train.bin, valid.bin  all tokens, uint16 or uint32, memory-mapped
+    train.idx, valid.idx  kind "pairs" only: int64 rows (start, split, end) into the .bin file
 
-A batch is a function of (seed, step, batch_size) alone, so that resuming, accumulating and the number of processes
-change nothing. There is no loader position to save.
+A batch is a function of (seed, step, batch_size). So resuming, gradient accumulation and the number
+of processes change nothing, and there is no loader position to save.
 """
 
-import functools
+import bisect
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from data.objectives import Batch, ObjectiveConfig, Tokens, collate, prefix_lm, seq2seq, span_corruption, span_counts
+from configurator import suggest
+from data.objectives import (
+    Batch,
+    ObjectiveConfig,
+    Tokens,
+    collate,
+    prefix_lm,
+    span_corruption,
+    span_counts,
+)
 from data.tokenizer import FILE, Tokenizer, get_tokenizer
 
 FORMAT = 1
-OUT = "out/data"  # where the sets are built
-DOCUMENT_BREAK = "\n\n"  # between the documents of a stream; a pad would be invisible inside a prefix
+OUT = "out/data"  # where data sets are built
+DOCUMENT_BREAK = "\n\n"  # between the documents of a stream
 
-# Sets that can be built with no input, and the module that does it.
-SETS = {
-    "mini": "data.mini",
-    "mini_translation": "data.mini",
-    "mini_qa": "data.mini",
-    "mini_code": "data.mini",
-    "toy_copy": "data.toy",
-    "toy_reverse": "data.toy",
-    "toy_sort": "data.toy",
-    "python_code": "data.python_code",
-    "python_pairs": "data.python_code",
-    "squad": "data.squad",  # from here on fetched
-    "mbpp": "data.mbpp",
-    "multi30k": "data.parallel",
+BUILDERS = {
+    "data.mini": "mini mini_translation mini_qa mini_code",
+    "data.toy": "toy_copy toy_reverse toy_sort",
+    "data.python_code": "python_code python_pairs",
+    "data.squad": "squad",  # this one and the next ones are downloaded
+    "data.mbpp": "mbpp",
+    "data.parallel": "multi30k",
 }
+# The module of each data set that build_if_missing can build.
+SETS = {name: module for module, names in BUILDERS.items() for name in names.split()}
 
 
 # Reading
 
 
-class _Set:
-    """What a stream and pairs share: the folder's meta and the memory-mapped tokens of one split."""
+class _Dataset:
+    """One split of a data set: the meta data and the memory-mapped tokens."""
 
     def __init__(self, folder: Path, split: str, meta: dict, objective: ObjectiveConfig):
-        self.folder, self.split, self.meta, self.objective = folder, split, meta, objective
-        self.tokenizer_name, self.target_length = meta["tokenizer"], meta["target_length"]
+        self.folder = folder
+        self.split = split
+        self.meta = meta
+        self.objective = objective.objective
+        self.tokenizer_name = meta["tokenizer"]
+        self.tokenizer: Tokenizer = get_tokenizer(self.tokenizer_name, folder)
+        self.target_length = meta["target_length"]
         self.block_size = meta["block_size"]  # longest prefix + target_length
-        if self.tokenizer_name.startswith(f"{FILE}@"):
-            get_tokenizer(self.tokenizer_name, folder)  # read now: from here on its name is enough
-        self.fingerprint = meta["sha256"][:16]  # of the content: two sets are equal if and only if this is
-        self.tokens = _map(folder, f"{split}.bin", meta["dtype"], meta["splits"][split]["tokens"], meta)  # (N,)
+        self.fingerprint = meta["sha256"][:16]  # of the content, wherever the folder lies
+        self.longest = self._longest_text()
+        count = meta["splits"][split]["tokens"]
+        self.tokens = self._memmap(f"{split}.bin", meta["dtype"], count)  # (N,)
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return get_tokenizer(self.tokenizer_name, self.folder)
+    def _memmap(self, name: str, dtype: str, count: int) -> np.ndarray:
+        path = self.folder / name
+        size = path.stat().st_size if path.is_file() else 0
+        expected = count * np.dtype(dtype).itemsize
+        if size != expected:
+            raise _unusable(path, f"missing or truncated ({size} bytes, expected {expected})")
+        return np.memmap(path, dtype=dtype, mode="r")
 
-    @functools.cached_property
-    def longest(self) -> int:
-        """Tokens of the longest text that prefix and target have room for under the objective."""
-        room, width = self.block_size - self.target_length, self.target_length - 1
-        if self.objective.objective != "span_corruption":
-            return room + width
+    def _longest_text(self) -> int:
+        """Return how many tokens of a text fit into prefix and target."""
+        prefix_room = self.block_size - self.target_length
+        target_room = self.target_length - 1
+        if self.objective != "span_corruption":
+            return prefix_room + target_room
 
-        def fits(length: int) -> bool:
-            hidden, spans = span_counts(length, self.objective.span_density, self.objective.mean_span)
-            return length - hidden + spans <= room and hidden + spans <= width
+        def too_long(length: int) -> bool:
+            hidden, spans = span_counts(length)
+            too_many = spans > self.tokenizer.n_sentinels
+            return too_many or length - hidden + spans > prefix_room or hidden + spans > target_room
 
-        return max((length for length in range(2, 2 * self.block_size) if fits(length)), default=0)
+        longest = 1 + bisect.bisect_left(range(2, 2 * self.block_size), True, key=too_long)
+        if longest < 2:
+            lengths = f"target_length={self.target_length} and block_size={self.block_size}"
+            raise ValueError(f"{self.folder}: {lengths} are too small for span_corruption")
+        return longest
 
     def _cut(self, tokens: Tokens, rng: np.random.Generator) -> tuple[Tokens, Tokens]:
-        """Prefix and target from a text of at least 2 tokens, or a random part of it where it is too long."""
+        """Cut a text, or a random window of it if it is too long, into prefix and target."""
         start = int(rng.integers(0, max(len(tokens) - self.longest, 0) + 1))
         tokens = tokens[start : start + self.longest]
-        if self.objective.objective == "span_corruption":
+        if self.objective == "span_corruption":
             sentinels = range(self.tokenizer.sentinel(0), self.tokenizer.vocab_size)
-            return span_corruption(tokens, rng, sentinels, self.objective.span_density, self.objective.mean_span)
-        first = max(1, len(tokens) - self.target_length + 1)
-        split = int(rng.integers(first, min(self.block_size - self.target_length, len(tokens) - 1) + 1))
-        return prefix_lm(tokens, split, self.target_length)
+            return span_corruption(tokens, rng, sentinels)
+        last = min(self.block_size - self.target_length, len(tokens) - 1)
+        first = max(min(1, last), len(tokens) - self.target_length + 1)
+        return prefix_lm(tokens, int(rng.integers(first, last + 1)), self.target_length)
 
-    def _collate(self, pairs: list, step: int, batch_size: int, rows: slice) -> Batch:
-        examples = step * batch_size + np.arange(batch_size)[rows]
-        batch = collate(pairs, examples, self.tokenizer.pad_id, self.tokenizer.sep_id, self.target_length)
-        if any(part.numel() and int(part.max()) >= self.tokenizer.vocab_size for part in batch[:2]):
-            raise ValueError(
-                f"{self.folder}/{self.split}.bin: holds ids that tokenizer {self.tokenizer_name!r} has not; build the "
-                f"set with: {_command(self.folder)}"
-            )
+    def _collate(self, pairs: list, examples: np.ndarray) -> Batch:
+        tokenizer = self.tokenizer
+        batch = collate(pairs, examples, tokenizer.pad_id, tokenizer.sep_id, self.target_length)
+        for tokens in (batch.prefix, batch.target):
+            if tokens.numel() and int(tokens.max()) >= tokenizer.vocab_size:
+                fault = f"has ids outside the vocabulary of {tokenizer.name!r}"
+                raise _unusable(self.folder / f"{self.split}.bin", fault)
         return batch
 
 
-class TokenStream(_Set):
-    """A long text: every example is a random window of it, cut into prefix and target. len() counts tokens."""
+class TokenStream(_Dataset):
+    """A long text. Each example is a random window. len() counts tokens."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None), bucket: int = 1) -> Batch:
-        """The part `rows` of the global batch of this step; the same for every process and micro-batch.
+    def batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
+        """Return these rows of the global batch of a step. All prefixes have one length.
 
-        The prefix length is drawn once per step, from 1 to block_size - target_length, so that no batch needs a mask
-        and bucket has nothing to do. A window may cross from one document into the next. Under span corruption all
-        windows have one length, and so have all prefixes.
+        The prefix length is drawn once per step, so no batch needs a padding mask.
+        A window may cross from one document into the next.
         """
+        examples = step * batch_size + np.arange(batch_size)[rows]
         rng = _rng("stream", seed, step)
-        if self.objective.objective == "span_corruption":
-            starts = rng.integers(0, len(self.tokens) - self.longest + 1, size=batch_size)
-            pairs = [
-                self._cut(self.tokens[starts[i] : starts[i] + self.longest], _rng("spans", seed, step * batch_size + i))
-                for i in range(batch_size)[rows]
-            ]
-            return self._collate(pairs, step, batch_size, rows)
-        split = int(rng.integers(1, self.block_size - self.target_length + 1))
-        width = split + self.target_length - 1
+        if self.objective == "span_corruption":
+            width = self.longest
+        else:
+            split = int(rng.integers(1, self.block_size - self.target_length + 1))
+            width = split + self.target_length - 1
         starts = rng.integers(0, len(self.tokens) - width + 1, size=batch_size)[rows]
-        windows = self.tokens[starts[:, None] + np.arange(width)]  # (B, split + target_length - 1)
-        return self._collate([prefix_lm(w, split, self.target_length) for w in windows], step, batch_size, rows)
+        windows = [self.tokens[start : start + width] for start in starts]
+        if self.objective == "span_corruption":
+            pairs = [self._cut(w, _rng("spans", seed, e)) for w, e in zip(windows, examples)]
+        else:
+            pairs = [prefix_lm(window, split, self.target_length) for window in windows]
+        return self._collate(pairs, examples)
 
 
-class Pairs(_Set):
+class Pairs(_Dataset):
     """Given prefixes with given targets. len() counts pairs."""
 
     def __init__(self, folder: Path, split: str, meta: dict, objective: ObjectiveConfig):
         super().__init__(folder, split, meta, objective)
         n = meta["splits"][split]["pairs"]
-        self.index = _map(folder, f"{split}.idx", "int64", 3 * n, meta).reshape(n, 3)  # (N, 3) start, split, end
-        self._plans = {}
-        start, split, end = self.index.T  # (N,) each
-        if not ((0 <= start) & (start <= split) & (split <= end) & (end <= len(self.tokens))).all():
-            raise ValueError(
-                f"{folder}/{self.split}.idx: points outside the tokens; build the set with: {_command(folder)}"
-            )
+        self.index = self._memmap(f"{split}.idx", "int64", 3 * n).reshape(n, 3)  # (N, 3)
+        self._order = None, None
+        start, split_at, end = self.index.T  # (N,) each
+        ordered = (0 <= start) & (start <= split_at) & (split_at <= end) & (end <= len(self.tokens))
+        if not ordered.all():
+            raise _unusable(folder / f"{split}.idx", "points outside the tokens")
 
     def __len__(self) -> int:
         return len(self.index)
 
     def pair(self, i: int) -> tuple[list[int], list[int]]:
-        """(prefix, target) token ids of the i-th pair in file order, without separator and padding."""
+        """Return (prefix, target) ids of pair i in file order, without separator and padding."""
         prefix, target = self._pair(i)
         return prefix.tolist(), target.tolist()
 
     def text(self, i: int) -> tuple[str, str]:
-        """(prefix, target) of the i-th pair in file order, as text."""
+        """Return (prefix, target) of pair i in file order as text."""
         prefix, target = self._pair(i)
         return self.tokenizer.decode(prefix), self.tokenizer.decode(target)
 
-    def batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None), bucket: int = 1) -> Batch:
-        """The part `rows` of the global batch of this step; the same for every process and micro-batch.
+    def batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
+        """Return these rows of the global batch of a step.
 
-        An epoch is len // batch_size steps and shows no pair twice; the len % batch_size pairs it leaves out are
-        another random few each time. With fewer pairs than batch_size every batch holds all of them, some more often
-        than others. bucket: so many neighbouring rows have prefixes of one length where possible and, read together,
-        need no mask; it divides batch_size. Under another objective than auto each pair is one text, prefix, line end
-        and target, that is cut anew every time.
+        An epoch has len // batch_size steps and contains no pair twice. It leaves out
+        len % batch_size random pairs. If there are fewer pairs than batch_size, pairs repeat.
+        Unless the objective is auto, a pair is one text, "prefix\\ntarget", that is cut anew.
         """
-        if bucket < 1 or batch_size % bucket:
-            raise ValueError(f"bucket must divide batch_size, got {bucket} and {batch_size}")
-        per_epoch = max(1, len(self) // batch_size)
-        epoch, k = divmod(step, per_epoch)
-        chosen = self._plan(seed, epoch, batch_size, bucket)[k, rows]
-        if self.objective.objective == "auto":
-            return self._collate([self._pair(i) for i in chosen], step, batch_size, rows)
-        line_end, examples = self.tokenizer.encode("\n"), range(step * batch_size, (step + 1) * batch_size)[rows]
-        texts = [np.concatenate([prefix, line_end, target]) for prefix, target in map(self._pair, chosen)]
-        pairs = [self._cut(text, _rng("cut", seed, example)) for text, example in zip(texts, examples)]
-        return self._collate(pairs, step, batch_size, rows)
+        examples = step * batch_size + np.arange(batch_size)[rows]
+        epoch, k = divmod(step, max(1, len(self) // batch_size))
+        pairs = [self._pair(i) for i in self._epoch(seed, epoch, batch_size)[k, rows]]
+        if self.objective != "auto":
+            line_end = np.array(self.tokenizer.encode("\n"), dtype=self.tokens.dtype)
+            texts = [np.concatenate([prefix, line_end, target]) for prefix, target in pairs]
+            pairs = [self._cut(t, _rng("cut", seed, e)) for t, e in zip(texts, examples)]
+        return self._collate(pairs, examples)
 
-    def _pair(self, i: int) -> tuple[Tokens, Tokens]:
+    def _pair(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= i < len(self):
             raise ValueError(f"{self.folder} has {self.split} pairs 0 to {len(self) - 1}, got {i}")
         start, split, end = self.index[i]
-        return seq2seq(self.tokens[start:split], self.tokens[split:end])
+        return self.tokens[start:split], self.tokens[split:end]
 
-    def _plan(self, seed: int, epoch: int, batch_size: int, bucket: int) -> np.ndarray:
-        """Which pair goes where in an epoch: (n_batches, batch_size). Kept, for every step asks; else recomputed."""
-        key = seed, epoch, batch_size, bucket
-        plan = self._plans.get(key)
-        if plan is None:
-            lengths = self.index[:, 1] - self.index[:, 0]
-            plan = bucketed_epoch(lengths, batch_size, bucket, _rng("epoch", seed, epoch))
-            self._plans = {key: plan}  # in one piece: a thread may ask for another epoch meanwhile
-        return plan
+    def _epoch(self, seed: int, epoch: int, batch_size: int) -> np.ndarray:
+        """Return the order of the pairs, (steps, batch_size). The last one is cached."""
+        key = seed, epoch, batch_size
+        cached, order = self._order  # one tuple, because a thread may ask for another epoch
+        if cached != key:
+            steps = max(1, len(self) // batch_size)
+            shuffled = _rng("epoch", seed, epoch).permutation(len(self))
+            order = np.resize(shuffled, (steps, batch_size))  # cuts the end, or repeats
+            self._order = key, order
+        return order
 
 
-def bucketed_epoch(lengths: np.ndarray, batch_size: int, bucket: int, rng: np.random.Generator) -> np.ndarray:
-    """A shuffled order of all examples, (n_batches, batch_size), in runs of `bucket` of equal length where possible.
+def open_dataset(
+    folder: str | Path, split: str, objective: ObjectiveConfig | None = None
+) -> TokenStream | Pairs:
+    """Open the 'train' or 'valid' split of a data set.
 
-    With bucket 2 and lengths 5 5 5 7 7 8: two full runs (5 5) (7 7), and what is left over, sorted, (5 8).
-    The remainder is dropped at random before sorting: dropped after it, the longest examples would never be seen.
+    Raises ValueError, with the command that builds the data set, if a file is missing or damaged.
     """
-    n_batches = max(1, len(lengths) // batch_size)
-    order = np.resize(rng.permutation(len(lengths)), n_batches * batch_size)  # resize drops the end, or wraps around
-    if bucket > 1:
-        order = order[np.argsort(lengths[order], kind="stable")]
-        _, first, count = np.unique(lengths[order], return_index=True, return_counts=True)
-        place = np.arange(len(order)) - np.repeat(first, count)  # of an example among those of its length
-        full = place < np.repeat(count - count % bucket, count)
-        runs = np.concatenate([order[full], order[~full]]).reshape(-1, bucket)
-        order = runs[rng.permutation(len(runs))]
-    return order.reshape(n_batches, batch_size)
-
-
-def open_set(folder: str | Path, split: str, objective: ObjectiveConfig | None = None) -> TokenStream | Pairs:
-    """The 'train' or 'valid' split of a set, memory-mapped. objective: what its batches ask for.
-
-    Raises ValueError, naming the file and the command that builds it, if the set is missing, truncated or of another
-    format.
-    """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     meta = _read_meta(folder)
     if split not in meta["splits"]:
-        raise ValueError(f"{folder} has the splits {', '.join(map(repr, meta['splits']))}, got {split!r}")
-    return {"stream": TokenStream, "pairs": Pairs}[meta["kind"]](folder, split, meta, objective or ObjectiveConfig())
+        names = ", ".join(meta["splits"])
+        raise ValueError(f"{folder} has no split {split!r}; available: {names}")
+    cls = TokenStream if meta["kind"] == "stream" else Pairs
+    return cls(folder, split, meta, objective or ObjectiveConfig())
 
 
 def build_if_missing(folder: str | Path) -> Path:
-    """The folder of a set, built first if it is not there and its name is in SETS; the line that builds it is printed.
+    """Return the folder of a data set. If it is missing and its name is in SETS, build it first.
 
-    A bare name such as "mini" means out/data/mini. Raises ValueError for a missing folder that is not in SETS. With
-    several processes only one may call this.
+    A bare name such as "mini" means out/data/mini. Only one process may call this at a time.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if str(folder) in SETS and not folder.exists():
         folder = Path(OUT) / folder
     if (folder / "meta.json").exists():
         return folder
     if folder.name not in SETS:
-        raise ValueError(f"{folder}: no such set, and it is none of those that can be built: {', '.join(SETS)}")
-    module = SETS[folder.name]
-    print(f"building {folder}: {_command(folder)}", flush=True)
-    # A process of its own: a set imports this file, never the other way round.
-    root, out = Path(__file__).absolute().parent.parent, folder.parent.absolute()
-    out = out.relative_to(root) if out.is_relative_to(root) else out  # what a set says of itself names no machine
-    done = subprocess.run([sys.executable, "-m", module, f"--out={out.as_posix()}"], check=False, cwd=root)
-    if done.returncode:
-        raise ValueError(f"{folder}: {_command(folder)} failed with exit status {done.returncode}")
+        hint = f"these can be built: {', '.join(SETS)}"
+        raise ValueError(f"{folder}: no such data set{suggest(folder.name, SETS, False)}; {hint}")
+    print(f"building {folder}: {_build_command(folder)}", flush=True)
+    # In another process, because data sets import this file and not the other way round.
+    root = Path(__file__).absolute().parent.parent
+    out = folder.parent.absolute()
+    if out.is_relative_to(root):
+        out = out.relative_to(root)  # meta.json should not name a machine
+    command = [sys.executable, "-m", SETS[folder.name], f"--out={out.as_posix()}"]
+    status = subprocess.run(command, check=False, cwd=root).returncode
+    if status:
+        raise ValueError(f"{folder}: {_build_command(folder)} failed with exit status {status}")
     return folder
+
+
+def prefetch(
+    load: Callable[..., Batch], places: Iterable[tuple], device: torch.device
+) -> Iterator[Batch]:
+    """Yield load(*place) for each place, on the device. A thread loads the next batch meanwhile."""
+    cuda = device.type == "cuda"
+
+    def load_pinned(place: tuple) -> Batch:
+        batch = load(*place)
+        return Batch(*(part.pin_memory() for part in batch)) if cuda else batch
+
+    def ready(future) -> Batch:
+        return Batch(*(part.to(device, non_blocking=cuda) for part in future.result()))
+
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        pending = None
+        for place in places:
+            following = thread.submit(load_pinned, place)
+            if pending is not None:
+                yield ready(pending)
+            pending = following
+        if pending is not None:
+            yield ready(pending)
 
 
 def _read_meta(folder: Path) -> dict:
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found; build the set with: {_command(folder)}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); build the set with: {_command(folder)}") from None
-    found = meta.get("format") if isinstance(meta, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{path}: format {found!r}, this code reads {FORMAT}; build the set with: {_command(folder)}")
-    wrong = _wrong_field(meta)
-    if wrong:
-        raise ValueError(f"{path}: its field {wrong!r} is missing or wrong; build the set with: {_command(folder)}")
+        counted = ("tokens", "pairs") if meta["kind"] == "pairs" else ("tokens",)
+        numbers = [counts[name] for counts in meta["splits"].values() for name in counted]
+        good = (
+            meta["format"] == FORMAT
+            and meta["kind"] in ("stream", "pairs")
+            and meta["dtype"] in ("uint16", "uint32")
+            and all(type(meta[name]) is str for name in ("tokenizer", "sha256"))
+            and all(type(n) is int and n > 0 for n in numbers)
+            and all(type(meta[name]) is int for name in ("target_length", "block_size"))
+            and 2 <= meta["target_length"] <= meta["block_size"] < 1 << 31
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise _unusable(path, "missing, damaged or of another version")
     return meta
 
 
-def _wrong_field(meta: dict) -> str:
-    """The first field of a header that is not what a writer puts there, or ""."""
-    kinds = {"tokenizer": str, "sha256": str, "target_length": int, "block_size": int, "splits": dict}
-    for name, kind in kinds.items():
-        if type(meta.get(name)) is not kind:
-            return name
-    if meta.get("kind") not in ("stream", "pairs") or meta.get("dtype") not in ("uint16", "uint32"):
-        return "kind" if meta.get("kind") not in ("stream", "pairs") else "dtype"
-    if not 2 <= meta["target_length"] <= meta["block_size"]:
-        return "target_length"
-    counted = ("tokens", "pairs") if meta["kind"] == "pairs" else ("tokens",)
-    for split, counts in meta["splits"].items():
-        if not isinstance(counts, dict) or not all(type(counts.get(c)) is int and counts[c] > 0 for c in counted):
-            return f"splits.{split}"
-    return ""
+def _unusable(path: Path, fault: str) -> ValueError:
+    return ValueError(f"{path}: {fault}; build the data set with: {_build_command(path.parent)}")
 
 
-def _map(folder: Path, name: str, dtype: str, count: int, meta: dict) -> np.ndarray:
-    """Memory-mapped array (count,). Its size must be what meta.json says: a copy broken off would train in silence."""
-    path, expected = folder / name, count * np.dtype(dtype).itemsize
-    size = path.stat().st_size if path.is_file() else None
-    if size != expected:
-        fault = "not found" if size is None else f"{size} bytes, meta.json says {expected}"
-        raise ValueError(f"{path}: {fault}; build the set with: {meta.get('command') or _command(folder)}")
-    return np.memmap(path, dtype=dtype, mode="r")
-
-
-def _command(folder: Path) -> str:
+def _build_command(folder: Path) -> str:
     if folder.name in SETS:
-        return f"python -m {SETS[folder.name]} --out={folder.parent}"
-    return f"python -m data.text_file --input=FILE --name={folder.name} --out={folder.parent}"
+        return shlex.join(["python", "-m", SETS[folder.name], f"--out={folder.parent}"])
+    arguments = ["--input=FILE", f"--name={folder.name}", f"--out={folder.parent}"]
+    return shlex.join(["python", "-m", "data.text_file", *arguments])
 
 
 def _rng(purpose: str, seed: int, place: int) -> np.random.Generator:
-    """A generator keyed by what is drawn and where, never by what was drawn before."""
+    """Return a generator keyed by purpose and place, so no draw depends on earlier draws."""
     if seed < 0 or place < 0:
-        raise ValueError(f"seed and step must be 0 or more, got seed={seed}, step or epoch={place}")
-    # Two words each: SeedSequence glues its words together, and a long seed must not run into the step behind it.
-    words = [word for value in (seed, place) for word in (value & 0xFFFFFFFF, value >> 32)]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([*purpose.encode(), *words])))
+        raise ValueError(f"seed and step must be 0 or more, got {seed} and {place}")
+    # Two words each: SeedSequence joins its words, so a long seed must not run into the place.
+    words = [word for n in (seed, int(place)) for word in (n & 0xFFFFFFFF, n >> 32)]
+    return np.random.Generator(
+        np.random.Philox(np.random.SeedSequence([*purpose.encode(), *words]))
+    )
 
 
 # Writing
@@ -314,21 +325,19 @@ def write_stream(
     tokenizer_name: str,
     target_length: int,
     block_size: int,
-    **meta,
+    **free,
 ) -> dict:
-    """Write a stream set: each split is an iterable of token chunks, laid end to end (see `join_documents`).
-
-    Returns the meta as written; `meta` adds free fields. Raises ValueError if a split is shorter than block_size.
-    """
+    """Write a stream: the token chunks of each split, end to end. Return meta.json's content."""
     if not 2 <= target_length < block_size:
-        raise ValueError(f"want 2 <= target_length < block_size, got {target_length} and {block_size}")
-    with _Writer(folder, "stream", tokenizer_name, target_length, block_size, meta) as writer:
+        limits = f"got {target_length} and {block_size}"
+        raise ValueError(f"a stream needs 2 <= target_length < block_size, {limits}")
+    sizes = {"target_length": target_length, "block_size": block_size}
+    with _Writer(folder, "stream", tokenizer_name, **sizes, **free) as writer:
         for split, chunks in splits.items():
-            n = writer.tokens(split, chunks)
+            n = writer.write_tokens(split, chunks)
             if n < block_size:
-                raise ValueError(
-                    f"{folder}: {split} has {n} tokens, fewer than block_size={block_size}: more text, please"
-                )
+                fault = f"{split} has {n} tokens, fewer than block_size={block_size}"
+                raise ValueError(f"{folder}: {fault}; add text or set a smaller --block_size")
             writer.counts[split] = {"tokens": n}
     return writer.meta
 
@@ -339,64 +348,58 @@ def write_pairs(
     tokenizer_name: str,
     target_length: int,
     block_size: int,
-    **meta,
+    **free,
 ) -> dict:
-    """Write a set of pairs: each split is a sequence of (prefix, target) token ids, without separator.
-
-    Returns the meta as written; `meta` adds free fields. Raises ValueError, naming the pair, if a target has more than
-    target_length - 1 tokens or a prefix more than block_size - target_length.
-    """
-    with _Writer(folder, "pairs", tokenizer_name, target_length, block_size, meta) as writer:
+    """Write pairs of (prefix, target) ids without separators. Return meta.json's content."""
+    sizes = {"target_length": target_length, "block_size": block_size}
+    limits = (block_size - target_length, target_length - 1)
+    with _Writer(folder, "pairs", tokenizer_name, **sizes, **free) as writer:
         for split, pairs in splits.items():
-            for i, (prefix, target) in enumerate(pairs):
-                for side, tokens, limit in (
-                    ("prefix", prefix, block_size - target_length),
-                    ("target", target, target_length - 1),
-                ):
-                    if len(tokens) > limit:
-                        raise ValueError(
-                            f"{folder}: {split} pair {i}: its {side} has {len(tokens)} tokens, limit {limit}"
-                        )
-            if not len(pairs):
+            if not pairs:
                 raise ValueError(f"{folder}: {split} has no pairs")
-            n = writer.tokens(split, (side for pair in pairs for side in pair))
-            ends = np.cumsum([len(side) for pair in pairs for side in pair], dtype=np.int64).reshape(-1, 2)  # (N, 2)
+            lengths = np.array([[len(side) for side in pair] for pair in pairs])  # (N, 2)
+            for i in np.flatnonzero((lengths > limits).any(axis=1) | (lengths[:, 1] == 0)):
+                got = f"{lengths[i][0]} and {lengths[i][1]} tokens"
+                limit = f"allowed are up to {limits[0]} and 1 to {limits[1]}"
+                raise ValueError(f"{folder}: {split} pair {i} has {got}, {limit}")
+            n = writer.write_tokens(split, (side for pair in pairs for side in pair))
+            ends = lengths.cumsum().reshape(-1, 2)  # (N, 2)
             starts = np.concatenate([[0], ends[:-1, 1]])
-            writer.file(f"{split}.idx", [np.column_stack([starts, ends]).astype("<i8")])
+            writer.write(f"{split}.idx", [np.column_stack([starts, ends]).astype("<i8")])
             writer.counts[split] = {"tokens": n, "pairs": len(pairs)}
     return writer.meta
 
 
 def join_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Token chunks of the documents, each followed by DOCUMENT_BREAK: what `write_stream` lays end to end."""
+    """Yield the tokens of each document, with a blank line at its end."""
     for text in texts:
         yield tokenizer.encode(text.strip("\n") + DOCUMENT_BREAK)
 
 
-class _Writer:
-    """Writes a set beside its place and moves it there whole, so that a half-written set is never opened."""
+def summary(folder: str | Path, meta: dict) -> str:
+    counts = [
+        f"{split} {n:,} {what}"
+        for split, numbers in meta["splits"].items()
+        for what, n in numbers.items()
+    ]
+    settings = [f"{name} {meta[name]}" for name in ("tokenizer", "target_length", "block_size")]
+    return f"{folder}: {', '.join(counts)}; {', '.join(settings)}"
 
-    def __init__(self, folder, kind: str, tokenizer_name: str, target_length: int, block_size: int, meta: dict):
-        self.folder, self.counts = Path(folder), {}
+
+class _Writer:
+    """Write a data set to a temporary folder, and rename it at the end if there was no error."""
+
+    def __init__(self, folder: str | Path, kind: str, tokenizer_name: str, **meta):
+        self.folder = Path(folder).expanduser()
         self.tokenizer = get_tokenizer(tokenizer_name)
-        self.n_ordinary, tokenizer_name = self.tokenizer.n_ordinary, self.tokenizer.name  # a path is no name to keep
         self.dtype = "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32"
-        self.meta = {
-            "format": FORMAT,
-            "kind": kind,
-            "tokenizer": tokenizer_name,
-            "dtype": self.dtype,
-            "target_length": target_length,
-            "block_size": block_size,
-            "splits": self.counts,
-        }
+        self.counts = {}
+        self.meta = {"format": FORMAT, "kind": kind, "tokenizer": self.tokenizer.name}
+        self.meta |= {"dtype": self.dtype, "splits": self.counts} | meta
         if self.folder.exists() and not (self.folder / "meta.json").is_file():
-            raise ValueError(f"{folder}: exists and is no data set, so it is not replaced; choose another name")
-        taken = set(self.meta) & set(meta)
-        if taken:
-            raise ValueError(f"{folder}: free meta fields may not be called {', '.join(sorted(taken))}")
-        self.meta |= meta
-        self.digest = hashlib.sha256(f"{kind} {tokenizer_name} {target_length} {block_size}".encode())
+            raise ValueError(f"{folder}: exists and is no data set; choose another name")
+        sizes = f"{meta['target_length']} {meta['block_size']}"
+        self.digest = hashlib.sha256(f"{kind} {self.tokenizer.name} {sizes}".encode())
         self.scratch = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
 
     def __enter__(self):
@@ -404,26 +407,27 @@ class _Writer:
         self.scratch.mkdir(parents=True)
         return self
 
-    def tokens(self, split: str, chunks: Iterable[Tokens]) -> int:
-        """Write `<split>.bin`; the number of tokens. Only ordinary ids: a pad in a prefix is never seen."""
-        return self.file(f"{split}.bin", (self._ordinary(chunk) for chunk in chunks))
+    def write_tokens(self, split: str, chunks: Iterable[Tokens]) -> int:
+        """Write the tokens of a split and return their number."""
+        return self.write(f"{split}.bin", map(self._ordinary, chunks))
 
-    def _ordinary(self, chunk: Tokens) -> np.ndarray:
-        ids = np.asarray(chunk, dtype=np.int64)
-        if len(ids) and not (0 <= ids.min() and ids.max() < self.n_ordinary):
-            raise ValueError(
-                f"{self.folder}: token ids must be 0 to {self.n_ordinary - 1}, got {ids.min()} to {ids.max()}"
-            )
+    def _ordinary(self, tokens: Tokens) -> np.ndarray:
+        ids = np.asarray(tokens, dtype=np.int64)
+        limit = self.tokenizer.n_ordinary
+        if len(ids) and not (0 <= ids.min() and ids.max() < limit):
+            got = f"got {ids.min()} to {ids.max()}"
+            raise ValueError(f"{self.folder}: token ids must be 0 to {limit - 1}, {got}")
         return ids.astype(self.dtype)
 
-    def file(self, name: str, arrays: Iterable[np.ndarray]) -> int:
+    def write(self, name: str, arrays: Iterable[np.ndarray]) -> int:
+        """Write one file and return the number of items."""
         self.digest.update(name.encode())
         n = 0
-        with open(self.scratch / name, "wb") as f:
-            for array in arrays:
-                n += len(array)
-                self.digest.update(array.tobytes())
-                f.write(array.tobytes())
+        with open(self.scratch / name, "wb") as file:
+            for part in arrays:
+                n += len(part)
+                self.digest.update(part.tobytes())
+                file.write(part.tobytes())
         return n
 
     def __exit__(self, kind, error, trace):
@@ -431,12 +435,11 @@ class _Writer:
             self.meta["sha256"] = self.digest.hexdigest()
             if self.tokenizer.file:
                 (self.scratch / FILE).write_text(self.tokenizer.file, encoding="utf-8")
-            (self.scratch / "meta.json").write_text(
-                json.dumps(self.meta, indent=1, ensure_ascii=False), encoding="utf-8"
-            )
+            text = json.dumps(self.meta, indent=1, ensure_ascii=False)
+            (self.scratch / "meta.json").write_text(text, encoding="utf-8")
             old = self.scratch.with_suffix(".old")
             if self.folder.exists():
-                self.folder.rename(old)  # a folder that is not empty cannot be renamed over
+                self.folder.rename(old)  # a folder with files cannot be replaced
             self.scratch.rename(self.folder)
             shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.scratch, ignore_errors=True)

@@ -1,11 +1,10 @@
-"""How text becomes a training pair: a prefix that is given and a target that is learned.
+"""How a text becomes a training pair: a prefix that is given and a target that is learned.
 
-An objective is a function from token ids to (prefix, target), two plain lists without reserved ids of their own;
-`collate` puts the separator before each target and the padding behind both:
+An objective returns (prefix, target) token ids. `collate` adds the separator and the padding:
 
-    seq2seq("one two", "un deux")      -> prefix "one two",          target "<sep>un deux<pad><pad>"
-    prefix_lm("to be or not", split=5)  -> prefix "to be",            target "<sep> or not<pad><pad>"
-    span_corruption("to be or not", ..) -> prefix "to<0>or n<1>",     target "<sep><0> be <1>ot<pad>"
+    seq2seq          "one two" | "un deux"  -> "one two",        "<sep>un deux<pad><pad>"
+    prefix_lm        "to be or not"         -> "to be",          "<sep> or not<pad><pad>"
+    span_corruption  "to be or not"         -> "to<0>or n<1>",   "<sep><0> be <1>ot<pad>"
 """
 
 from collections.abc import Sequence
@@ -16,86 +15,88 @@ import numpy as np
 import torch
 from torch import LongTensor
 
+from configurator import setting, validate
+
 Tokens = Sequence[int]  # a list or a 1-d array of token ids
+
+SPAN_DENSITY = 0.15  # share of the tokens that go to the target (T5)
+MEAN_SPAN = 3.0  # mean length of a span (T5)
 
 
 class Batch(NamedTuple):
-    """B training pairs. A pad in the prefix is never a key; a pad in the target is learned: that is how a text ends."""
+    """B training pairs. Pads in a prefix are masked. Pads in a target are learned: they end a text."""
 
     prefix: LongTensor  # (B, P) right-padded to the longest prefix of the batch
-    target: LongTensor  # (B, T) target[:, 0] is the separator, given and never predicted; T is the same in every batch
-    example: LongTensor  # (B,) global example index, which keys the noise
+    target: LongTensor  # (B, T) target[:, 0] is the separator; T is the same in every batch
+    example: LongTensor  # (B,)  global example index, the key of the noise
 
 
 @dataclass
 class ObjectiveConfig:
-    """How a text becomes prefix and target. The noise of diffusion comes on top of it, on the target alone."""
+    """How a text is cut. Diffusion adds its noise later, to the target only."""
 
-    objective: str = "auto"  # auto: pairs as they are, a stream as prefix_lm | prefix_lm | span_corruption
-    span_density: float = 0.15  # share of the tokens that go to the target (T5's)
-    mean_span: float = 3.0  # tokens of a span, on average (T5's)
+    objective: str = setting(
+        "auto",
+        "auto: given pairs as they are, a stream of text as prefix_lm",
+        choices=("auto", "prefix_lm", "span_corruption"),
+    )
 
     def __post_init__(self):
-        allowed = ("auto", "prefix_lm", "span_corruption")
-        if self.objective not in allowed:
-            raise ValueError(f"objective must be one of {', '.join(allowed)}; got {self.objective!r}")
-        if not 0 < self.span_density < 1 or self.mean_span < 1:
-            raise ValueError(
-                f"span_density must be in (0, 1) and mean_span at least 1, got {self.span_density} and {self.mean_span}"
-            )
+        validate(self)
 
 
 def prefix_lm(tokens: Tokens, split: int, target_length: int) -> tuple[Tokens, Tokens]:
-    """The first `split` tokens as prefix, and as target what fits behind the separator: target_length - 1 tokens."""
+    """Return the first `split` tokens, and the next ones that fit after the separator."""
     return tokens[:split], tokens[split : split + target_length - 1]
 
 
-def seq2seq(source: Tokens, target: Tokens) -> tuple[Tokens, Tokens]:
-    """A pair whose two sides are given: translation, question and answer, docstring and code."""
-    return source, target
-
-
-def span_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
-    """(tokens to cut out, spans they form) of a text of so many tokens, at least two. T5, section 3.1.4."""
-    hidden = min(max(round(length * density), 1), length - 1)
-    return hidden, min(max(round(hidden / mean_span), 1), hidden, length - hidden)
+def span_counts(length: int) -> tuple[int, int]:
+    """Return (hidden tokens, spans) for a text of at least 2 tokens. T5, arXiv 1910.10683, 3.1.4."""
+    hidden = min(max(round(length * SPAN_DENSITY), 1), length - 1)
+    spans = min(max(round(hidden / MEAN_SPAN), 1), hidden, length - hidden)
+    return hidden, spans
 
 
 def span_corruption(
-    tokens: Tokens, rng: np.random.Generator, sentinels: Sequence[int], density: float, mean_span: float
+    tokens: Tokens, rng: np.random.Generator, sentinels: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Random spans of the text become sentinels in the prefix; the target is each sentinel and what it stands for.
+    """Replace random spans by sentinels. The target holds each sentinel and its span.
 
-    The text starts with what is kept and ends with a span. T5 closes the target with one sentinel more; here the pads
-    do. (T5, arXiv 1910.10683, section 3.1.4.) Raises ValueError for more spans than sentinels.
+    A text starts with kept tokens and ends with a span. T5 (arXiv 1910.10683, 3.1.4) ends the target
+    with one more sentinel; here the pads end it.
     """
     tokens = [int(t) for t in tokens]
     if len(tokens) < 2:
-        raise ValueError(f"span corruption wants a text of at least 2 tokens, got {len(tokens)}")
-    hidden, n = span_counts(len(tokens), density, mean_span)
+        raise ValueError(f"span_corruption needs texts of 2 or more tokens, got {len(tokens)}")
+    hidden, n = span_counts(len(tokens))
     if n > len(sentinels):
-        raise ValueError(f"{len(tokens)} tokens make {n} spans, there are {len(sentinels)} sentinels: raise mean_span")
-    prefix, target, at = [], [], 0
-    for sentinel, kept, cut in zip(sentinels, _parts(len(tokens) - hidden, n, rng), _parts(hidden, n, rng)):
-        prefix += [*tokens[at : at + kept], sentinel]
-        target += [sentinel, *tokens[at + kept : at + kept + cut]]
-        at += kept + cut
+        limit = f"but the tokenizer has {len(sentinels)} sentinels; use shorter texts"
+        raise ValueError(f"{len(tokens)} tokens make {n} spans, {limit}")
+    kept_lengths = _partition(len(tokens) - hidden, n, rng)
+    cut_lengths = _partition(hidden, n, rng)
+    prefix = []
+    target = []
+    start = 0
+    for sentinel, kept, cut in zip(sentinels, kept_lengths, cut_lengths):
+        prefix += [*tokens[start : start + kept], sentinel]
+        target += [sentinel, *tokens[start + kept : start + kept + cut]]
+        start += kept + cut
     return prefix, target
 
 
 def splice(prefix: Tokens, target: Tokens, sentinels: Sequence[int]) -> list[int]:
-    """The text that span_corruption made prefix and target of."""
-    spans, known = {}, set(sentinels)
+    """Undo span_corruption: return the text."""
+    spans = {}
     for token in target:
-        if token in known:
-            spans[token] = current = []
+        if token in sentinels:
+            span = spans[token] = []
         else:
-            current.append(token)
-    return [t for token in prefix for t in (spans[token] if token in known else [token])]
+            span.append(token)
+    return [t for token in prefix for t in spans.get(token, [token])]
 
 
-def _parts(total: int, n: int, rng: np.random.Generator) -> list[int]:
-    """n whole numbers of at least 1 with that sum, every such list equally likely."""
+def _partition(total: int, n: int, rng: np.random.Generator) -> list[int]:
+    """Draw n whole numbers of at least 1 with this sum. All such lists are equally likely."""
     cuts = np.sort(rng.choice(total - 1, size=n - 1, replace=False) + 1)
     return np.diff([0, *cuts, total]).tolist()
 
@@ -107,26 +108,24 @@ def collate(
     sep_id: int,
     target_length: int,
 ) -> Batch:
-    """Pairs as one Batch: prefix (B, P), P the longest prefix here; target (B, target_length), always.
+    """Pad the pairs and return one Batch.
 
-    target_length counts the separator slot, so a target has at most target_length - 1 tokens. A fixed width gives the
-    diffusion model no hint of the length of the answer.
-
-    Raises:
-        ValueError: a target too long, named by its example index; or as many examples as pairs are not given.
+    Targets always have target_length tokens, separator included. So the width of the canvas is no
+    hint about the length of the answer.
     """
     if len(pairs) != len(examples):
         raise ValueError(f"collate got {len(pairs)} pairs but {len(examples)} example indices")
-    prefix = np.full((len(pairs), max((len(p) for p, _ in pairs), default=0)), pad_id, dtype=np.int64)  # (B, P)
-    target = np.full((len(pairs), target_length), pad_id, dtype=np.int64)  # (B, T)
-    target[:, 0] = sep_id
-    for row, ((given, wanted), example) in enumerate(zip(pairs, examples)):
-        if len(wanted) > target_length - 1:
+    longest = max((len(prefix) for prefix, _ in pairs), default=0)
+    prefixes = np.full((len(pairs), longest), pad_id, dtype=np.int64)  # (B, P)
+    targets = np.full((len(pairs), target_length), pad_id, dtype=np.int64)  # (B, T)
+    targets[:, 0] = sep_id
+    for row, ((prefix, target), example) in enumerate(zip(pairs, examples)):
+        if len(target) > target_length - 1:
             raise ValueError(
-                f"example {int(example)}: its target has {len(wanted)} tokens, but target_length={target_length} "
-                f"leaves room for {target_length - 1} after the separator"
+                f"example {int(example)}: its target has {len(target)} tokens, but "
+                f"target_length={target_length} leaves room for {target_length - 1}"
             )
-        prefix[row, : len(given)] = given
-        target[row, 1 : 1 + len(wanted)] = wanted
-    index = np.array(examples, dtype=np.int64)  # a copy: from_numpy would share memory with the caller's array
-    return Batch(torch.from_numpy(prefix), torch.from_numpy(target), torch.from_numpy(index))
+        prefixes[row, : len(prefix)] = prefix
+        targets[row, 1 : 1 + len(target)] = target
+    index = np.array(examples, dtype=np.int64)  # a copy: from_numpy shares memory
+    return Batch(torch.from_numpy(prefixes), torch.from_numpy(targets), torch.from_numpy(index))

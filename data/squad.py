@@ -1,106 +1,124 @@
-"""SQuAD v1.1: a question about a paragraph, answered with words of the paragraph (Rajpurkar et al. 2016, 1606.05250).
+"""SQuAD v1.1: answer a question with words of a paragraph (Rajpurkar et al. 2016, 1606.05250).
 
-    python -m data.squad [--source=train-v1.1.json --valid_source=dev-v1.1.json] [--tokenizer=gpt2] [--block_size=512]
+    python -m data.squad [--source=FOLDER] [--tokenizer=gpt2] [--block_size=512]
+    python -m data.squad --source=train-v1.1.json --valid_source=dev-v1.1.json
 
-    question: Who read it? context: Ann read the book.  ->  Ann
+    Ann read the book.\\nQuestion: Who read it?\\nAnswer:  ->   Ann
 
-The prompt is T5's (Raffel et al. 2020, 1910.10683, appendix D), whose lineage the paper stands in; the paper itself
-does not say how it writes SQuAD as text. The target is the first answer. Without flags the official files are fetched;
-of a single file some paragraphs are held out, chosen by a hash, so that no context is on both sides. .json.gz is fine.
-
-A prompt that is too long is left out of the set and counted. It is never cut around the answer: at test time nobody
-knows where that is.
+The question comes after the paragraph, so that a paragraph is read first and can be cached. The
+target is the first answer. By default the official files are downloaded. A folder holds a train and
+a dev file. Of a single file, some paragraphs are held out.
 """
 
-import json
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
-from configurator import configure, run
-from data.sources import Download, SetConfig, is_held_out, local, write_set
-from data.text_file import read_text
+from configurator import configure, run, setting
+from data.sources import SetConfig, is_held_out, local, parse_json, read_text, write_set
 
 SITE = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
-TRAIN = Download(
-    f"{SITE}/train-v1.1.json", 30_288_272, "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955"
-)
-DEV = Download(f"{SITE}/dev-v1.1.json", 4_854_279, "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9")
-VERSION = "1.1"
-KINDS = {str: "text", list: "a list", dict: "an object"}
+TRAIN = f"{SITE}/train-v1.1.json"
+DEV = f"{SITE}/dev-v1.1.json"
+CHECKSUMS = {
+    TRAIN: "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
+    DEV: "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9",
+}
 
 
 @dataclass
 class SquadConfig(SetConfig):
-    source: str = TRAIN.url  # the training file
-    valid_source: str = ""  # the held-out file; "": the official one beside the official training file
-    held_out: float = 0.1  # share of the paragraphs, where source is all there is
-    name: str = "squad"
+    source: str = setting(TRAIN, "the training file, or a folder with train* and dev*", path=True)
+    valid_source: str = setting("", "the held-out file", path=True)
+    held_out: float = setting(0.1, "share of the paragraphs of a single file", above=0, maximum=0.9)
+    name: str = setting("squad", "the data set becomes the folder out/name")
+    target_length: int = setting(
+        25,
+        "tokens with separator; longer answers are left out; 0: 99% fit",
+        minimum=2,
+        zero_ok=True,
+    )
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+
+def find_files(source: str, valid_source: str = "") -> tuple[str, str]:
+    """Return the training and the held-out file. The second is "" if there is none."""
+    if source == TRAIN:
+        return TRAIN, valid_source or DEV
+    folder = Path(source)
+    if not folder.is_dir():
+        return source, valid_source
+    found = [sorted(folder.glob(f"{split}*.json*")) for split in ("train", "dev")]
+    if not all(found):
+        raise ValueError(f"{source}: must hold train*.json and dev*.json (or .json.gz)")
+    return str(found[0][0]), valid_source or str(found[1][0])
 
 
 def read(source: str) -> list[dict]:
-    """The questions of a SQuAD v1.1 file in its order: id, title, context, question, answers, prefix, target.
+    """Return the questions of a file: id, title, context, question, answers, prefix, target.
 
-    Raises ValueError, one line that names the place, for another version, a truncated file or a faulty question.
+    Raises ValueError that names the place of a fault.
     """
-    path = local(source, (TRAIN, DEV))
-    try:
-        whole = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON, or broken off ({error})") from None
-    articles, version = _get(whole, "data", list, path), whole.get("version")
-    if version != VERSION:
-        raise ValueError(f"{path}: SQuAD version {version!r}, this reads {VERSION!r} (train-v1.1.json, dev-v1.1.json)")
-    found = {}
+    path = local(source, CHECKSUMS)
+    content = parse_json(read_text(path), path)
+    examples = {}
+    articles = _get(content, "data", list, path)
+    version = content.get("version")
+    if version != "1.1":
+        raise ValueError(f"{path}: SQuAD version {version!r}, must be '1.1' (train-v1.1.json)")
     for a, article in enumerate(articles):
-        title = _get(article, "title", str, f"{path}, data[{a}]")
-        for p, paragraph in enumerate(_get(article, "paragraphs", list, f"{path}, data[{a}]")):
-            place = f"{path}, data[{a}].paragraphs[{p}]"
-            context = _get(paragraph, "context", str, place)
-            for q, item in enumerate(_get(paragraph, "qas", list, place)):
-                example = _example(item, f"{place}.qas[{q}]") | {"title": title, "context": context}
-                if example["id"] in found:
-                    raise ValueError(f"{place}.qas[{q}]: id {example['id']!r} is there twice")
-                found[example["id"]] = example | {"prefix": prompt(example), "target": example["answers"][0]}
-    if not found:
-        raise ValueError(f"{path}: no questions in it")
-    return list(found.values())
+        place = f"{path}, data[{a}]"
+        title = _get(article, "title", str, place)
+        for p, paragraph in enumerate(_get(article, "paragraphs", list, place)):
+            inner = f"{place}.paragraphs[{p}]"
+            context = _get(paragraph, "context", str, inner)
+            for q, item in enumerate(_get(paragraph, "qas", list, inner)):
+                example = {"title": title, "context": context}
+                example |= _question(item, context, f"{inner}.qas[{q}]")
+                if example["id"] in examples:
+                    raise ValueError(f"{inner}.qas[{q}]: id {example['id']!r} occurs twice")
+                examples[example["id"]] = example
+    if not examples:
+        raise ValueError(f"{path}: has no questions")
+    return list(examples.values())
 
 
-def prompt(example: dict) -> str:
-    """What the model reads: question and context, never the answer."""
-    return f"question: {example['question']} context: {example['context']}"
+def prompt(context: str, question: str) -> str:
+    return f"{context}\nQuestion: {question}\nAnswer:"
 
 
-def _example(item: dict, place: str) -> dict:
-    answers = [_get(answer, "text", str, f"{place}.answers") for answer in _get(item, "answers", list, place)]
-    if not answers:
-        raise ValueError(f"{place}: a question without answers; SQuAD {VERSION} has none")
-    return {"id": _get(item, "id", str, place), "question": _get(item, "question", str, place), "answers": answers}
+def _question(item: dict, context: str, place: str) -> dict:
+    question = _get(item, "question", str, place)
+    answers = _get(item, "answers", list, place)
+    texts = [_get(answer, "text", str, f"{place}.answers") for answer in answers]
+    if not texts:
+        raise ValueError(f"{place}: a question without answers")
+    return {
+        "id": _get(item, "id", str, place),
+        "question": question,
+        "answers": texts,
+        "prefix": prompt(context, question),
+        "target": f" {texts[0]}",
+    }
 
 
 def _get(item: dict, key: str, kind: type, place: str):
     value = item.get(key) if isinstance(item, dict) else None
     if not isinstance(value, kind):
-        raise ValueError(f"{place}: wants {key!r}, {KINDS[kind]}, got {str(value)[:60]}")
+        raise ValueError(f"{place}: {key!r} must be a {kind.__name__}, got {str(value)[:60]}")
     return value
 
 
 def main(argv: list[str]) -> None:
     cfg = configure(SquadConfig, argv)
-    examples = read(cfg.source)
-    valid_source = cfg.valid_source or (DEV.url if cfg.source == TRAIN.url else "")
+    source, valid_source = find_files(cfg.source, cfg.valid_source)
+    train = read(source)
     if valid_source:
-        train, valid = examples, read(valid_source)
+        valid = read(valid_source)
     else:
-        train, valid = [], []
-        for example in examples:
-            (valid if is_held_out(example["context"], cfg.held_out) else train).append(example)
-    write_set(cfg, train, valid, f"python -m data.squad {' '.join(argv)}".rstrip())
+        valid = [e for e in train if is_held_out(e["context"], cfg.held_out)]
+        train = [e for e in train if not is_held_out(e["context"], cfg.held_out)]
+    write_set(cfg, train, valid, shlex.join(["python", "-m", "data.squad", *argv]))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, SquadConfig)

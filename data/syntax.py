@@ -1,33 +1,25 @@
-"""Python text to syntax tree, for text that a model wrote: it may be anything, and it is never run."""
+"""Python text to syntax tree, for text that a model generated. Nothing is run."""
 
 import ast
 import warnings
 
 
 def parse_python(source: str) -> ast.Module | None:
-    """The syntax tree, or None if the text is not Python or too deeply nested for the parser."""
+    """Return the syntax tree, or None if the text is not Python or nested too deeply."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an odd escape such as "\d" is worth a warning to its author, not to us
+        warnings.simplefilter("ignore")  # such as an unknown escape "\d"
         try:
             return ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: a null byte
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: a NUL byte
             return None
 
 
-def dump(tree: ast.AST) -> str | None:
-    """The tree as text without positions: spaces, comments and redundant brackets are gone. None if too deep."""
-    try:
-        return ast.dump(tree)
-    except RecursionError:
-        return None
-
-
 def same_code(one: str, other: str) -> bool:
-    """Whether two programs have the same syntax tree. Text that is not Python equals nothing but itself."""
-    if one == other:
-        return True
-    trees = parse_python(one), parse_python(other)
-    if None in trees:
+    """Compare the syntax trees of two programs. Text that is not Python equals only itself."""
+    trees = [parse_python(one), parse_python(other)]
+    if one == other or None in trees:
+        return one == other
+    try:
+        return ast.dump(trees[0]) == ast.dump(trees[1])
+    except RecursionError:
         return False
-    dumps = [dump(tree) for tree in trees]
-    return None not in dumps and dumps[0] == dumps[1]

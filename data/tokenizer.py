@@ -1,37 +1,54 @@
-"""Text to token ids and back: raw bytes, GPT-2's byte-pair encoding or a tokenizer.json, behind one class.
+"""Convert text to token ids and back.
 
-Reserved ids stand at the end of the vocabulary, so that "ordinary" is one comparison, id < n_ordinary:
+Each vocabulary ends with the reserved ids, so that "ordinary" is one comparison, id < n_ordinary:
 
     0 .. n_ordinary - 1 | pad | sep | mask | sentinel 0, sentinel 1, .. | (end: vocab_size)
 
-Noise draws ordinary ids and pad. Samplers never emit sep, mask or sentinels.
+Noise draws ordinary ids and pad. Samplers never output sep, mask or a sentinel.
 
-A name says which tokenizer it is, in a checkpoint and in a data set alike:
+Checkpoints and data sets store the name of their tokenizer:
 
-    bytes, gpt2                  by heart
-    tokenizer.json@1f3a9c0b2d4e  a file, by the hash of its content; it lies beside the checkpoint and in the set
-    ids-32000-32128              none: a text is ids, as in "1 15043 3186"; 32,000 of them, 32,128 with the reserved
-
-so equal names are equal tokenizers, wherever the files are. To prepare data, a file is given by its path.
+    bytes, gpt2                  built in
+    tokenizer.json@1f3a9c0b2d4e  a file, by the hash of its content. A copy lies next to each
+                                 checkpoint and in each data set that uses it.
+    ids-32000-32128              no tokenizer: a text is a list of ids, such as "1 15043 3186".
+                                 32,000 ordinary ids, 32,128 with the reserved ones.
 """
 
-import difflib
 import functools
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data import tokenizer_json
+from configurator import suggest
 
 FILE = "tokenizer.json"
-MASK_MARK = "▁"  # how a mask shows in decoded text (U+2581), one column wide
+MASK_MARK = "▁"  # a mask in decoded text (U+2581)
+MIN_RESERVED = 32
+MULTIPLE = 128  # matrix products are faster if the vocabulary is a multiple of 128
+# tiktoken fails on about a million spaces in a row: its regular expression overflows.
+LONGEST_SPACES = 100_000
+# How data.bpe cuts a text into words before it merges: GPT-2's rule, for `tokenizers` and tiktoken.
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PATH_HINT = f"a tokenizer is bytes, gpt2, or the path of a {FILE}"
 
 
 class Tokenizer:
-    """One vocabulary. Attributes: name, n_ordinary, vocab_size, pad_id, sep_id, mask_id, n_sentinels, pieces, file."""
+    """One vocabulary.
+
+    Attributes: name, n_ordinary, vocab_size, pad_id, sep_id, mask_id, n_sentinels,
+    pieces (the bytes of each id), file (the text of its tokenizer.json, or "").
+    """
 
     def __init__(
         self,
@@ -41,164 +58,243 @@ class Tokenizer:
         encode_ordinary: Callable[[str], list[int]],
         file: str = "",
     ):
-        """pieces[i] is the bytes of ordinary token i; the ids from len(pieces) to vocab_size are reserved.
-
-        file: the text of the tokenizer.json that this is; whoever writes the name keeps it beside.
-        """
-        self.name, self.n_ordinary, self.vocab_size, self.file = name, len(pieces), vocab_size, file
-        self.pad_id, self.sep_id, self.mask_id = (self.n_ordinary + i for i in range(3))
+        """pieces: the bytes of each ordinary id. The ids from len(pieces) on are reserved."""
+        self.name = name
+        self.n_ordinary = len(pieces)
+        self.vocab_size = vocab_size
+        self.pad_id = self.n_ordinary
+        self.sep_id = self.n_ordinary + 1
+        self.mask_id = self.n_ordinary + 2
         self.n_sentinels = vocab_size - self.mask_id - 1
+        self.file = file
         self._encode_ordinary = encode_ordinary
         marks = ["", "", MASK_MARK, *(f"<{i}>" for i in range(self.n_sentinels))]
         self.pieces = [*pieces, *(mark.encode() for mark in marks)]
-        # A mark is for the eye only: it is no text, so it counts no bytes.
+        # Marks are for the eye only, so they count as 0 bytes of text.
         self._n_bytes = np.array([len(piece) for piece in pieces] + [0] * len(marks))
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary ids of the text. What spells a special token, such as <|endoftext|>, is text like any other.
+        """Return the ordinary ids of the text. A special token in it, such as </s>, is text.
 
-        Raises ValueError on a lone surrogate, which is how Python carries a byte that was not UTF-8.
+        Raises ValueError on a lone surrogate: Python's form of a byte that is not UTF-8.
         """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text is not valid Unicode: lone surrogate at character {error.start}; pass UTF-8"
-            ) from None
+            place = f"lone surrogate at character {error.start}"
+            raise ValueError(f"text is not valid Unicode: {place}; pass UTF-8") from None
         return self._encode_ordinary(text)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids (list, array or 1-d tensor). Bytes that are not UTF-8 become U+FFFD.
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids (list, array or 1-d tensor). Invalid UTF-8 becomes U+FFFD.
 
-        pad and sep -> "", mask -> MASK_MARK, sentinel i -> "<i>". Raises ValueError on an id outside the vocabulary.
+        pad and sep -> "", mask -> MASK_MARK, sentinel i -> "<i>".
         """
-        ids = self._checked(ids)
-        return b"".join([self.pieces[i] for i in ids]).decode("utf-8", errors="replace")
+        pieces = [self.pieces[i] for i in self._checked(ids)]
+        return b"".join(pieces).decode("utf-8", errors="replace")
 
     def piece(self, i: int) -> bytes:
-        """The bytes that one id stands for; they may be text only together with those of its neighbours."""
-        (i,) = self._checked([i])
-        return self.pieces[i]
+        """Return the bytes of one id. A character may need the bytes of several ids."""
+        return self.pieces[self._checked([i])[0]]
 
-    def n_bytes(self, ids: Iterable[int]) -> int:
-        """How many bytes of text the ids stand for; reserved ids count 0. Bits per byte = nats / ln 2 / n_bytes."""
+    def n_bytes(self, ids: Sequence[int]) -> int:
+        """Count the bytes of text. Bits per byte = nats / ln 2 / n_bytes."""
         return int(self._n_bytes[self._checked(ids)].sum())
 
     def sentinel(self, i: int) -> int:
-        """Id of the i-th sentinel, counted from 0. Raises ValueError when there are not so many."""
+        """Return the id of sentinel i, counted from 0."""
         if not 0 <= i < self.n_sentinels:
-            raise ValueError(f"tokenizer {self.name!r} has sentinels 0 to {self.n_sentinels - 1}, got {i}")
+            limit = self.n_sentinels - 1
+            raise ValueError(f"tokenizer {self.name!r} has sentinels 0 to {limit}, got {i}")
         return self.mask_id + 1 + i
 
-    def _checked(self, ids: Iterable[int]) -> list[int]:
-        ids = ids.tolist() if hasattr(ids, "tolist") else [int(i) for i in ids]
-        # Python would read a negative id from the end of the table without a word.
-        if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
-            bad = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise ValueError(f"token id {bad} is outside the vocabulary of {self.name!r}, 0 to {self.vocab_size - 1}")
-        return ids
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        array = np.asarray(ids, dtype=np.int64)
+        outside = (array < 0) | (array >= self.vocab_size)  # Python accepts negative indices
+        if outside.any():
+            limits = f"the vocabulary of {self.name!r}, 0 to {self.vocab_size - 1}"
+            raise ValueError(f"token id {array[outside][0]} is outside {limits}")
+        return array.tolist()
 
 
-def get_tokenizer(name: str, beside: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of that name, or that a tokenizer.json (or a folder with one) at that path is.
+def get_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
+    """Return the tokenizer with this name, or the one in the file or folder at this path.
 
-    beside: the folder where the file of such a name lies, if it was not read before. A file without our reserved ids
-    is read as if it had them. Raises ValueError for another name, or if a file is missing or is not what its name says.
+    folder: where to find the file of a name such as tokenizer.json@1f3a9c0b2d4e.
+    Raises ValueError for an unknown name, a missing file, or a file that does not match its name.
     """
-    if name in TOKENIZERS:
-        return _by_heart(name)
+    if name in BUILT_IN:
+        return _built_in(name)
+    if name in _LOADED:
+        return _LOADED[name]
     if name.startswith(f"{FILE}@"):
-        if name not in _READ and beside is None:
-            raise ValueError(f"tokenizer {name!r} is a file; name it by its path, such as out/run/{FILE}")
-        return _READ[name] if name in _READ else _named_file(Path(beside) / FILE, name)
+        if folder is None:
+            raise ValueError(f"tokenizer {name!r} is a file; give its path, such as out/run/{FILE}")
+        path = Path(folder).expanduser() / FILE
+        tokenizer = _read_file(path)
+        if tokenizer.name != name:
+            raise ValueError(f"{path}: was replaced: it is {tokenizer.name!r}, expected {name!r}")
+        return tokenizer
     ids = re.fullmatch("ids-([0-9]{1,8})-([0-9]{1,8})", name)
     if ids:
-        return _ids(name, *map(int, ids.groups()))
-    path = Path(name) / FILE if Path(name).is_dir() else Path(name)
-    if path.suffix == ".json":
-        return _read_file(path)
-    near = difflib.get_close_matches(name, TOKENIZERS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    known = ", ".join(map(repr, TOKENIZERS))
-    raise ValueError(f"tokenizer must be the path of a {FILE} or one of {known}, got {name!r}{hint}")
+        return _ids(name, int(ids[1]), int(ids[2]))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / FILE
+    if path.suffix != ".json":
+        raise ValueError(f"unknown tokenizer {name!r}{suggest(name, BUILT_IN)}; {PATH_HINT}")
+    return _read_file(path)
 
 
-@functools.cache
-def _by_heart(name: str) -> Tokenizer:
-    return TOKENIZERS[name]()
+def tokenizer_from_json(text: str, source: str) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json. source: where the text is from, for errors."""
+    name = f"{FILE}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    if name not in _LOADED:
+        try:
+            tokenizer = _parse(name, text)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+        # A foreign file gets our reserved ids, and with them another name.
+        _LOADED[name] = _LOADED[tokenizer.name] = tokenizer
+    return _LOADED[name]
 
 
-_READ: dict[str, Tokenizer] = {}  # files by name, which is by content: what was read once need not be found again
-
-
-def _named_file(path: Path, name: str) -> Tokenizer:
-    found = _read_file(path)
-    if found.name != name:
-        raise ValueError(f"{path} is {found.name!r}, wanted is {name!r}: another file has taken its place")
-    return found
+_LOADED: dict[str, Tokenizer] = {}  # files by name: equal names mean equal content
 
 
 def _read_file(path: Path) -> Tokenizer:
-    return from_json(file_text(path), str(path))
-
-
-def file_text(path: Path) -> str:
-    """The text of a tokenizer.json. Raises ValueError where there is none."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        fault = "no such file" if isinstance(error, FileNotFoundError) else "not UTF-8"
-        known = ", ".join(TOKENIZERS)
-        raise ValueError(f"{path}: {fault}; a tokenizer is the path of a {FILE}, or one of {known}") from None
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; {PATH_HINT}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8; {PATH_HINT}") from None
+    return tokenizer_from_json(text, str(path))
 
 
-def from_json(text: str, where: str, rows: int = 0) -> Tokenizer:
-    """The tokenizer of a tokenizer.json; where it lacks our reserved ids they are added, up to `rows` ids or more."""
-    found = tokenizer_json.parse(text, where)
-    if not tokenizer_json.has_reserved(found):
-        text = tokenizer_json.extended(found, tokenizer_json.padded_size(tokenizer_json.n_ids(found), rows))
-    name = f"{FILE}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    if name not in _READ:
-        _READ[name] = Tokenizer(name, *tokenizer_json.read(text, where), text)
-    return _READ[name]
+def _parse(name: str, text: str) -> Tokenizer:
+    """Load one of our own vocabularies with tiktoken, any other with the `tokenizers` package."""
+    try:
+        content = json.loads(text)
+        pieces = _own_pieces(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pieces = []
+    if not pieces:
+        from hf.tokenizer import HFTokenizer
+
+        return HFTokenizer(name, text)
+    import tiktoken
+
+    ranks = {piece: i for i, piece in enumerate(pieces)}
+    encoding = tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
+    vocab_size = len(pieces) + len(content["added_tokens"])
+    return Tokenizer(name, pieces, vocab_size, _in_parts(encoding.encode_ordinary), text)
+
+
+def _own_pieces(content: dict) -> list[bytes]:
+    """Return the bytes of each id of a file that data.bpe wrote. Empty for any other file.
+
+    In such a file ids are merge ranks: the merge of rank r has the id 256 + r.
+    """
+    model = content["model"]
+    vocab = model["vocab"]
+    tokens = sorted(vocab, key=vocab.get)
+    added = content["added_tokens"]
+    own = (
+        [vocab[token] for token in tokens] == [*range(len(tokens))]
+        and set(tokens[:256]) == set(ALPHABET)
+        and ["".join(merge) for merge in model["merges"]] == tokens[256:]
+        and added == reserved_tokens(len(tokens), len(tokens) + len(added))
+        and content["pre_tokenizer"] == BYTE_LEVEL
+        and not (content["normalizer"] or model["dropout"] or model["ignore_merges"])
+    )
+    byte_of = {character: byte for byte, character in enumerate(ALPHABET)}
+    return [bytes(byte_of[c] for c in token) for token in tokens] if own else []
+
+
+def reserved_tokens(n_ordinary: int, vocab_size: int) -> list[dict]:
+    """Return the reserved ids in the form of a tokenizer.json's added_tokens."""
+    names = ["pad", "sep", "mask", *range(vocab_size - n_ordinary - 3)]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [
+        {"id": n_ordinary + i, "content": f"<|ar2diff_{name}|>"} | flags | {"special": True}
+        for i, name in enumerate(names)
+    ]
+
+
+def padded_size(n_ordinary: int, rows: int = 0) -> int:
+    """Return a vocabulary size with room for the reserved ids and for `rows` embeddings."""
+    return -(-max(n_ordinary + MIN_RESERVED, rows) // MULTIPLE) * MULTIPLE
+
+
+def _alphabet() -> str:
+    """Return GPT-2's character for each byte: itself, or from U+0100 on if it is invisible."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return "".join(chr(b if b in visible else 256 + hidden.index(b)) for b in range(256))
+
+
+ALPHABET = _alphabet()
+
+
+def _in_parts(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """Cut runs of more than LONGEST_SPACES spaces before encoding. Other texts are not changed."""
+
+    def encode_parts(text: str) -> list[int]:
+        if len(text) <= LONGEST_SPACES:
+            return encode(text)
+        ids = []
+        start = 0
+        for run in re.finditer(r"\s{1000,}", text):
+            for cut in range(run.start() + LONGEST_SPACES, run.end(), LONGEST_SPACES):
+                ids += encode(text[start:cut])
+                start = cut
+        return ids + encode(text[start:])
+
+    return encode_parts
 
 
 @functools.cache
 def _ids(name: str, n_ordinary: int, vocab_size: int) -> Tokenizer:
-    """Weights without a tokenizer: their ids are all that there is to read and to write."""
+    """Read and write plain ids, for weights without a tokenizer."""
 
     def encode(text: str) -> list[int]:
-        words = text.split()
-        bad = next((word for word in words if not (word.isdecimal() and int(word) < n_ordinary)), None)
-        if bad is not None:
-            raise ValueError(f"tokenizer {name!r} reads token ids, numbers from 0 to {n_ordinary - 1}, got {bad!r}")
-        return [int(word) for word in words]
+        for word in text.split():
+            digits = word.isascii() and word.isdigit() and len(word) < 10
+            if not digits or int(word) >= n_ordinary:
+                limits = f"numbers from 0 to {n_ordinary - 1}"
+                raise ValueError(f"tokenizer {name!r} reads {limits}, got {word[:20]!r}")
+        return [int(word) for word in text.split()]
 
     if vocab_size < n_ordinary + 3:
-        raise ValueError(f"tokenizer {name!r}: no room for pad, separator and mask behind {n_ordinary} ids")
+        raise ValueError(f"tokenizer {name!r}: no room for pad, sep and mask in {vocab_size} ids")
     return Tokenizer(name, [f"{i} ".encode() for i in range(n_ordinary)], vocab_size, encode)
 
 
 def _bytes() -> Tokenizer:
     """Every byte of the UTF-8 text is a token: 256 ordinary ids and 32 reserved."""
-    return Tokenizer("bytes", [bytes([i]) for i in range(256)], 288, lambda text: list(text.encode("utf-8")))
+    pieces = [bytes([i]) for i in range(256)]
+    return Tokenizer("bytes", pieces, 288, lambda text: list(text.encode("utf-8")))
 
 
 def _gpt2() -> Tokenizer:
-    """GPT-2's own 50,257 ids, so that its weights fit, and 47 reserved: 50,304, a multiple of 128, is faster."""
-    try:
-        import tiktoken
-    except ImportError:
-        raise ValueError("tokenizer 'gpt2' needs tiktoken: pip install tiktoken") from None
+    """GPT-2's 50,257 ids, so that its weights fit, and 47 reserved."""
+    import tiktoken
+
     try:
         bpe = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # no network, or a damaged file
         raise ValueError(
-            "tokenizer 'gpt2' could not load GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder with tiktoken's "
-            f"two cached files, or connect to the internet once ({type(error).__name__})"
+            f"cannot load GPT-2's vocabulary ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to "
+            "a folder with tiktoken's two cached files, or connect to the internet once"
         ) from None
     pieces = [bpe.decode_single_token_bytes(i) for i in range(bpe.n_vocab)]
-    return Tokenizer("gpt2", pieces, 50304, bpe.encode_ordinary)
+    return Tokenizer("gpt2", pieces, 50304, _in_parts(bpe.encode_ordinary))
 
 
-TOKENIZERS = {"bytes": _bytes, "gpt2": _gpt2}
+BUILT_IN = {"bytes": _bytes, "gpt2": _gpt2}
+
+
+@functools.cache
+def _built_in(name: str) -> Tokenizer:
+    return BUILT_IN[name]()
