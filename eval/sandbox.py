@@ -1,20 +1,20 @@
 """Run programs that a model wrote, with their tests, each in a process of its own.
 
-A program gets a fresh interpreter with the standard library, an empty folder, an empty environment, no
-input, no open descriptors except the pipes of its judge, no further process or thread, and Limits. As
-root it runs as an unused user. On Linux, if the system allows it, it has no network, sees no other
-process and writes only to its folder. isolation() describes what holds on this machine.
+A program gets a fresh interpreter with the standard library, an empty folder, an empty environment,
+no input, no open descriptors except the pipes of its judge, no second process or thread, and
+Limits. As root it runs as an unused user. On Linux, if the system allows it, it has no network,
+sees no other process and writes only to its folder. isolation() tells what holds on this machine.
 
-A program passes if its judge, another process, reads a random password that comes with the tests and is
-sent back after the last one. An exit status is no pass. Names in modules that the program replaced are
-restored before its tests run.
+A program passes if its judge, another process, reads a random password that comes with the tests
+and is sent back after the last one. An exit status is no pass. Names in modules that the program
+replaced are restored before its tests run.
 
-This contains accidents and simple cheats, not every attacker: a kernel bug or files that everyone may
-read are open to it. Tests in the same process as the program can be fooled by:
+This contains accidents and simple cheats. It is no wall against an attacker with a kernel bug, and
+everyone's files can be read. A program that shares a process with its tests can fool them by:
 
-- an answer whose __eq__ says yes to all, or a program that defines the names its tests use (its own abs)
-- code of the program that runs during the tests or looks at its own caller: it can read the tests and the
-  password from frames and the pipe, and replace what they use
+- an answer whose __eq__ says yes to all, or names that the tests use (its own abs)
+- code that runs during the tests or inspects its caller: it can read tests and password from frames
+  and the pipe, and replace what the tests use
 - a change inside a class or function of the standard library
 - ctypes, which can write anywhere in the process
 
@@ -24,7 +24,6 @@ So look at the programs that passed before you believe a surprising number.
 import ast
 import marshal
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -58,8 +57,10 @@ class Limits:
         for name, value in vars(self).items():
             kinds = (int, float) if name == "seconds" else (int,)
             if type(value) not in kinds or not 0 < value < 1 << 40:
-                kind = "number" if name == "seconds" else "whole number"
-                raise ValueError(f"{name} must be a positive {kind}, got {value!r}")
+                raise ValueError(f"{name} must be a positive {kinds[-1].__name__}, got {value!r}")
+
+
+DEFAULT = Limits()
 
 
 class Outcome(NamedTuple):
@@ -70,12 +71,12 @@ class Outcome(NamedTuple):
     detail: str  # one line: the error or the last line of output
 
 
-def run_tests(program: str, tests: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008
+def run_tests(program: str, tests: str, limits: Limits = DEFAULT) -> Outcome:
     """Run the program, then the tests in its names.
 
-    Statuses: failed (it or a test raised), not_python, timeout (wall clock or CPU), memory, output (too
-    much), exit (before its tests ended), killed (by a signal). Raises ValueError for bad tests, OSError
-    if the sandbox itself does not work.
+    Statuses: failed (it or a test raised), not_python, timeout (wall clock or CPU), memory, output
+    (too much), exit (before its tests ended), killed (by a signal). Raises ValueError for bad
+    tests, OSError if the sandbox itself does not work.
     """
     modules = check_tests(tests)
     if not isinstance(program, str):
@@ -85,7 +86,7 @@ def run_tests(program: str, tests: str, limits: Limits = Limits()) -> Outcome:  
 
 def run_many(
     jobs: Sequence[tuple[str, str]],
-    limits: Limits = Limits(),  # noqa: B008
+    limits: Limits = DEFAULT,
     workers: int = 0,
     progress: bool = True,
 ) -> list[Outcome]:
@@ -104,25 +105,24 @@ def run_many(
 
 
 def isolation() -> str:
-    """Return one sentence on the restrictions of programs on this machine. It starts a program to find out."""
-    facts = _run("", "pass", [], Limits())[1]
+    """Run an empty program and return one sentence on its restrictions."""
+    facts = _run("", "pass", [], DEFAULT)[1]
     user = next((fact[5:] for fact in facts if fact.startswith("user=")), None)
-    refused = [fact[3:] for fact in facts if fact.startswith("no_")]
-    hidden, sealed, filtered = (name in facts for name in ("namespaces", "sealed", "filter"))
+    refused = ", ".join(fact[3:] for fact in facts if fact.startswith("no_"))
+    hidden = "namespaces" in facts
+    anywhere = f"where {'everyone' if user else 'you'} may"
     parts = [
         f"as an unused user ({user})" if user else f"as your own user ({os.getuid()})",
-        "without network" if hidden or filtered else "WITH network",
+        "without network" if hidden or "filter" in facts else "WITH network",
         f"seeing {'no other process (own namespaces)' if hidden else 'other processes'}",
-        "able to write only to an empty folder in memory"
-        if sealed
-        else f"able to write where {'everyone' if user else 'you'} may",
-        f"limits refused by the system: {', '.join(refused)}" if refused else "all limits set",
+        f"writing {'only to an empty folder in memory' if 'sealed' in facts else anywhere}",
+        f"without the limits {refused}" if refused else "with all limits",
     ]
     return f"sandbox: programs run {', '.join(parts)}"
 
 
 def check_tests(tests: str) -> list[str]:
-    """Return the modules that the tests import. Raises ValueError if they are empty or no Python."""
+    """Return the modules that the tests import. Raises ValueError for empty or invalid tests."""
     if not isinstance(tests, str):
         raise ValueError(f"the tests must be text, got {type(tests).__name__}")
     try:
@@ -140,20 +140,17 @@ def check_tests(tests: str) -> list[str]:
     return modules
 
 
-def _run(program: str, tests: str, modules: list[str], limits: Limits) -> tuple[Outcome, list[str]]:
+def _run(program: str, tests: str, modules: list, limits: Limits) -> tuple[Outcome, list[str]]:
     """Return the outcome and the restrictions in force."""
     if not hasattr(os, "fork"):
         raise ValueError("programs can only be contained on Linux or macOS; use WSL on Windows")
-    parent = tempfile.mkdtemp(
-        prefix="program-"
-    )  # ours, so that a program cannot replace its folder
+    parent = tempfile.mkdtemp(prefix="program-")  # the program cannot replace a folder in it
     try:
         os.chmod(parent, 0o711)
         folder = os.path.join(parent, "folder")
         os.mkdir(folder)
-        output, errors, late = _communicate(
-            marshal.dumps((program, tests, modules)), limits, folder
-        )
+        job = marshal.dumps((program, tests, modules))
+        output, errors, late = _start_judge(job, limits, folder)
     finally:
         _remove(parent)
     first, _, rest = output.decode(errors="replace").partition("\n")
@@ -163,21 +160,21 @@ def _run(program: str, tests: str, modules: list[str], limits: Limits) -> tuple[
         reason = reason or f"no answer within {START_SECONDS} s"
         raise OSError(f"the sandbox does not work here: {_line(reason)}")
     if not status:
-        status, detail = (
-            ("timeout", "stopped its judge") if late else ("killed", "killed its judge")
-        )
+        status = "timeout" if late else "killed"
+        detail = "its judge was stopped or killed"
     return Outcome(status == "passed", status, _line(detail)), first.split()[1:]
 
 
-def _communicate(job: bytes, limits: Limits, folder: str) -> tuple[bytes, bytes, bool]:
+def _start_judge(job: bytes, limits: Limits, folder: str) -> tuple[bytes, bytes, bool]:
     """Return stdout and stderr of the judge, and whether it had to be stopped."""
     command = [sys.executable, "-s", "-S", "-B", str(CHILD), *map(str, astuple(limits))]
     # PYTHONHASHSEED: sets have one order, so a program has one verdict.
     env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
-    env |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    if "LD_LIBRARY_PATH" in os.environ:
+        env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    late = False
     with subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes) as child:
-        late = False
         try:
             output, errors = child.communicate(job, timeout=limits.seconds + START_SECONDS)
         except subprocess.TimeoutExpired:

@@ -2,11 +2,11 @@
 
     python -s -S -B sandbox_child.py SECONDS CPU_SECONDS MEMORY_MB OUTPUT_BYTES FILE_BYTES < job
 
-It consists of two processes. The judge isolates itself and forks the player. Only then it reads the
-job, so that the player's memory never holds the tests while the program runs. The player confines
-itself, runs the program and restores what the program may have replaced. Then it asks for the tests
-with one password and reports success with another one. The judge prints the restrictions in force,
-then the verdict. Nothing that costs milliseconds is imported: this file starts once a program.
+It is a judge, which isolates itself and forks a player. Only then the judge reads the job, so the
+player's memory never holds the tests while the program runs. The player confines itself, runs the
+program, restores what the program may have replaced, and asks for the tests with a password. It
+reports success with a second password, which comes with the tests. The judge prints the
+restrictions in force, then the verdict. Imports that cost milliseconds are avoided.
 """
 
 import marshal
@@ -14,37 +14,20 @@ import os
 import sys
 import time
 
-# Constants of Linux (sched.h, mount.h, prctl.h, capability.h), which the os module lacks.
-NEW_MOUNTS = 0x20000
-NEW_IPC = 0x8000000
-NEW_USER = 0x10000000
-NEW_PIDS = 0x20000000
-NEW_NETWORK = 0x40000000
-PRIVATE_RECURSIVE = 0x44000
-NO_SUID_DEVICES_EXEC = 2 | 4 | 8
-MOUNT_SETATTR = 442  # this system call has one number on all machines
-CURRENT_FOLDER = -100
-RECURSIVE = 0x8000
-PARENT_DEATH_SIGNAL = 1
-DUMPABLE = 4
-SET_FILTER = 22
-NO_NEW_PRIVILEGES = 38
-CAPABILITY_VERSION = 0x20080522
-
-# Refused system calls, by machine. First its number in linux/audit.h, then the numbers of: socket, kill, tkill,
-# tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, ptrace, process_vm_readv, process_vm_writev, prctl,
-# pidfd_send_signal, io_uring_setup.
+# Refused system calls, by machine. First its number in linux/audit.h, then the numbers of socket,
+# kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, ptrace, process_vm_readv,
+# process_vm_writev, prctl, pidfd_send_signal, io_uring_setup.
 CALLS = {
     "x86_64": (0xC000003E, [41, 62, 200, 234, 129, 297, 101, 310, 311, 157, 424, 425]),
     "aarch64": (0xC00000B7, [198, 129, 130, 131, 138, 240, 117, 270, 271, 167, 424, 425]),
 }
+PARENT_DEATH_SIGNAL, DUMPABLE, SET_FILTER, NO_NEW_PRIVILEGES = 1, 4, 22, 38  # of prctl(2)
 CLIP = 4000  # bytes of an answer; a pipe never splits a write below 4,096 bytes
-UNUSED_USERS = 1_900_000_000  # plus a process id: user ids that no system gives out
-UNUSED_USERS_16_BIT = 40_000  # the same for containers with 65,536 user ids
+UNUSED_USERS = (1_900_000_000, 40_000)  # plus a process id; the second if user ids have 16 bits
 
 
 def main(argv: list[str]) -> None:
-    """Judge one program."""
+    """Judge one program. Ends by killing its process group."""
     seconds = float(argv[0])
     cpu, memory, output, size = map(int, argv[1:])
     facts = isolate(size)
@@ -56,8 +39,8 @@ def main(argv: list[str]) -> None:
     if player == 0:
         try:
             facts += confine(down_read, up_write, out_write, judge_id, "namespaces" in facts)
-            limits = dict(CPU=cpu, AS=memory << 20, FSIZE=size, NPROC=1, NOFILE=64, CORE=0)
-            facts += set_limits(limits) + refuse_calls(load_libc())
+            facts += set_limits(CPU=cpu, AS=memory << 20, FSIZE=size, NPROC=1, NOFILE=64, CORE=0)
+            facts += refuse_calls(CALLS.get(os.uname().machine))
             os.write(up_write, " ".join(["ready", *facts]).encode() + b"\n")
         except BaseException as error:
             os.write(up_write, f"{type(error).__name__}: {error}".encode()[:CLIP])
@@ -71,7 +54,7 @@ def main(argv: list[str]) -> None:
     os.write(1, ready)
     status, detail = judge(player, down, up, out, seconds, cpu, output)
     os.write(1, f"{status}\n{detail}".encode(errors="replace"))
-    os.killpg(0, 9)  # this process too
+    os.killpg(0, 9)
 
 
 def isolate(size: int) -> list[str]:
@@ -85,31 +68,31 @@ def isolate(size: int) -> list[str]:
     write_file("/proc/self/oom_score_adj", "1000")  # the first to go if the machine lacks memory
     facts = []
     user, group = os.geteuid(), os.getegid()
-    flags = NEW_MOUNTS | NEW_IPC | NEW_PIDS | NEW_NETWORK | (NEW_USER if user else 0)
-    if libc.unshare(flags) == 0:
+    mounts, ipc, new_user, pids, network = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+    if libc.unshare(mounts | ipc | pids | network | (new_user if user else 0)) == 0:
         facts.append("namespaces")
         if user:  # an ordinary user is allowed the rest in a user namespace
             write_file("/proc/self/setgroups", "deny")
             write_file("/proc/self/uid_map", f"{user} {user} 1")
             write_file("/proc/self/gid_map", f"{group} {group} 1")
-        libc.mount(None, b"/", None, PRIVATE_RECURSIVE, None)
+        libc.mount(None, b"/", None, 0x44000, None)  # private, recursive
         read_only = (1).to_bytes(8, sys.byteorder) + bytes(24)  # struct mount_attr
-        at_root = (CURRENT_FOLDER, b"/", RECURSIVE, read_only, len(read_only))
-        sealed = libc.syscall(MOUNT_SETATTR, *at_root) == 0
-        folder = os.fsencode(os.getcwd())
+        # mount_setattr(2) has the number 442 on all machines.
+        sealed = libc.syscall(442, -100, b"/", 0x8000, read_only, len(read_only)) == 0
+        folder = os.getcwd()
         options = f"size={size},nr_inodes=1024,mode=0777".encode()
-        sealed &= libc.mount(b"tmpfs", folder, b"tmpfs", NO_SUID_DEVICES_EXEC & ~8, options) == 0
+        sealed &= libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 2 | 4, options) == 0
         os.chdir(folder)  # into the new file system
         facts += ["sealed"] * sealed
     libc.prctl(PARENT_DEATH_SIGNAL, 9)
-    libc.prctl(DUMPABLE, 0)  # a process of the same user cannot read our memory
+    libc.prctl(DUMPABLE, 0)  # processes of the same user cannot read our memory
     return facts
 
 
 def confine(down: int, up: int, out: int, judge_id: int, namespaces: bool) -> list[str]:
-    """Drop files, environment and privileges. Returns "user=ID" if the process changed its user."""
-    if namespaces:  # show the processes of this namespace only
-        load_libc().mount(b"proc", b"/proc", b"proc", NO_SUID_DEVICES_EXEC, None)
+    """Drop files, environment and privileges. Returns "user=ID" if the user changed."""
+    if namespaces:  # show the processes of this namespace only; no suid, devices, exec
+        load_libc().mount(b"proc", b"/proc", b"proc", 2 | 4 | 8, None)
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd, source in enumerate((nothing, out, out)):
         os.dup2(source, fd)
@@ -125,13 +108,14 @@ def confine(down: int, up: int, out: int, judge_id: int, namespaces: bool) -> li
         libc = load_libc()
         libc.prctl(PARENT_DEATH_SIGNAL, 9)  # again: a change of user resets it
         libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-        libc.capset(CAPABILITY_VERSION.to_bytes(4, sys.byteorder) + bytes(4), bytes(24))
+        libc.capset((0x20080522).to_bytes(4, sys.byteorder) + bytes(4), bytes(24))
     return facts
 
 
 def drop_user(judge_id: int) -> list[str]:
-    """Become a user that owns nothing but the working folder. Changes nothing if root is the only user."""
-    for user in (UNUSED_USERS + judge_id, UNUSED_USERS_16_BIT + judge_id % 20_000):
+    """Become an unused user. Changes nothing if root is the only user."""
+    for first in UNUSED_USERS:
+        user = first + judge_id % 20_000
         try:
             os.chown(".", user, user)
             os.setgroups([])
@@ -158,30 +142,28 @@ def keep_library(folders: dict[str, int]) -> None:
             module.__path__ = [os.path.join(opened.get(parent, parent), name)]
 
 
-def refuse_calls(libc, calls: tuple[int, list[int]] | None = None) -> list[str]:
-    """Let the kernel refuse system calls of this process, see seccomp(2). Returns ["filter"] if it does."""
-    calls = calls or (CALLS.get(os.uname().machine) if sys.platform == "linux" else None)
-    if calls is None or sys.maxsize < 1 << 32:
+def refuse_calls(calls: tuple[int, list[int]] | None) -> list[str]:
+    """Let the kernel refuse system calls, see seccomp(2). Returns ["filter"] if it does."""
+    if calls is None or sys.platform != "linux" or sys.maxsize < 1 << 32:
         return []
     import ctypes
     import struct
 
     machine, numbers = calls
-    load, equal, greater_equal, end = 0x20, 0x15, 0x35, 0x06
+    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06
     allow, refuse = 0x7FFF0000, 0x50001  # refuse: EPERM
-    # Fields of an instruction: what, steps to skip if true, steps to skip if false, value.
-    check_machine = [(load, 0, 0, 4), (equal, 1, 0, machine), (end, 0, 0, refuse)]
-    other_numbers = [(load, 0, 0, 0), (greater_equal, 0, 1, 0x40000000), (end, 0, 0, refuse)]
-    steps = check_machine + other_numbers
+    # An instruction: what, steps to skip if true, steps to skip if false, value.
+    steps = [(load, 0, 0, 4), (equal, 1, 0, machine), (end, 0, 0, refuse)]
+    steps += [(load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (end, 0, 0, refuse)]  # x32 calls
     for number in numbers:
         steps += [(equal, 0, 1, number), (end, 0, 0, refuse)]
     steps.append((end, 0, 0, allow))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     program = struct.pack("HP", len(steps), ctypes.addressof(code))
-    return ["filter"] if libc.prctl(SET_FILTER, 2, program, 0, 0) == 0 else []
+    return ["filter"] if load_libc().prctl(SET_FILTER, 2, program, 0, 0) == 0 else []
 
 
-def set_limits(limits: dict[str, int]) -> list[str]:
+def set_limits(**limits: int) -> list[str]:
     """Set resource limits, never above the present ones. Returns no_NAME for each refused one."""
     import resource
 
@@ -189,16 +171,17 @@ def set_limits(limits: dict[str, int]) -> list[str]:
     for name, value in limits.items():
         try:
             kind = getattr(resource, f"RLIMIT_{name}")
-            hard = resource.getrlimit(kind)[1]
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(kind, (value, value))
+            top = resource.getrlimit(kind)[1]
+            hard = value + (name == "CPU")  # the first process of a namespace only ends at this one
+            hard = hard if top == resource.RLIM_INFINITY else min(hard, top)
+            resource.setrlimit(kind, (min(value, hard), hard))
         except (AttributeError, OSError, ValueError):
             refused.append(f"no_{name}")
     return refused
 
 
 def judge(player, down, up, out, seconds, cpu, output) -> tuple[str, str]:
-    """Send the program, then the tests, to the player. Return (status, detail); the player is dead then."""
+    """Send the program, then the tests, to the player. Return (status, detail)."""
     import select
 
     program, tests, modules = marshal.load(sys.stdin.buffer)
@@ -206,51 +189,46 @@ def judge(player, down, up, out, seconds, cpu, output) -> tuple[str, str]:
     send(down, (program, modules, passwords[0]))
     deadline = time.monotonic() + seconds
     answer = printed = b""
-    printed_bytes = 0
-    stage = 0
+    n_printed = 0
+    tests_sent = late = False
     ended = (0, 0, None)
-    reason = ""
     poll = select.poll()
     poll.register(up, select.POLLIN)
     poll.register(out, select.POLLIN)
-    while not (ended[0] or reason or answer.endswith(b"\n")):
+    while not (ended[0] or late or n_printed > output or answer.endswith(b"\n")):
         ended = os.wait4(player, os.WNOHANG)  # before reading, so that the last output is read
         for fd, _ in poll.poll(50):  # milliseconds
             chunk = os.read(fd, 65536)
             if not chunk:
                 poll.unregister(fd)
             elif fd == up:
-                answer += chunk
+                answer = (answer + chunk)[: 2 * CLIP]
             else:
                 printed = (printed + chunk)[-CLIP:]
-                printed_bytes += len(chunk)
-        if stage == 0 and answer == passwords[0].encode() + b"\n":  # the program has run
+                n_printed += len(chunk)
+        if not tests_sent and answer == passwords[0].encode() + b"\n":  # the program has run
             answer = b""
-            stage = 1
+            tests_sent = True
             send(down, (tests, passwords[1]))
-        if printed_bytes > output:
-            reason = "output"
-        elif len(answer) > 2 * CLIP:
-            reason = "failed"
-        elif time.monotonic() > deadline:
-            reason = "timeout"
+        late = time.monotonic() > deadline or len(answer) == 2 * CLIP
     if not ended[0]:
         os.kill(player, 9)
         ended = os.wait4(player, 0)
-    if not reason and stage == 1 and answer == passwords[1].encode() + b"\n":
-        return "passed", ""
     last_line = printed.decode(errors="replace").strip().rpartition("\n")[2]
-    if reason == "output":
-        return reason, f"wrote more than {output} bytes"
-    if reason == "timeout":
-        return reason, last_line or f"ran for {seconds:g} s"
+    if n_printed > output:
+        return "output", f"wrote more than {output} bytes"
+    if late and len(answer) < 2 * CLIP:
+        return "timeout", last_line or f"ran for {seconds:g} s"
+    if tests_sent and answer == passwords[1].encode() + b"\n":
+        return "passed", ""
     return why(answer.decode(errors="replace"), ended, last_line, cpu)
 
 
 def why(answer: str, ended: tuple, last_line: str, cpu: int) -> tuple[str, str]:
-    """Return (status, detail) of a program that failed or ended by itself. ended: the result of wait4."""
+    """Return (status, detail) of a program that failed. ended: the result of wait4."""
     _, code, usage = ended
-    if os.WIFSIGNALED(code) and usage.ru_utime + usage.ru_stime >= 0.9 * cpu:
+    used = usage.ru_utime + usage.ru_stime
+    if os.WIFSIGNALED(code) and (os.WTERMSIG(code) == 24 or used >= cpu):  # SIGXCPU
         return "timeout", last_line or f"used {cpu} s of CPU"
     status, _, detail = answer.partition(" ")
     if status in ("failed", "memory", "exit", "not_python"):
@@ -265,7 +243,7 @@ def why(answer: str, ended: tuple, last_line: str, cpu: int) -> tuple[str, str]:
 def play(down: int, up: int) -> None:
     """Run the program, then the tests in its names.
 
-    The names needed after the program are local, because the program may replace all others.
+    All names needed after the program are local, because the program may replace the others.
     """
     write, leave, untrace, unprofile = os.write, os._exit, sys.settrace, sys.setprofile
     no_memory, anything = MemoryError, BaseException
@@ -308,15 +286,16 @@ def play(down: int, up: int) -> None:
 
 
 def describe(error: BaseException, stage: str) -> bytes:
-    """Return the answer for an exception: the status, the error, and the line of the tests."""
+    """Return the answer for an exception: the status, the error, the line of the tests."""
     try:
         text = f"{type(error).__name__}: {error}".strip(": ")
         if isinstance(error, SystemExit) and stage == "failed":
-            stage, text = "exit", f"{text} before its tests ended"
-        trace, line = error.__traceback__, 0
+            stage = "exit"
+        trace = error.__traceback__
+        line = 0
         while trace:
-            in_tests = trace.tb_frame.f_code.co_filename == "<tests>"
-            line = trace.tb_lineno if in_tests else line
+            if trace.tb_frame.f_code.co_filename == "<tests>":
+                line = trace.tb_lineno
             trace = trace.tb_next
         text += f" (line {line} of the tests)" if line else ""
         return f"{stage} {text}".replace("\n", " ").encode(errors="replace")[:CLIP] + b"\n"
