@@ -1,10 +1,11 @@
-"""Self-speculation: one set of weights drafts the whole target at once and checks it from left to right.
+"""Self-speculative decoding: one set of weights drafts the whole target at once and verifies it.
 
-Under the bidirectional mask the network rewrites a canvas, as diffusion.generate does; under the causal mask one call
-says of every slot what AR decoding would write there. What agrees, from the left, is kept, and the first slot that
-does not gets AR's own token: at least one token a round, and the text is AR's. At a temperature it is drawn from AR's
-distribution, exactly (speculative sampling, Leviathan et al., arXiv 2211.17192, section 2.3). Train for both masks with
-ar_weight. Lay it beside autoregressive.py: same verbs.
+With bidirectional attention the network rewrites a canvas, as in diffusion.generate. With causal
+attention one call predicts what AR decoding would write at each slot. Tokens are accepted from the
+left as long as both agree, and the first other one is replaced by AR's. So each round adds at least
+one token, and the text is AR's. At a temperature it is drawn exactly from AR's distribution
+(speculative sampling, Leviathan et al., arXiv 2211.17192, section 2.3). Train for both masks with
+ar_loss_weight.
 """
 
 import math
@@ -15,24 +16,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from device import Late
-from diffusion import readout, soft_estimate
-from draws import ACCEPT, CANVAS, SAMPLE, Draws, Generated, draw_tokens, draws_for, forbidden_ids, noise_tokens
-from samplers import nll
+from configurator import setting, validate
+from diffusion import align_logits, expected_embedding, sample_noise
+from infra.logits import GenerateOutput, banned_token_ids, draw_tokens, token_nll
+from infra.rng import ACCEPT, CANVAS, SAMPLE, CounterRNG, make_rng
+from model import split_prompt
 
 
 @dataclass
 class SamplerConfig:
-    """How a draft is made, and what it is checked against."""
+    """How a draft is written and which distribution it is verified against."""
 
-    temperature: float = 0.0  # of the draft and of the AR distribution it is checked against; 0: greedy
-    draft_steps: int = 2  # diffusion calls before the first check; one before each later check, which knows more
+    temperature: float = setting(
+        0.0, "of the draft and of the AR distribution; 0: greedy", minimum=1e-3, zero_ok=True
+    )
+    draft_steps: int = setting(2, "diffusion calls before the first check; later 1", (), 1, 16)
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if not 1 <= self.draft_steps <= 16:
-            raise ValueError(f"draft_steps must be 1 to 16, got {self.draft_steps}")
+        validate(self)
 
 
 @torch.no_grad()
@@ -43,83 +44,125 @@ def generate(
     seed: int = 0,
     example: Tensor | None = None,
     on_step: Callable | None = None,
-) -> Generated:
-    """What autoregressive.generate says after each prefix (B, P), in fewer network calls. Each is over all slots.
+) -> GenerateOutput:
+    """Return autoregressive.generate's text for each prefix (B, P), in fewer network calls.
 
-    Equal but for rounding: where two tokens are likeliest to the last bit, several positions read at once may choose
-    the other. score: that of the AR reading. calls: drafts and checks of the row.
-    example (B,): names of the rows, which key their draws with the seed; 0 .. B - 1 by default.
-    on_step: as diffusion.denoise calls it, after each draft and each check.
-    Raises ValueError where the model cannot read its target both ways.
+    The text may differ if two tokens are equally likely up to rounding. score: of the AR model.
+    calls: drafts and checks of the row. example: see autoregressive.generate.
+    on_step: see diffusion.denoise; called after each draft and each check.
     """
-    m, S, device = model.cfg, model.cfg.target_length - 1, prefix.device
-    _check_model(m)
-    rows, slot = torch.arange(len(prefix), device=device), torch.arange(S, device=device)
-    draws = draws_for(seed, rows if example is None else example)
-    cache, forbidden = model.encode(prefix, room=m.target_length), forbidden_ids(m, device)
-    closed = torch.zeros(S + 1, S + 1, dtype=torch.bool, device=device)  # no edge beside the causal ones
-    canvas = noise_tokens(draws.uniform(CANVAS, S)[0], m)  # (R, S)
-    written, loss = torch.zeros_like(rows), torch.zeros(len(rows), device=device)  # (R,) slots that are text, their NLL
-    tokens, score, calls = torch.full_like(canvas, m.pad_id), torch.zeros_like(loss), torch.zeros_like(rows)
-    moving, left, estimate, step = rows >= 0, Late(), None, 0  # (R,): texts that have not ended
-    show = on_step or (lambda *_: None)
-    show(step, canvas, None, rows)
+    model_cfg = model.cfg
+    _check_model(model_cfg)
+    S = model_cfg.target_length - 1
+    rows = torch.arange(len(prefix), device=prefix.device)  # (B,)
+    slot = torch.arange(S, device=prefix.device)
+    rng = make_rng(seed, rows if example is None else example)
+    prefix, start = split_prompt(prefix, model_cfg)
+    cache = model.encode(prefix, reserve=model_cfg.target_length)
+    drafter = Drafter(model, cache, start, cfg.temperature)
+    canvas = sample_noise(rng.uniform(CANVAS, S)[0], model_cfg)  # (B, S)
+    length = torch.zeros_like(rows)  # slots that are verified
+    active = torch.ones_like(rows, dtype=torch.bool)
+    calls = torch.zeros_like(rows)
+    loss = torch.zeros(len(rows), device=rows.device)
+    step = 0
+
+    def report(logits):
+        if on_step is not None:
+            on_step(step, canvas, logits, torch.where(active, rows, -1))
+
+    report(None)
     for turn in range(S):
-        draws, free = draws.at(turn), slot >= written[:, None]  # (R, S)
+        turn_rng = rng.fold_in(turn)
+        is_open = active[:, None] & (slot >= length[:, None])  # (B, S); a finished row is frozen
         drafts = 1 if turn else cfg.draft_steps
         for k in range(drafts):
-            guess = readout(model.decode(cache, _behind_separator(canvas, m), estimate=estimate), m.shift)
-            estimate = soft_estimate(model, guess) if m.self_conditioning else None
-            guess = guess.float().index_fill_(-1, forbidden, -math.inf)  # (R, S, V)
-            drawn = draw_tokens(guess, cfg.temperature, draws.uniform(SAMPLE, S, k)[0])
-            canvas, step = torch.where(free, drawn, canvas), step + 1
-            show(step, canvas, guess, torch.where(moving, rows, -1))
-        logits = model.decode(cache, _behind_separator(canvas, m), opened=closed)[:, :-1]
-        logits = logits.float().index_fill_(-1, forbidden, -math.inf)  # (R, S, V)
-        canvas, end = check(canvas, written, guess, logits, cfg.temperature, draws)
-        calls[rows] += (drafts + 1) * moving
+            drawn = drafter.draft(canvas, turn_rng.uniform(SAMPLE, S, k)[0])
+            canvas = torch.where(is_open, drawn, canvas)
+            step += 1
+            report(drafter.logits)
+        logits = drafter.causal_logits(canvas)  # (B, S, V)
+        verified, end = verify_draft(
+            canvas, length, drafter.logits, logits, cfg.temperature, turn_rng
+        )
+        canvas = torch.where(active[:, None], verified, canvas)
+        length = torch.where(active, end, length)
+        calls += (drafts + 1) * active
         step += 1
-        show(step, canvas, logits, torch.where(moving, rows, -1))
+        report(logits)
 
-        pads = (canvas == m.pad_id) & (slot < end[:, None])
-        text = (slot < end[:, None]) & (pads.cumsum(1) - pads.long() == 0)  # (R, S) up to and with the first pad
-        loss = loss + nll(logits, canvas).masked_fill(~(text & free), 0.0).sum(1)
-        leaving = moving & (pads.any(1) | (end == S))
-        tokens[rows] = torch.where(leaving[:, None], torch.where(text, canvas, m.pad_id), tokens[rows])
-        score[rows] = torch.where(leaving, loss / text.sum(1), score[rows])
-        moving, written = moving & ~leaving, end
-        n = left.read(moving.sum())
-        if n == 0:
+        is_pad = (canvas == model_cfg.pad_id) & (slot < length[:, None])
+        pads_before = is_pad.cumsum(1) - is_pad.long()
+        is_text = (slot < length[:, None]) & (pads_before == 0)  # including the first pad
+        loss += token_nll(logits, canvas).masked_fill(~(is_text & is_open), 0.0).sum(1)
+        active = active & ~is_pad.any(1) & (length < S)
+        if not active.any():
             break
-        size = 1 << (n - 1).bit_length() if n else len(rows)  # as diffusion.denoise shrinks its batch
-        if size < len(rows):
-            stay = (~moving).int().argsort(stable=True)[:size]
-            draws, cache, estimate = draws.rows(stay), cache.rows(stay), None if estimate is None else estimate[stay]
-            rows, moving, canvas, written, loss = (part[stay] for part in (rows, moving, canvas, written, loss))
-    return Generated(tokens, score, calls)
+    tokens = torch.where(is_text, canvas, model_cfg.pad_id)
+    return GenerateOutput(tokens, loss / is_text.sum(1), calls)
 
 
-def check(
-    draft: Tensor, written: Tensor, guess: Tensor, logits: Tensor, temperature: float, draws: Draws
+class Drafter:
+    """The two ways to read a canvas after one cached prefix. logits: those of the last draft."""
+
+    def __init__(self, model, cache, start: Tensor, temperature: float):
+        self.model = model
+        self.cache = cache
+        self.start = start  # (B, 1) slot 0 of the target
+        self.temperature = temperature
+        self.banned = banned_token_ids(model.cfg, start.device)
+        self.self_cond: Tensor | None = None
+        self.logits: Tensor | None = None
+
+    def draft(self, canvas: Tensor, uniform: Tensor) -> Tensor:
+        """Return a new token for each slot (B, S), drawn from the diffusion model."""
+        model_cfg = self.model.cfg
+        target = torch.cat([self.start, canvas], dim=1)
+        logits = self.model.decode(self.cache, target, self_cond=self.self_cond)
+        logits = align_logits(logits, model_cfg.shift)
+        if model_cfg.self_conditioning:
+            self.self_cond = expected_embedding(self.model, logits)
+        self.logits = logits.float().index_fill(-1, self.banned, -math.inf)
+        return draw_tokens(self.logits, self.temperature, uniform)
+
+    def causal_logits(self, canvas: Tensor) -> Tensor:
+        """Return AR's logits (B, S, V) of each slot, given the canvas before it."""
+        target = torch.cat([self.start, canvas], dim=1)
+        logits = self.model.decode(self.cache, target, attention="causal")[:, :-1]
+        return logits.float().index_fill(-1, self.banned, -math.inf)
+
+
+def verify_draft(
+    draft: Tensor,
+    length: Tensor,
+    draft_logits: Tensor,
+    logits: Tensor,
+    temperature: float,
+    rng: CounterRNG,
 ) -> tuple[Tensor, Tensor]:
-    """(draft (R, S) with the first refused token replaced, slots (R,) that are text now).
+    """Return the draft (B, S) with its first rejected token replaced, and the new lengths (B,).
 
-    guess (R, S, V): the logits that the slots behind the first `written` (R,) were drawn from, one by one: q.
-    logits (R, S, V): AR's, each given the draft before its slot: p. A token stays with probability min(1, p / q); the
-    first that goes is drawn again from what p has more than q, max(p - q, 0) normalised, which makes each slot's
-    distribution p. At temperature 0 both are sure: what is not AR's likeliest token goes, and that token comes.
+    The first `length` slots are verified already. The others were drawn from q, the softmax of
+    draft_logits (B, S, V); AR's p is that of logits (B, S, V). A token is accepted with probability
+    min(1, p / q). The first rejected one is drawn again from max(p - q, 0), normalised, so that its
+    distribution is p. At temperature 0, tokens that equal AR's argmax are accepted.
     """
-    p, q = _probabilities(logits, temperature), _probabilities(guess, temperature)  # (R, S, V)
-    chance, value = draws.uniform(ACCEPT, draft.shape[1])
-    slot, row = torch.arange(draft.shape[1], device=draft.device), torch.arange(len(draft), device=draft.device)
-    of_p, of_q = (share.gather(-1, draft[..., None])[..., 0] for share in (p, q))  # (R, S)
-    kept = (chance * of_q < of_p) | (slot < written[:, None])
-    end = kept.long().cumprod(1).sum(1)  # (R,) where the first refused token stands; S: there is none
-    at = end.clamp(max=len(slot) - 1)
-    more = (p[row, at] - q[row, at]).clamp(min=0)  # (R, V)
-    more = torch.where(more.sum(1, keepdim=True) > 0, more, p[row, at])  # by rounding p may have nowhere more
-    own = draw_tokens(more.log()[:, None], 1.0, value[row, at, None])  # (R, 1)
-    return torch.where(slot == end[:, None], own, draft), (end + 1).clamp(max=len(slot))
+    S = draft.shape[1]
+    slot = torch.arange(S, device=draft.device)
+    row = torch.arange(len(draft), device=draft.device)
+    p = _probabilities(logits, temperature)  # (B, S, V)
+    q = _probabilities(draft_logits, temperature)
+    chance, value = rng.uniform(ACCEPT, S)  # 2 x (B, S)
+    p_draft = p.gather(-1, draft[..., None])[..., 0]  # (B, S)
+    q_draft = q.gather(-1, draft[..., None])[..., 0]
+    accepted = (chance * q_draft < p_draft) | (slot < length[:, None])
+    end = accepted.long().cumprod(1).sum(1)  # (B,) the first rejected slot; S: none
+    at = end.clamp(max=S - 1)
+    residual = (p[row, at] - q[row, at]).clamp(min=0)  # (B, V)
+    # By rounding, p may exceed q nowhere.
+    residual = torch.where(residual.sum(1, keepdim=True) > 0, residual, p[row, at])
+    redrawn = draw_tokens(residual.log()[:, None], 1.0, value[row, at, None])  # (B, 1)
+    return torch.where(slot == end[:, None], redrawn, draft), (end + 1).clamp(max=S)
 
 
 def _probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -128,18 +171,11 @@ def _probabilities(logits: Tensor, temperature: float) -> Tensor:
     return (logits / temperature).softmax(-1)
 
 
-def _behind_separator(canvas: Tensor, m) -> Tensor:
-    return F.pad(canvas, (1, 0), value=m.sep_id)  # (R, T)
-
-
-def _check_model(m) -> None:
-    """Raise ValueError, one line, where the two masks would not read the same slots."""
-    if m.paradigm != "diffusion" or m.target_attention != "bidirectional":
+def _check_model(model_cfg) -> None:
+    bidirectional = model_cfg.target_attention == "bidirectional"
+    if model_cfg.prefix_attention == "joint" or not bidirectional:
         raise ValueError(
-            f"speculation drafts with a diffusion model, this one has paradigm={m.paradigm!r}: convert it with "
-            "python ar2diff.py and train it with --ar_weight=1"
+            "speculative decoding needs a cached prefix and a bidirectional target, got "
+            f"prefix_attention={model_cfg.prefix_attention!r} and "
+            f"target_attention={model_cfg.target_attention!r}; see config/speculative_1_adapt.py"
         )
-    if m.prefix_attention == "joint":
-        raise ValueError("speculation needs a prefix that is read once, causal or bidirectional; this model's is joint")
-    if m.lookahead:
-        raise ValueError("speculation cannot check a model with lookahead: it reads the very token that it is to judge")
