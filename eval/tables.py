@@ -1,341 +1,341 @@
-"""The paper's three tables, ours beside theirs (arXiv 2401.17181, Tables 1 to 3).
+"""Run a study and print its tables: the numbers of the paper (arXiv 2401.17181) next to ours.
 
-    python -m eval.tables --scale=toy                       # two CPU cores, hours; what is done stays done
-    python -m eval.tables --scale=small --sources=FOLDER    # one GPU, every job under eight minutes
-    python -m eval.tables --scale=paper --plan              # what each job would cost; runs nothing
+    python -m eval.tables --scale=mini           # two CPU cores, 3 hours; run it again to resume
+    python -m eval.tables --scale=mini --quick   # every job for 20 steps, to test that it starts
+    python -m eval.tables --quickstart           # the evaluations of quickstart.sh
 
-toy: the three mini tasks and the Python source of this machine. small: SQuAD, MBPP, Multi30k and Python source at the
-size of GPT-2 small. paper: its sizes, steps and tasks, with GPT-2's vocabulary; --pretrain names a stream set that
-stands for its mC4 and The Stack. --sources: a folder with copies of the real sets (runs/study.py, sources_of); without
-it they are fetched. --tiny: every job of a scale for 20 steps of a network of two layers, to see that it starts.
-Cells are the mean over training seeds and, in brackets, the lowest and the highest; what has not been run is empty.
+mini: three generated tasks. python: the Python source of this machine. small: SQuAD, MBPP,
+Multi30k and Python source at the size of GPT-2 small, on one GPU, with the raw files in
+out/small/sources. A cell is the mean over training seeds, with the lowest and highest in brackets.
 """
 
-import functools
+import itertools
 import json
-from dataclasses import asdict, dataclass, replace
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from configurator import configure, nearest, run
-from cost import count_by_muon, count_params, train_flops, training_memory
-from data import mbpp, parallel, squad, wmt14
-from data.loader import build_if_missing, open_set
-from device import measured_flops, pick_device
+from configurator import configure, run, setting, validate
+from eval import study
 from eval.common import environment, markdown, write_text
-from eval.plots import plot_study
-from model import ModelConfig, model_settings
-from runs.jobs import plain
-from runs.study import (
-    ARCHITECTURES,
-    LAPTOP_PARTS,
-    NEWSTEST,
-    OBJECTIVES,
-    SIZES,
-    STEPS_AND_SAMPLES,
-    Plan,
-    Size,
-    StudyConfig,
-    plan_of,
-    run_jobs,
-    turn,
-)
-from runs.tables import results_of, spread
-from train import TrainConfig
+from eval.study import SCALES, Runner, plain, read_results, write_results
 
-# The columns of the paper, and what stands in them here: (part of the study, set, metric, label).
+# Scale -> (task, metric, column)
 TASKS = {
-    "toy": [
-        ("mini", "mini_translation", "bleu", "mini translation BLEU"),
-        ("mini", "mini_qa", "f1", "mini QA F1"),
-        ("mini", "mini_code", "pass@1", "mini code pass@1"),
+    "mini": [
+        ("mini_translation", "exact_match", "translation EM %"),
+        ("mini_translation", "bleu", "BLEU"),
+        ("mini_qa", "f1", "QA F1 %"),
+        ("mini_code", "pass@1", "code pass@1 %"),
+    ],
+    "python": [
+        ("python_pairs", "loss.bits_per_byte", "bits per byte"),
+        ("python_pairs", "generated.parse", "bodies that parse %"),
     ],
     "small": [
-        ("small", "multi30k", "bleu", "Multi30k BLEU"),
-        ("small", "squad", "f1", "SQuAD F1"),
-        ("small", "mbpp", "pass@10", "MBPP pass@10"),
-    ],
-    "paper": [
-        ("paper_base", "wmt14", "bleu", "WMT14 BLEU"),
-        ("paper_base", "squad", "f1", "SQuAD F1"),
-        ("paper_base", "mbpp", "pass@80", "MBPP pass@80"),
+        ("multi30k", "bleu", "Multi30k BLEU"),
+        ("squad", "f1", "SQuAD F1 %"),
+        ("mbpp", "pass@10", "MBPP pass@10 %"),
+        ("python_pairs", "loss.bits_per_byte", "bits per byte"),
     ],
 }
-PARTS = {"toy": LAPTOP_PARTS, "small": ["small"], "paper": ["paper_base", "paper_large", "paper_xl"]}
-PAPER_COLUMNS = ["WMT14 En-Fr BLEU", "SQuAD F1", "MBPP pass@80 %"]
+SCALED = {"bleu": 1, "loss.bits_per_byte": 1, "calls_per_sample": 1, "seconds_per_sample": 1000}
+# The paper's WMT14 En-Fr BLEU, SQuAD F1 and MBPP pass@80, size Base. Its N is 10K and 100K of 1M
+# steps. Its diffusion model has as many steps as its AR model, which is twice the FLOPs.
 PAPER_1 = {
-    ("encoder_decoder", "prefix_lm"): (27.6, 75.8, 0.0),
-    ("decoder_only", "prefix_lm"): (29.8, 77.4, 12.2),
-    ("encoder_decoder", "span_corruption"): (28.7, 78.2, 0.0),
-    ("decoder_only", "span_corruption"): (29.1, 80.6, 11.1),
+    ("encoder_decoder", "prefix_lm"): "27.6, 75.8, 0.0",
+    ("decoder_only", "prefix_lm"): "29.8, 77.4, 12.2",
+    ("encoder_decoder", "span_corruption"): "28.7, 78.2, 0.0",
+    ("decoder_only", "span_corruption"): "29.1, 80.6, 11.1",
 }
-# Size Base. The paper's "Diffusion" has as many steps as its AR pretraining, so twice the FLOPs; N is 10K and 100K.
 PAPER_2 = {
-    "AR": (33.27, 68.11, 5.5),
-    "diffusion, N steps": None,
-    "diffusion, equal FLOPs": (29.83, 77.41, 12.2),
-    "AR2Diff_0": (29.62, 64.77, 1.1),
-    "AR2Diff_N": (29.41, 68.12, 4.4),
-    "AR2Diff_long": (29.92, 71.87, 7.7),
-    "AR2Diff_N, no self-conditioning": None,
-    "AR2Diff_N (paper's settings)": None,
+    "AR": "33.27, 68.11, 5.5",
+    "diffusion, equal FLOPs": "29.83, 77.41, 12.2",
+    "AR2Diff_0": "29.62, 64.77, 1.1",
+    "AR2Diff_N": "29.41, 68.12, 4.4",
+    "AR2Diff_2N": "29.92, 71.87, 7.7",
 }
-PAPER_3 = {(5, 8): (77.41, 5.5), (10, 8): (77.41, 12.2), (20, 8): (77.72, 16.7), (10, 4): (77.51, 11.1)}
-PAPER_3[10, 16] = (77.13, 13.3)
-GPU_TFLOPS = 989  # of an H100, bfloat16, dense (data sheet)
+PAPER_3 = {  # without BLEU
+    (5, 8): "77.41, 5.5",
+    (10, 8): "77.41, 12.2",
+    (20, 8): "77.72, 16.7",
+    (10, 4): "77.51, 11.1",
+    (10, 16): "77.13, 13.3",
+}
+PAPER = "paper: BLEU, F1, pass@80"
+QUICKSTART = {
+    "ar_finetune": "AR",
+    "scratch_finetune": "diffusion from scratch, 300 steps",
+    "longer_finetune": "diffusion from scratch, FLOPs of AR + adaptation",
+    "zero_finetune": "AR2Diff_0",
+    "ar2diff_3_finetune": "AR2Diff_300",
+}
 
 
 @dataclass
 class TablesConfig:
-    scale: str = "toy"  # toy | small | paper
-    plan: bool = False  # print tokens, FLOPs, memory and hours of every training, run nothing
-    tiny: bool = False  # 20 steps of a small network each
-    seeds: int = 3
-    lanes: int = 0  # jobs at a time; 0: two of one core each at toy scale, else one
-    sources: str = ""  # a folder with copies of the real data sets; "": they are fetched
-    pretrain: str = ""  # paper: a stream set made with --tokenizer=gpt2, for pretraining
-    mfu: float = 0.4  # share of the peak that the plan reckons with
-    peak_tflops: float = 0.0  # of the plan; 0: measured here at toy scale, else an H100's
-    out: str = "out/study"
-    results: str = "results/study"
-    picture: str = ""  # where quality against N and against steps is drawn; "": OUT/tables_SCALE.png
+    scale: str = setting("mini", "what is trained", choices=tuple(SCALES))
+    quickstart: bool = setting(False, "the table of quickstart.sh, from out/quickstart/")
+    seeds: int = setting(3, "training seeds, from 1", minimum=1, maximum=9)
+    lanes: int = setting(2, "jobs at a time", minimum=1)
+    threads: int = setting(1, "CPU threads of a job; 0: all", minimum=0)
+    quick: bool = setting(False, "20 steps of a tiny network, 10 items, one seed")
+    out: str = setting("out/tables", "folder of the models", path=True)
+    results: str = setting("results", "folder of the JSON-lines files", path=True)
 
     def __post_init__(self):
-        if self.scale not in PARTS:
-            raise ValueError(f"scale must be one of {', '.join(PARTS)}; got {self.scale!r}{nearest(self.scale, PARTS)}")
-        if self.seeds < 1 or self.lanes < 0 or not 0 < self.mfu <= 1 or self.peak_tflops < 0:
-            raise ValueError(
-                "seeds must be at least 1, lanes and peak_tflops 0 or more, mfu in (0, 1]; got "
-                f"{self.seeds}, {self.lanes}, {self.peak_tflops}, {self.mfu}"
-            )
+        validate(self)
 
 
-def sizes(cfg: TablesConfig) -> dict[str, Size]:
-    """The parts of the scale, as the settings change them."""
-    found = {part: SIZES[part] for part in PARTS[cfg.scale]}
-    if cfg.scale == "paper" and cfg.pretrain:
-        found = {part: replace(size, pretrain=str(Path(cfg.pretrain).absolute())) for part, size in found.items()}
-    return {part: tiny(size) for part, size in found.items()} if cfg.tiny else found
+# Cells
+
+Lines = dict[str, dict]  # job -> its line
 
 
-def tiny(size: Size) -> Size:
-    """The same jobs, 20 steps of a small network each, on a CPU."""
-    block = [flag for flag in size.network if flag.startswith("--block_size")]
-    network = ["--n_layer=2", "--n_head=2", "--n_embd=32", *block]
-    every = ["--batch_size=4", "--eval_batches=1", "--eval_interval=20", "--log_interval=1", "--sample_interval=0"]
-    tasks = {task: [*argv, "--n=2", "--batch_size=2"] for task, argv in size.tasks.items()}
-    for argv in tasks.values():
-        argv[:] = ["--samples=1" if a.startswith("--samples") else "--k=1" if a.startswith("--k=") else a for a in argv]
-    steps = dict(A=20, N=20, F=20, long=2, P=20 if size.P else 0)
-    return replace(size, network=network, every=every, tasks=tasks, table_3=size.table_3[:1], table_3_n=2, **steps)
+class Column(NamedTuple):
+    title: str
+    lines: Lines
+    part: str
+    task: str
+    metric: str
+    suffix: str = ""
 
 
-def study_config(cfg: TablesConfig) -> StudyConfig:
-    """What runs.study is told."""
-    lanes = cfg.lanes or (2 if cfg.scale == "toy" else 1)
-    tag = "_tiny" if cfg.tiny else ""
-    return StudyConfig(
-        seeds=cfg.seeds, lanes=lanes, threads=1 if cfg.scale == "toy" else 0, out=cfg.out + tag,
-        results=(cfg.out + "_tiny/results") if cfg.tiny else cfg.results, sources=cfg.sources,
-    )  # fmt: skip
+def cell(column: Column, row: str) -> str:
+    """Return "91.2 (89.0 to 93.1)": the mean over seeds, the lowest and the highest."""
+    found = []
+    for seed in range(1, 10):
+        name = f"{column.part}_{seed}_{column.task}_{plain(row)}{column.suffix}"
+        if name in column.lines:
+            found.append(value(column.lines[name], column.metric))
+    if not found:
+        return "-"
+    mean = statistics.mean(found)
+    digits = 1 if mean >= 10 or mean == 0 else 2
+    low, middle, high = (f"{number:.{digits}f}" for number in (min(found), mean, max(found)))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def prepare(cfg: TablesConfig) -> None:
-    """Build the sets of the scale that are missing. Raises ValueError where the paper's corpus has no stand-in."""
-    for size in sizes(cfg).values():
-        folder, here = Path(size.folder), f"--out={size.folder}"
-        given = Path(cfg.sources) if cfg.sources else None
-        for name in (size.pretrain, *size.tasks):
-            if cfg.scale == "toy":
-                build_if_missing(folder / name)
-            elif (folder / name / "meta.json").exists():
-                continue
-            elif name in ("python_code", "python_pairs"):
-                from data import python_code
-
-                python_code.main(["--source=all", "--tokenizer=gpt2", here])
-            elif name == "squad":
-                files = ["train-v1.1.json", "dev-v1.1.json"]
-                paths = [_copy(given / "squad", file, "train-subset-v1.1.json") for file in files] if given else []
-                squad.main([*(f"--{k}={p}" for k, p in zip(("source", "valid_source"), paths)), *GPT2, here])
-            elif name == "mbpp":
-                mbpp.main([*([f"--source={_copy(given / 'mbpp', 'mbpp.jsonl')}"] if given else []), *GPT2, here])
-            elif name == "multi30k":
-                keys = dict(source="train.en", target="train.fr", valid_source="val.en", valid_target="val.fr")
-                files = [f"--{key}={_copy(given / name, file)}" for key, file in keys.items()] if given else []
-                parallel.main([*files, "--name=multi30k", *GPT2, here])
-            elif name == "wmt14":
-                wmt14.main([*([f"--source={given / name}"] if given else []), *GPT2, here])
-            else:
-                made = "python -m data.text_file --tokenizer=gpt2 --target_length=512 --block_size=1024"
-                raise ValueError(f"the paper pretrains on mC4 and The Stack; name a set made by {made} with --pretrain")
-        if "wmt14" in size.tasks and not given and not Path(f"{NEWSTEST}.en").exists():
-            lines = wmt14.read()
-            for language, side in (("en", "source"), ("fr", "target")):
-                write_text(f"{NEWSTEST}.{language}", "".join(example[side] + "\n" for example in lines))
+def value(result: dict, metric: str) -> float:
+    """Return a metric, a share in percent. The name of a nested metric has dots."""
+    for name in metric.split("."):
+        result = result[name]
+    return SCALED.get(metric, 100) * result
 
 
-GPT2 = ["--tokenizer=gpt2"]
+def grid(heads: list[str], rows: dict[tuple[str, ...], str], columns: list[Column]) -> str:
+    """Return a table: the first cells of each row -> its name in the job names."""
+    body = [[*first, *(cell(column, row) for column in columns)] for first, row in rows.items()]
+    return markdown([*heads, *(column.title for column in columns)], body)
 
 
-def _copy(folder: Path, *names: str) -> Path:
-    """The first of these files that is there, gzipped or not; else the name of the first, for the error."""
-    options = [folder / f"{name}{end}" for name in names for end in ("", ".gz")]
-    return next((path for path in options if path.exists()), options[0])
+def task_columns(lines: Lines, scale: str, calls: bool = False) -> list[Column]:
+    """Return the columns of the tasks; with `calls` also the cost of a text of the first task."""
+    columns = [Column(title, lines, scale, task, metric) for task, metric, title in TASKS[scale]]
+    if calls:
+        first = (lines, scale, TASKS[scale][0][0])
+        columns.append(Column("calls", *first, "calls_per_sample"))
+        columns.append(Column("ms a text", *first, "seconds_per_sample"))
+    return columns
 
 
-def plans(cfg: TablesConfig) -> list[Plan]:
-    return [
-        plan_of(part, size, seed, study_config(cfg))
-        for seed in range(1, cfg.seeds + 1)
-        for part, size in sizes(cfg).items()
-    ]
+# Tables
+
+FIRST = "mini_1_mini_translation_"  # jobs of the first seed
 
 
-# What it costs
-
-
-def price(settings: dict, data: Path, steps: int) -> dict:
-    """Tokens, FLOPs and peak bytes of a training, every row at the full length of its set.
-
-    A set that has not been made is taken for 512 + 512 tokens of GPT-2's vocabulary.
-    """
-    if (data / "meta.json").exists():
-        held = open_set(data, "train")
-        T, block = held.target_length, held.block_size
-        ids = {name: getattr(held.tokenizer, name) for name in GPT2_IDS}
-    else:
-        T, block, ids = 512, 1024, GPT2_IDS
-    sized = {"block_size": max(block, settings.get("block_size", 0)), "target_length": T}
-    cfg = TrainConfig(**(settings | ids | sized))
-    m, rows = ModelConfig(**model_settings(asdict(cfg))), cfg.batch_size // cfg.grad_accum_steps
-    params, by_muon = _params(tuple(model_settings(asdict(cfg)).items()))
-    by_muon = by_muon if cfg.optimizer == "muon" else 0
-    memory = training_memory(m, params, rows, block - T, T, 2 if cfg.dtype == "bfloat16" else 4, by_muon)
-    flops = steps * cfg.batch_size * train_flops(m, block - T, T, cfg.unroll_steps)
-    return {"params": params, "tokens": steps * cfg.batch_size * block, "flops": flops, "bytes": sum(memory.values())}
-
-
-GPT2_IDS = dict(vocab_size=50304, n_ordinary=50257, pad_id=50257, sep_id=50258, mask_id=50259)  # data/tokenizer.py's
-
-
-@functools.cache
-def _params(settings: tuple) -> tuple[int, int]:
-    m = ModelConfig(**dict(settings))
-    return count_params(m), count_by_muon(m)  # a plan asks for the same few networks again and again
-
-
-def plan_table(cfg: TablesConfig) -> str:
-    """One line a training of the first seed, then the sum over all seeds. Evaluations are not in it."""
-    if cfg.scale == "toy":
-        prepare(cfg)  # takes seconds, and the prices are then exact
-    device = pick_device("auto")
-    peak = cfg.peak_tflops * 1e12 or (measured_flops(device, "float32") if cfg.scale == "toy" else GPU_TFLOPS * 1e12)
-    rows, total = [], 0.0
-    for plan in plans(replace(cfg, seeds=1)):
-        for job, (settings, data, steps) in plan.trainings.items():
-            cost = price(settings, data, steps)
-            hours = cost["flops"] / (peak * cfg.mfu) / 3600
-            total += hours
-            cells = [job, f"{steps:,}", f"{cost['params'] / 1e6:,.1f}M", f"{cost['tokens'] / 1e6:,.1f}M"]
-            rows.append([*cells, f"{cost['flops']:.2e}", f"{cost['bytes'] / 2**30:,.1f}", f"{hours:,.3f}"])
-    header = ["training", "steps", "parameters", "tokens", "FLOPs", "memory, GiB", "hours"]
-    speed = f"{cfg.mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s; a training that goes on from a copy is counted whole"
-    hours = f"{total:,.1f} hours a seed, {total * cfg.seeds:,.1f} for {cfg.seeds} seeds"
-    return f"{markdown(header, rows)}\n\n{hours}, at {speed}."
-
-
-# What came out
-
-
-def cell(results: Path, part: str, task: str, row: str, metric: str) -> str:
-    """'91.2 (89.0 to 93.1)' over the seeds that have been run, or nothing."""
-    values = [result[metric] for result in results_of(results, part, task, row) if metric in result]
-    return spread(values, "" if metric in ("bleu", "chrf") else "%") if values else ""
-
-
-def table_1(scale: str, results: Path) -> str:
+def table_1(lines: Lines, scale: str = "mini") -> str:
     """Architecture x objective, diffusion from scratch."""
-    rows = []
-    for objective in OBJECTIVES:
-        for arch in ARCHITECTURES:
-            row = f"table1_{arch}_{objective}"
-            ours = [cell(results, part, task, row, metric) for part, task, metric, _ in TASKS[scale]]
-            rows.append([arch, objective, *map(str, PAPER_1[arch, objective]), *ours])
-    return markdown(["architecture", "objective", *PAPER_COLUMNS, *(label for *_, label in TASKS[scale])], rows)
+    names = itertools.product(study.OBJECTIVES, study.ARCHITECTURES)
+    rows = {(a, o, PAPER_1[a, o]): f"table1_{a}_{o}" for o, a in names}
+    return grid(["architecture", "objective", PAPER], rows, task_columns(lines, scale))
 
 
-def table_2(scale: str, results: Path, part: str = "") -> str:
-    """AR against diffusion against AR2Diff by N. The paper's numbers are those of its size Base."""
-    rows, long = [], f"AR2Diff_{SIZES[TASKS[scale][0][0]].long}N"
-    for name, theirs in PAPER_2.items():
-        row = long if name == "AR2Diff_long" else name
-        ours = [cell(results, part or p, task, plain(row), metric) for p, task, metric, _ in TASKS[scale]]
-        rows.append([row, *(map(str, theirs) if theirs else ("", "", "")), *ours])
-    return markdown(["row", *PAPER_COLUMNS, *(label for *_, label in TASKS[scale])], rows)
+def table_2(lines: Lines, scale: str = "mini") -> str:
+    """AR, diffusion, AR2Diff by N."""
+    labels = study.main_rows(SCALES[scale])
+    if scale == "python":  # the paper has no such task
+        return grid(
+            ["row"], {(label,): label for label in labels}, task_columns(lines, scale, True)
+        )
+    rows = {(label, PAPER_2.get(label, "")): label for label in labels}
+    return grid(["row", PAPER], rows, task_columns(lines, scale, calls=True))
 
 
-def table_3(scale: str, results: Path) -> str:
-    """Steps x samples of one model: the paper's diffusion model, our AR2Diff_N. All samples are paid for."""
-    columns = [task for task in TASKS[scale] if task[1] in SIZES[task[0]].table_3]
-    rows = []
-    for steps, samples in STEPS_AND_SAMPLES:
-        row = f"table3_{steps}_{samples}"
-        ours = [cell(results, part, task, row, metric) for part, task, metric, _ in columns]
-        rows.append([str(steps), str(samples), str(steps * samples), *map(str, PAPER_3[steps, samples]), *ours])
-    return markdown(["steps", "samples", "calls", *PAPER_COLUMNS[1:], *(label for *_, label in columns)], rows)
+def table_3(lines: Lines, scale: str = "mini") -> str:
+    """Steps x samples: the paper's diffusion model, our AR2Diff_N. All samples cost calls."""
+    rows = {}
+    for (steps, samples), paper in PAPER_3.items():
+        rows[f"{steps}", f"{samples}", f"{steps * samples}", paper] = f"table3_{steps}_{samples}"
+    heads = ["steps", "samples", "calls", "paper: F1, pass@80"]
+    columns = task_columns(lines, scale)
+    return grid(heads, rows, [column for column in columns if column.task in SCALES[scale].sampled])
 
 
-def tables(scale: str, results: Path) -> dict[str, str]:
-    """Name -> Markdown of all tables of a scale."""
-    found = {"Table 1": table_1(scale, results), "Table 2": table_2(scale, results), "Table 3": table_3(scale, results)}
-    if scale == "paper":
-        found |= {f"Table 2, {part}": table_2(scale, results, part) for part in PARTS["paper"][1:]}
+def labels(lines: Lines, start: str, end: str = "") -> dict[tuple[str], str]:
+    """Return label -> name in the job names, of the lines with a label."""
+    found = {}
+    for job, line in lines.items():
+        if "row" in line and job.startswith(start) and job.endswith(end):
+            found[line["row"],] = job.removeprefix(FIRST).removesuffix(end)
     return found
 
 
-def picture(scale: str, results: Path) -> list[dict]:
-    """Quality against N (AR dashed) and against steps at eight samples: what plots.plot_study draws."""
-    long, by_n, ar, by_steps = SIZES[TASKS[scale][0][0]].long, {}, {}, {}
-    for part, task, metric, label in TASKS[scale]:
-        share = {"bleu": 100}.get(metric, 1)  # BLEU has 100 points
-        for row, of, tick in (
-            *((f"AR2Diff_{n}", by_n, n) for n in ("0", "N", f"{long}N")),
-            ("AR", ar, "AR"),
-            *((f"table3_{steps}_8", by_steps, str(steps)) for steps, samples in STEPS_AND_SAMPLES if samples == 8),
-        ):
-            values = [r[metric] / share for r in results_of(results, part, task, plain(row)) if metric in r]
-            if values:
-                of.setdefault(label, {})[tick] = values
-    levels = {label: sum(found["AR"]) / len(found["AR"]) for label, found in ar.items()}
-    n = {"title": "AR2Diff_N after fine-tuning (dashed: AR)", "x": "N, steps of adaptation", "levels": levels}
-    n |= {"ticks": ["0", "N", f"{long}N"], "series": by_n}
-    steps = {"title": "AR2Diff_N, best of 8 samples", "x": "denoising steps", "ticks": ["5", "10", "20"]}
-    return [n, steps | {"series": by_steps}]
+def recipes_table(lines: Lines, main: Lines) -> str:
+    """Recipes of adaptation. The last column decodes the adapted weights as an AR model."""
+    both = main | lines
+    exact = (both, "mini", "mini_translation", "exact_match")
+    python = (both, "python", "python_pairs")
+    columns = [
+        Column("translation EM %", *exact),
+        Column("Python bits per byte", *python, "loss.bits_per_byte"),
+        Column("bodies that parse %", *python, "generated.parse_and_not_trivial"),
+        Column("EM %, decoded as AR", *exact, "_left_to_right"),
+    ]
+    rows = labels(lines, FIRST) | {("default (Table 2)",): "AR2Diff_N"}
+    return grid(["recipe"], rows, columns)
 
 
-def main(argv: list[str]) -> dict:
-    """Run what is missing of the scale, or print what it would cost; returns the tables."""
+def few_steps_table(lines: Lines) -> str:
+    """Ways of training x denoising steps: exact match of translation."""
+    rows = labels(lines, FIRST, "_10")
+    exact = (lines, "mini", "mini_translation", "exact_match")
+    columns = [Column(f"{steps} steps", *exact, f"_{steps}") for steps in (2, 4, 10, 50)]
+    return grid(["training: EM % of translation"], rows, columns)
+
+
+def choices_table(lines: Lines, main: Lines) -> str:
+    """Samplers, steps and candidates: quality, and network calls of a translated text."""
+    rows = labels(lines, f"{FIRST}exit_")
+    for steps, samples in PAPER_3:
+        rows[f"--steps={steps} --candidates={samples}",] = f"table3_{steps}_{samples}"
+    both = main | lines
+    columns = [Column("calls", both, "mini", "mini_translation", "calls_per_sample")]
+    for task, metric in (("translation", "exact_match"), ("qa", "exact_match"), ("code", "pass@1")):
+        columns.append(Column(f"{task} %", both, "mini", f"mini_{task}", metric))
+    return grid(["flags"], rows, columns)
+
+
+def quickstart_table(lines: Lines) -> str:
+    rows = []
+    for job, label in QUICKSTART.items():
+        result = lines[job]
+        interval = "{:.1%} to {:.1%}".format(*result["interval"])
+        cost = f"{1000 * result['seconds_per_sample']:.1f}"
+        calls = f"{result['calls_per_sample']:.1f}"
+        rows.append([label, f"{result['exact_match']:.1%}", interval, calls, cost])
+    heads = ["pretraining, then the same fine-tuning", "exact match", "95% interval"]
+    return markdown([*heads, "network calls", "ms a text"], rows)
+
+
+def faults_table(results: Path) -> str:
+    """Kills and other faults, and how many runs they changed."""
+    found = json.loads((results / "faults.json").read_text(encoding="utf-8"))["table"]
+    groups = {
+        "killed at a random moment": [row for row in found if row["kills"]],
+        "disk, signals, memory, damaged files, lost processes": [
+            row for row in found if not row["kills"]
+        ],
+    }
+    names = ("runs", "kills", "lost_or_changed")
+    rows = []
+    for label, group in groups.items():
+        rows.append([label, *(str(sum(row[name] for row in group)) for name in names)])
+    return markdown(["fault", "runs", "kills", "lost or changed"], rows)
+
+
+def speed_table(results: Path, decode: bool = False, short: bool = False) -> str:
+    """Decoding speed by length, or every other measurement of eval.speed."""
+    from eval import speed
+
+    lines = speed.read_lines(results / "speed.jsonl")
+    lines = [line for line in lines if (line["what"] == "decode") == decode]
+    if not lines:
+        return "(not measured yet)"
+    table = speed.decode_table(lines, short) if decode else speed.lines_table(lines)
+    return f"{table}\n\n{speed.origins(lines)}"
+
+
+def of_files(table: Callable[..., str], *names: str) -> Callable[[Path], str]:
+    """Return a table of lines as a function of the results folder."""
+    return lambda results: table(*(read_results(results / f"{name}.jsonl") for name in names))
+
+
+# Name in a page's marker -> the table of a results folder
+TABLES: dict[str, Callable[[Path], str]] = {
+    "quickstart": of_files(quickstart_table, "quickstart"),
+    "table1": of_files(table_1, "study"),
+    "table2": of_files(table_2, "study"),
+    "table3": of_files(table_3, "study"),
+    "python": of_files(lambda lines: table_2(lines, "python"), "study"),
+    "recipes": of_files(recipes_table, "recipes", "study"),
+    "few_steps": of_files(few_steps_table, "few_steps"),
+    "choices": of_files(choices_table, "few_steps", "study"),
+    "faults": faults_table,
+    "decode": lambda results: speed_table(results, decode=True),
+    "decode, short": lambda results: speed_table(results, decode=True, short=True),
+    "speed": lambda results: speed_table(results),
+}
+
+
+def quickstart(out: Path) -> str:
+    """Collect the evaluations of quickstart.sh into one file, one table and one picture."""
+    lines = {}
+    for path in sorted((out / "quickstart").glob("*.json")):
+        lines[path.stem] = {"job": path.stem, **json.loads(path.read_text(encoding="utf-8"))}
+    missing = [name for name in QUICKSTART if name not in lines]
+    if missing:
+        raise ValueError(f"{out}/quickstart has no {', '.join(missing)}: run bash quickstart.sh")
+    write_results(out / "quickstart.jsonl", lines)
+    where = environment()
+    table = quickstart_table(lines)
+    origin = f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}"
+    write_text(str(out / "quickstart.md"), f"{table}\n\n{origin}\n")
+    draw_quickstart(lines, out / "quality.png")
+    return table
+
+
+def draw_quickstart(lines: Lines, path: Path) -> None:
+    """Draw exact match against network calls."""
+    from eval.plots import plot_quality
+
+    def point(job: str) -> dict:
+        result = lines[job]
+        calls = round(result["calls_per_sample"], 1)
+        return {"calls": calls, "value": result["exact_match"], "interval": result["interval"]}
+
+    series = []
+    for row in list(QUICKSTART)[2:]:
+        points = [point(job) for job in lines if job == row or job.startswith(f"{row}_")]
+        series.append({"name": QUICKSTART[row], "points": points})
+    title = "Mini translation: 200 held-out numbers (528 at 10 steps)"
+    drawn = {"title": title, "metric": "exact match", "series": series, "ar": point("ar_finetune")}
+    plot_quality(drawn, path)
+
+
+def main(argv: list[str]) -> None:
+    """Run the jobs that are missing, then print the tables."""
     cfg = configure(TablesConfig, argv)
-    if cfg.plan:
-        print(plan_table(cfg))
-        return {}
-    prepare(cfg)
-    study = study_config(cfg)
+    if cfg.quickstart:
+        print(quickstart(Path("out")))
+        return
+    out = Path(cfg.out) / "quick" if cfg.quick else Path(cfg.out)
+    path = (out if cfg.quick else Path(cfg.results)) / "study.jsonl"
+    scale = study.quick(SCALES[cfg.scale]) if cfg.quick else SCALES[cfg.scale]
+    study.build_data(scale)
+    jobs = []
+    for seed in range(1, 2 if cfg.quick else cfg.seeds + 1):
+        jobs += study.jobs_of(cfg.scale, scale, seed)
     try:
-        run_jobs(sorted((job for plan in plans(cfg) for job in plan.jobs), key=turn), study)
-    finally:  # what is there is worth a look also where a job failed
-        found = tables(cfg.scale, Path(study.results))
-        for name, text in found.items():
-            print(f"\n### {name}\n\n{text}")
-    path = cfg.picture or f"{cfg.out}/tables_{cfg.scale}.png"
-    try:
-        plot_study(picture(cfg.scale, Path(study.results)), path)
-        print(f"\npicture: {path}")
-    except ValueError as error:  # no matplotlib
-        print(f"\nno picture: {error}")
-    print(json.dumps({"scale": cfg.scale, "results": study.results, "tables": list(found)} | environment()))
-    return found
+        Runner(path, out, cfg.threads).run(jobs, cfg.lanes)
+    finally:  # a failed job does not hide the others
+        lines = read_results(path)
+        print(table_2(lines, cfg.scale))
+        if scale.scratch_steps:
+            print(f"\n{table_1(lines, cfg.scale)}\n\n{table_3(lines, cfg.scale)}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, TablesConfig)

@@ -1,0 +1,342 @@
+"""Studies: tables whose cells are chains of commands, from pretraining to evaluation.
+
+A job is one cell with one seed. Its recipe is the list of its commands with all their settings.
+Each result is one line of a JSON-lines file. A job is skipped if its line has the same recipe.
+The folder of a model has a hash of the recipe so far in its name. So jobs share models, a killed
+training resumes, and a model with other settings is never reused.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from data.loader import OUT, SETS, build_if_missing
+from eval.common import write_text
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a recipe, without the paths of its checkpoints."""
+
+    name: str
+    argv: tuple[str, ...]  # a script or -m module, then flags
+    source: "Stage | None" = None  # the stage whose checkpoint it starts from
+
+    @property
+    def recipe(self) -> list[str]:
+        earlier = self.source.recipe if self.source else []
+        return [*earlier, " ".join(self.argv)]
+
+    @property
+    def folder(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.recipe).encode()).hexdigest()
+        return f"{self.name}-{digest[:8]}"
+
+    def command(self, out: Path) -> list[str]:
+        """Return the arguments for Python, with paths below `out`."""
+        argv = list(self.argv)
+        if self.source:
+            argv.append(f"--init_from={out / self.source.folder / 'ckpt.pt'}")
+        if argv[0] == "-m":
+            return [*argv, f"--json={out / self.folder}.json"]
+        argv += [f"--out_dir={out / self.folder}"]
+        argv += ["--init_from=resume"] if argv[0] == "train.py" else ["--check", "--overwrite"]
+        return [str(ROOT / argv[0]), *argv[1:]]
+
+
+class Job(NamedTuple):
+    name: str  # of its line in the JSON-lines file
+    stage: Stage  # the evaluation
+
+
+# What is trained
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is trained, and for how many steps."""
+
+    pretrain: str  # the data set of pretraining and adaptation
+    tasks: dict[str, str]  # data set -> the evaluation of a model that was fine-tuned on it
+    network: str  # flags of every model from scratch
+    ar_steps: int
+    adapt_steps: int  # N
+    tune_steps: int
+    every: str = ""  # flags of every training
+    scratch_steps: int = 0  # diffusion pretraining of Table 1; 0: no Table 1
+    folder: str = "out/data"
+    sampled: tuple[str, ...] = ()  # tasks of Table 3
+    sampled_items: int = 200  # of Table 3: an item costs up to 160 network calls there
+
+
+SMALL_MODEL = "--n_layer=3 --n_embd=96"
+SOURCES = "out/small/sources"  # of the raw files
+TEST = f"{SOURCES}/multi30k/test_2016_flickr"
+MBPP = f"eval.code --source={SOURCES}/mbpp/mbpp.jsonl --split=validation"
+SCALES = {
+    "mini": Scale(
+        pretrain="mini",
+        tasks={
+            "mini_translation": "eval.translation --n=500 --items=false",
+            "mini_qa": "eval.qa --n=500 --items=false",
+            "mini_code": "eval.code --n=500 --items=false --run_code",
+        },
+        network=SMALL_MODEL,
+        ar_steps=600,
+        adapt_steps=200,
+        tune_steps=200,
+        scratch_steps=300,
+        sampled=("mini_translation", "mini_qa", "mini_code"),
+    ),
+    "python": Scale(
+        pretrain="python_code",
+        tasks={"python_pairs": "eval.python_code --n=100"},
+        network=f"{SMALL_MODEL} --block_size=384",
+        every="--batch_size=16",
+        ar_steps=400,
+        adapt_steps=200,
+        tune_steps=100,
+    ),
+    "small": Scale(  # one GPU: GPT-2 small, pretrained on all the Python source of the machine
+        pretrain="python_code",
+        tasks={
+            "multi30k": f"eval.translation --source={TEST}.en.gz --target_source={TEST}.fr.gz",
+            "squad": f"eval.qa --source={SOURCES}/squad/dev-v1.1.json.gz --n=1000",
+            "mbpp": f"{MBPP} --samples=10 --k=1,10 --run_code",
+            "python_pairs": "eval.python_code --n=400",
+        },
+        network="--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024",
+        every="--batch_size=64 --dtype=bfloat16 --compile",
+        ar_steps=4000,
+        adapt_steps=1000,
+        tune_steps=1000,
+        scratch_steps=2000,
+        folder="out/small/data",
+        sampled=("squad", "mbpp"),
+    ),
+}
+
+
+def quick(scale: Scale) -> Scale:
+    """Return the same jobs with a tiny network, 20 steps and 10 items each."""
+    return replace(
+        scale,
+        tasks={task: f"{line} --n=10" for task, line in scale.tasks.items()},
+        network=f"{scale.network} --n_layer=2 --n_head=2 --n_embd=32",
+        every="--batch_size=4 --eval_batches=1 --eval_interval=20 --sample_interval=0",
+        ar_steps=20,
+        adapt_steps=20,
+        tune_steps=20,
+        scratch_steps=20 if scale.scratch_steps else 0,
+        sampled_items=10,
+    )
+
+
+def build_data(scale: Scale) -> None:
+    """Build missing data sets; for real text raise an error with the command that builds it."""
+    for name in (scale.pretrain, *scale.tasks):
+        folder = Path(scale.folder) / name
+        if scale.folder == OUT:
+            build_if_missing(folder)
+        elif not (folder / "meta.json").exists():
+            module = SETS[name]
+            command = f"python -m {module} --tokenizer=gpt2 --out={scale.folder}"
+            raise ValueError(f"{folder} is missing; build it: {command}")
+
+
+# Rows of the tables
+
+SCRATCH = (
+    "--paradigm=diffusion --prefix_attention=bidirectional --target_attention=bidirectional"
+    " --self_conditioning"
+)
+PAPER_SETTINGS = "--prefix_attention=joint --shift=false --self_conditioning=false"
+SAMPLER = "--steps=10 --candidates=1"
+STEPS_AND_SAMPLES = [(5, 8), (10, 8), (20, 8), (10, 4), (10, 16)]  # the paper's Table 3
+ARCHITECTURES = ["encoder_decoder", "decoder_only"]
+OBJECTIVES = ["prefix_lm", "span_corruption"]
+
+
+class Row(NamedTuple):
+    """How a fine-tuned model is made from the AR model, or from scratch."""
+
+    times: float = 0  # steps of adaptation, or of diffusion from scratch, in N
+    convert: str = ""  # flags of the conversion
+    adapt: str = ""  # flags of the adaptation; {half} is half of N
+    start: str = "converted"  # converted | ar | scratch
+
+
+def fine_tuned(scale: Scale, seed: int, row: Row, task: str) -> Stage:
+    """Return the last training of a row."""
+
+    def train(name: str, data: str, steps: int, flags: str, source: Stage | None = None) -> Stage:
+        settings = f"--data={scale.folder}/{data} --max_steps={steps} --seed={seed}"
+        return Stage(name, tuple(f"train.py {settings} {scale.every} {flags}".split()), source)
+
+    n = scale.adapt_steps
+    steps = round(row.times * n)
+    adapt = f"--schedule=constant {row.adapt}".format(half=n // 2)
+    if row.start == "scratch":
+        flags = f"{scale.network} {SCRATCH} {adapt}"
+        model = train("scratch", scale.pretrain, steps, flags)
+    else:
+        flags = f"{scale.network} --schedule=constant"
+        model = train("ar", scale.pretrain, scale.ar_steps, flags)
+    if row.start == "converted":
+        model = Stage("convert", ("ar2diff.py", *row.convert.split()), model)
+        if row.times:
+            model = train("adapt", scale.pretrain, steps, adapt, model)
+    return train(task, task, scale.tune_steps, "", model)
+
+
+def judge(scale: Scale, seed: int, row: Row, task: str, sampler: str = SAMPLER) -> Stage:
+    """Return the evaluation of a row. AR decodes greedily."""
+    flags = "" if row.start == "ar" else sampler
+    argv = f"-m {scale.tasks[task]} --seed=0 {flags}".split()
+    return Stage("eval", tuple(argv), fine_tuned(scale, seed, row, task))
+
+
+def plain(text: str) -> str:
+    """Return a row's name as it is written in job names."""
+    return "".join(c if c.isalnum() else "_" for c in text.lower()).strip("_")
+
+
+OPEN = "--anneal_steps={half}"
+HARD = "--self_conditioning=false"
+
+
+def main_rows(scale: Scale) -> dict[str, Row]:
+    """Return the rows of Table 2. A diffusion step costs the FLOPs of two AR steps."""
+    equal = 1 + scale.ar_steps / 2 / scale.adapt_steps
+    return {
+        "AR": Row(start="ar"),
+        "diffusion, N steps": Row(1, start="scratch"),
+        "diffusion, equal FLOPs": Row(equal, start="scratch"),
+        "AR2Diff_0": Row(),
+        "AR2Diff_N": Row(1, adapt=OPEN),
+        "AR2Diff_2N": Row(2, adapt=OPEN),
+        "AR2Diff_N, no self-conditioning": Row(1, HARD, OPEN),
+        "AR2Diff_N (paper's settings)": Row(1, PAPER_SETTINGS),
+    }
+
+
+def jobs_of(part: str, scale: Scale, seed: int) -> Iterator[Job]:
+    """Yield the jobs of the paper's Tables 2, 3 and 1."""
+    rows = main_rows(scale)
+    for task in scale.tasks:
+        for label, row in rows.items():
+            yield Job(f"{part}_{seed}_{task}_{plain(label)}", judge(scale, seed, row, task))
+    for task, (steps, samples) in itertools.product(scale.sampled, STEPS_AND_SAMPLES):
+        sampler = f"--steps={steps} --candidates={samples} --n={scale.sampled_items}"
+        name = f"{part}_{seed}_{task}_table3_{steps}_{samples}"
+        yield Job(name, judge(scale, seed, rows["AR2Diff_N"], task, sampler))
+    if not scale.scratch_steps:
+        return
+    for arch, objective, task in itertools.product(ARCHITECTURES, OBJECTIVES, scale.tasks):
+        times = scale.scratch_steps / scale.adapt_steps
+        row = Row(times, adapt=f"--arch={arch} --objective={objective}", start="scratch")
+        name = f"{part}_{seed}_{task}_table1_{arch}_{objective}"
+        yield Job(name, judge(scale, seed, row, task))
+
+
+# Running
+
+
+def read_results(path: Path) -> dict[str, dict]:
+    """Return job -> line of a JSON-lines file; empty if there is no file."""
+    if not path.exists():
+        return {}
+    found = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            found[entry["job"]] = entry
+        except (ValueError, KeyError, TypeError):
+            message = f"{path}:{number}: not a JSON object with a job; remove the line"
+            raise ValueError(message) from None
+    return found
+
+
+def write_results(path: Path, lines: dict[str, dict]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values())
+    write_text(str(path), text)
+
+
+class Runner:
+    """Runs jobs, several at a time. Each finished job adds or replaces one line of `path`."""
+
+    def __init__(self, path: Path, out: Path, threads: int):
+        self.path = path
+        self.out = out
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if threads:
+            self.environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        self.stage_locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        self.failed: set[str] = set()  # folders
+        self.file_lock = threading.Lock()
+
+    def run(self, jobs: list[Job], lanes: int) -> None:
+        """Run every job whose line is missing or has another recipe."""
+        lines = read_results(self.path)
+        todo = [job for job in jobs if lines.get(job.name, {}).get("recipe") != job.stage.recipe]
+        changed = [job.name for job in todo if job.name in lines]
+        if changed:
+            print(f"settings changed since the line was written, run again: {', '.join(changed)}")
+        start = time.time()
+        failed = []
+        with ThreadPoolExecutor(lanes) as pool:
+            running = {pool.submit(self._run_job, job): job for job in todo}
+            try:
+                for done, future in enumerate(as_completed(running), 1):
+                    error = future.exception()
+                    failed += [f"{running[future].name} ({error})"] if error else []
+                    left = (time.time() - start) / done * (len(todo) - done) / 60
+                    progress = f"{done} of {len(todo)} jobs, about {left:.0f} min left"
+                    print(f"{progress}: {running[future].name}", flush=True)
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        if failed:
+            raise ValueError(f"{len(failed)} jobs failed; the first: {failed[0]}")
+
+    def _run_job(self, job: Job) -> None:
+        self._run_stage(job.stage)
+        result = json.loads((self.out / f"{job.stage.folder}.json").read_text(encoding="utf-8"))
+        with self.file_lock:
+            lines = read_results(self.path)
+            lines[job.name] = {"job": job.name, "recipe": job.stage.recipe, **result}
+            write_results(self.path, lines)
+
+    def _run_stage(self, stage: Stage) -> None:
+        """Run a command and those before it, unless an earlier call finished it."""
+        if stage.source:
+            self._run_stage(stage.source)
+        done = self.out / f"{stage.folder}.done"
+        with self.file_lock:
+            lock = self.stage_locks[stage.folder]
+        with lock:
+            if done.exists():
+                return
+            log = self.out / f"{stage.folder}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            if stage.folder not in self.failed:
+                argv = [sys.executable, *stage.command(self.out)]
+                with open(log, "w", encoding="utf-8") as file:
+                    status = subprocess.call(argv, stdout=file, stderr=file, env=self.environment)
+                if status == 0:
+                    return done.touch()
+            self.failed.add(stage.folder)
+            raise ValueError(f"see {log}")
