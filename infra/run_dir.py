@@ -137,8 +137,12 @@ class Log:
         if self.file is None:
             return
         line = (json.dumps(entry) + "\n").encode()
-        written = self.file.write(line)
-        if written < len(line) or os.fstat(self.file.fileno()).st_nlink == 0:
+        try:
+            complete = self.file.write(line) == len(line)
+        except OSError as error:
+            error.filename = self.path
+            raise
+        if not complete or os.fstat(self.file.fileno()).st_nlink == 0:
             raise OSError(f"{self.path}: not written (no space left, or the file was removed)")
 
     def sync(self) -> None:

@@ -1,0 +1,214 @@
+"""Fault injection: a run that is killed or hindered ends bit for bit like an undisturbed one.
+
+    PYTHONPATH=. python tests/test_faults.py results/faults.json    # 25 runs of each kind
+
+A run starts with --init_from=resume each time, is disturbed four times, and may then end.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Child
+
+import train
+from data.loader import write_pairs
+from infra.checkpoint import load, write_atomically
+from infra.run_dir import checkpoints
+
+pytestmark = pytest.mark.slow
+SETTINGS = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4"]
+SETTINGS += ["--max_steps=12", "--warmup_steps=2", "--log_interval=1", "--eval_interval=3"]
+SETTINGS += ["--eval_batches=2", "--save_interval=2", "--sample_interval=6", "--dropout=0.1"]
+SETTINGS += ["--paradigm=diffusion", "--prefix_attention=joint", "--target_attention=bidirectional"]
+SETTINGS += ["--self_conditioning", "--grad_accum_steps=2", "--init_from=resume"]
+TIMES = ("tokens_per_s", "mfu", "seconds")  # fields of the log that measure the machine
+DISTURBANCES = 4
+
+
+class Trial:
+    """A run in its own folder. choose: a random.Random."""
+
+    duration = 1.0  # seconds of an undisturbed run
+
+    def __init__(self, folder: Path, data: Path, choose: random.Random):
+        self.out = folder / "run"
+        self.data = data
+        self.choose = choose
+        self.output = folder / "output"
+
+    def start(self, prepare: Callable[[], object] = lambda: None) -> Child:
+        def work():
+            train.measured_flops = lambda *_: 1e12
+            prepare()
+            train.main([*SETTINGS, f"--data={self.data}", f"--out_dir={self.out}"])
+
+        return Child(work, self.output)
+
+    def result(self) -> list:
+        """Return everything that must not change: log, weights, optimizer state."""
+        lines = (self.out / "log.jsonl").read_text().splitlines()
+        log = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+        states = [load(self.out / "ckpt.pt"), load(self.out / "best.pt")]
+        for state in states:
+            del state["train_config"]["out_dir"]
+        return [log, *states]
+
+
+def kill_at_any_moment(trial: Trial) -> bool:
+    """Return whether the run was disturbed, like every fault."""
+    child = trial.start()
+    time.sleep(trial.choose.uniform(0, trial.duration))
+    os.kill(child.pid, signal.SIGKILL)
+    return child.wait() == -signal.SIGKILL
+
+
+def kill_during_a_write(trial: Trial) -> bool:
+    """Between two system calls of write_atomically, or after half of the bytes."""
+    call = trial.choose.randrange(1, 60)
+
+    def prepare():
+        count = [0]
+
+        def count_calls(function, half):
+            def counted(*args, **named):
+                count[0] += 1
+                if count[0] == call:
+                    half(*args)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **named)
+
+            return counted
+
+        def write_half(state, file):
+            save(state, file)
+            file.truncate(file.tell() // 2)
+            file.flush()
+
+        save = torch.save
+        torch.save = count_calls(save, write_half)
+        for name in ("replace", "link", "fsync", "unlink"):
+            setattr(os, name, count_calls(getattr(os, name), lambda *_: None))
+
+    return trial.start(prepare).wait() == -signal.SIGKILL
+
+
+def fill_the_disk(trial: Trial) -> bool:
+    """No file may grow beyond a limit: an error of the same kind as a full disk."""
+    limit = trial.choose.randrange(8_000, 120_000)
+
+    def prepare():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    status = trial.start(prepare).wait()
+    output = trial.output.read_text()
+    assert status == 0 or (status == 2 and "error:" in output and "Traceback" not in output)
+    return status == 2
+
+
+def corrupt_the_newest_checkpoint(trial: Trial) -> bool:
+    """Truncate it, or overwrite a part of it. The one before it stays."""
+    kill_at_any_moment(trial)
+    if len(checkpoints(trial.out)) < 2:
+        return False
+    path = trial.out / "ckpt.pt"
+    content = bytearray(path.read_bytes())
+    start = trial.choose.randrange(len(content))
+    if trial.choose.random() < 0.5:
+        content = content[:start]
+    else:
+        content[start : start + 5000] = trial.choose.randbytes(len(content[start : start + 5000]))
+    path.write_bytes(content)
+    return True
+
+
+FAULTS = [
+    kill_at_any_moment,
+    kill_during_a_write,
+    fill_the_disk,
+    corrupt_the_newest_checkpoint,
+]
+
+
+def make_data(folder: Path) -> Path:
+    choose = random.Random(0)
+    texts = [[97 + choose.randrange(4) for _ in range(1 + i % 5)] for i in range(60)]
+    pairs = [(text, text) for text in texts]
+    write_pairs(folder, {"train": pairs[10:], "valid": pairs[:10]}, "bytes", 6, 11)
+    return folder
+
+
+def undisturbed(folder: Path) -> list:
+    trial = Trial(folder, make_data(folder / "data"), random.Random(0))
+    since = time.monotonic()
+    assert trial.start().wait() == 0, trial.output.read_text()
+    Trial.duration = time.monotonic() - since
+    return trial.result()
+
+
+def same(a, b) -> bool:
+    """Compare bit for bit, also inside lists and dicts."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def disturb(fault: Callable, folder: Path, seed: int, expected: list) -> tuple[int, bool]:
+    """Return how often a run was disturbed and whether it ended like the undisturbed one."""
+    trial = Trial(folder, folder.parent / "data", random.Random(seed))
+    count = sum(fault(trial) for _ in range(DISTURBANCES))
+    return count, trial.start().wait() == 0 and same(trial.result(), expected)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    return folder, undisturbed(folder)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_disturbed_run_ends_like_an_undisturbed_one(fault, seed, expected):
+    folder, result = expected
+    trial = folder / f"{fault.__name__}_{seed}"
+    trial.mkdir()
+    count, equal = disturb(fault, trial, seed, result)
+    assert count and equal, (trial / "output").read_text()
+
+
+def main(path: str, trials: int = 25) -> None:
+    """Write how many runs of each kind were lost or changed."""
+    folder = Path(tempfile.mkdtemp())
+    result = undisturbed(folder)
+    table = []
+    for fault in FAULTS:
+        row = {"fault": fault.__name__.replace("_", " "), "runs": trials}
+        row |= {"disturbances": 0, "lost_or_changed": 0}
+        for seed in range(trials):
+            trial = folder / f"{fault.__name__}_{seed}"
+            trial.mkdir()
+            count, equal = disturb(fault, trial, seed, result)
+            row["disturbances"] += count
+            row["lost_or_changed"] += not equal
+        table.append(row)
+    text = json.dumps({"torch": torch.__version__, "table": table}, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    print(text)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])
