@@ -1,11 +1,11 @@
-"""Exercise 5: L(1) is no bound on the likelihood. Grade it: python -m docs.exercises.grade bound"""
+"""Exercise 5: L(1) is not a bound. Grade it: python -m docs.exercises.grade bound"""
 
 
 def predictor(seen):
-    """The probability that a bit was 1, given what is seen of it, 0 or 1, after corruption.
+    """Return the probability that a bit was 1, given the bit that is seen after corruption.
 
-    The data are independent fair bits: nobody can say them in less than ln 2 = 0.693 nats a bit. The corruption is that
-    of training, with uniform noise: at a rate r, uniform in (0, 1), a bit is replaced by a fair one. Give the predictor
-    an L(1) below ln 2, and see what the same predictor costs by the bound of eval/bound.py.
+    The data are independent fair bits, so no model needs less than ln 2 nats per bit. Corruption is
+    that of training with uniform noise: at a rate r, uniform in (0, 1), a fair bit replaces the
+    bit. Find a predictor with an L(1) below ln 2. The grader also computes its bound.
     """
     return 0.5

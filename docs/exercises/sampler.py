@@ -1,12 +1,17 @@
-"""Exercise 1: a sampler that trusts a slot by its margin. Grade it: python -m docs.exercises.grade sampler"""
+"""Exercise 1: a sampler that ranks slots by their margin.
+
+Grade it: python -m docs.exercises.grade sampler
+"""
 
 
-def margin(logits, state, step, cfg, draws, m):
-    """One step, with the signature of all samplers (samplers.py); returns the State after it.
+def margin(logits, state, step, cfg, rng, model_cfg):
+    """Take one step, as all samplers in diffusion.py do, and return the new SamplerState.
 
-    The margin of a slot is the probability of its likeliest token less that of the second. Of the free slots the
-    ceil(free * (step + 1) / cfg.steps) of largest margin keep their likeliest token; the others become noise again:
-    noise_tokens(draws.uniform(RENOISE, S)[0], m). Given slots stay. answer and judged are the likeliest tokens, the
-    given ones in their places. No row settles.
+    The margin of a slot is the probability of its most probable token minus that of the second.
+    Of the editable slots, the ceil(n_editable * (step + 1) / cfg.steps) with the largest margin get
+    their most probable token. The others become noise again:
+    sample_noise(rng.uniform(RENOISE, S)[0], model_cfg). Slots that are not editable never change.
+    output and scored are the most probable tokens, except at slots that are not editable.
+    No row converges.
     """
     raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Exercise 5, solved: the bit is as it is seen three times out of four."""
+"""Exercise 5, solved: three times out of four a bit is what is seen."""
 
 
 def predictor(seen):

@@ -1,7 +1,7 @@
-"""Exercise 4, solved: one canvas, and a sampler that stops when the text stands still."""
+"""Exercise 4, solved: a sampler that stops when the text no longer changes."""
 
-from samplers import SamplerConfig
+from diffusion import SamplerConfig
 
 
 def settings():
-    return SamplerConfig(steps=64, temperature=0.0, candidates=1)
+    return SamplerConfig(steps=64, temperature=0.0)

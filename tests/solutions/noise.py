@@ -3,7 +3,7 @@
 import torch
 
 
-def unigram_noise(uniform, counts, m):
+def unigram_noise(uniform, counts, model_cfg):
     cdf = counts.double().cumsum(0)
     token = torch.searchsorted(cdf, uniform.double() * cdf[-1], right=True)
-    return torch.where(token == m.n_ordinary, m.pad_id, token)
+    return torch.where(token == model_cfg.n_ordinary, model_cfg.pad_id, token)
