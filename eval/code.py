@@ -1,234 +1,218 @@
-"""How well a model writes code: pass@k by unit tests, how much of it is Python, and how near it is to the reference.
+"""Measure code: pass@k by unit tests, the share that parses, the similarity to the reference.
 
-    python -m eval.code --init_from=out/run/ckpt.pt --source=mbpp.jsonl --samples=80 --k=1,10,80 --run_code
+    python -m eval.code --init_from=out/run/ckpt.pt --source=mbpp.jsonl --samples=80 --k=1,10,80 \\
+        --run_code
     python -m eval.code --predictions=answers.jsonl --source=HumanEval.jsonl.gz --run_code
     python -m eval.code --reference --source=mbpp.jsonl --split=all
 
-Without --source: the held-out pairs of the set the checkpoint was trained on; mini_code has unit tests, others, such as
-python_pairs, are not run. Predictions are lines of {"task_id": .., "completion": ..} in JSON, several for a task being
-several draws. Programs that a model wrote run only with --run_code, in eval/sandbox.py; it prints what that does.
-
-pass@k is estimated from all draws (Codex, arXiv 2107.03374). Edit similarity is difflib's ratio, in Python's library.
+Without --source: the held-out pairs of the checkpoint's data set. Those of mini_code have unit
+tests, others are not run. Predictions are lines of {"task_id": .., "completion": ..} in JSON,
+several per task if there are several samples. Programs of a model run only with --run_code, in
+eval/sandbox.py. pass@k is estimated from all samples (Codex, arXiv 2107.03374).
 """
 
 import json
 from collections import Counter
 from dataclasses import dataclass
 
-from configurator import run
+from configurator import group, run, setting, validate
 from data import mbpp, mini
 from data.syntax import parse_python
-from data.text_file import read_text
-from eval import sandbox
-from eval.common import (
-    Job,
-    TaskConfig,
-    check_ids,
-    choose,
-    cost,
-    generate_kept,
-    held_out,
-    is_mini,
-    jobs_of,
-    open_task,
-    read_items,
-    report,
-    write_text,
-)
+from data.text_file import read_json_lines
+from eval import common, sandbox
+from eval.common import EvalConfig, TaskConfig, TaskRun, warn
 from eval.metrics import Metric, edit_similarity, mean, pass_at_k
-from eval.python_code import BROKEN, is_python
+from eval.python_code import INVALID, is_python
 
-MAX_EXAMPLES = 1 << 20  # a draw is keyed by example and number in one word of 32 bits ...
-MAX_SAMPLES = 1 << 12  # ... which these two fill
+MAX_EXAMPLES = 1 << 20  # the key of a sample has 32 bits: 20 for the example
+MAX_SAMPLES = 1 << 12  # and 12 for its number
 
 
 @dataclass
-class CodeConfig(TaskConfig):
-    samples: int = 1  # draws per problem; with predictions so many as the file has
-    k: str = "1"  # the k of pass@k, such as 1,10,80
-    split: str = "test"  # of MBPP's task_ids: few-shot | test | validation | train | all
-    run_code: bool = False  # run the programs that a model wrote; without it they are only parsed and compared
+class CodeConfig:
+    run: EvalConfig = group(EvalConfig)
+    task: TaskConfig = group(TaskConfig)
+    samples: int = setting(1, "generated programs per problem", minimum=1, maximum=MAX_SAMPLES)
+    k: str = setting("1", "the k of pass@k, such as 1,10,80")
+    split: str = setting("test", "of MBPP's task ids", choices=("all", *mbpp.SPLITS))
+    run_code: bool = setting(False, "run the programs of a model in the sandbox")
 
     def __post_init__(self):
-        super().__post_init__()
-        if not self.k.replace(",", "").isdecimal() or min(self.ks) < 1:
-            raise ValueError(f"k wants whole numbers from 1, such as 1,10,80; got {self.k!r}")
-        if not 1 <= self.samples <= MAX_SAMPLES:
-            raise ValueError(f"samples must be 1 to {MAX_SAMPLES}, got {self.samples}")
-        if self.split not in ("all", *mbpp.SPLITS):
-            raise ValueError(f"split must be all or one of {', '.join(mbpp.SPLITS)}; got {self.split!r}")
-
-    @property
-    def ks(self) -> list[int]:
-        return sorted({int(k) for k in self.k.split(",") if k})
+        validate(self)
+        parts = self.k.split(",")
+        if not all(k.isdecimal() and int(k) for k in parts):
+            raise ValueError(f"k must be whole numbers from 1, such as 1,10,80; got {self.k!r}")
+        self.ks = sorted(set(map(int, parts)))
 
 
 def examples(cfg: CodeConfig) -> list[dict]:
-    """The problems with id, prefix, target, continues and, if they have any, tests: of cfg.source, or held-out pairs.
+    """Return the problems with id, prefix, target, continues and, if they have any, tests.
 
-    continues: whether a completion goes on from the prefix, as in HumanEval and python_pairs, or is a program itself.
+    continues: a completion continues the prefix (HumanEval, python_pairs), else it is a program.
     """
-    if cfg.source:
-        found = [e for e in mbpp.read(cfg.source) if cfg.split in ("all", e["split"])]
+    if cfg.task.source:
+        found = [e for e in mbpp.read(cfg.task.source) if cfg.split in ("all", e["split"])]
         if not found:
-            raise ValueError(f"{cfg.source} has no tasks of the split {cfg.split}")
+            raise ValueError(f"{cfg.task.source} has no tasks of the split {cfg.split}")
         return [e | {"continues": mbpp.program(e, "") != ""} for e in found]
-    found = held_out(cfg.data, "code")
-    if is_mini(cfg.data):
-        found = [e | {"tests": mini.code_tests(e)} for e in found]
-    return [e | {"continues": not _is_program(e["target"]) and is_python(e["prefix"], e["target"])} for e in found]
+    found = common.held_out(cfg.task.data, "code")
+    is_mini = common.is_mini(common.open_pairs(cfg.task.data))
+    for example in found:
+        if is_mini:
+            example["tests"] = mini.code_tests(example)
+        body = not _is_program(example["target"])
+        example["continues"] = body and is_python(example["prefix"], example["target"])
+    return found
 
 
-def prompt(example: dict) -> str:
-    """What the model reads."""
-    return example["prefix"]
+def program(completion: str, example: dict) -> str:
+    """Return the source that the tests are run after."""
+    return example["prefix"] + completion if example["continues"] else completion
 
 
-def program(prediction: str, example: dict) -> str:
-    """The source that the prediction makes, behind which the tests run."""
-    return example["prefix"] + prediction if example["continues"] else prediction
-
-
-def score(prediction: str, example: dict) -> tuple[bool, float]:
-    """(whether it parses as Python, edit similarity to the reference). Nothing is run. A blank text never parses."""
-    return _parses(prediction, example), edit_similarity(prediction, example["target"])
-
-
-def _parses(prediction: str, example: dict) -> bool:
-    if example["continues"] and "tests" not in example:  # a body: one function with it, as eval.python_code counts
-        return is_python(example["prefix"], prediction)
-    return bool(prediction.strip()) and BROKEN not in prediction and _is_program(program(prediction, example))
+def parses(completion: str, example: dict) -> bool:
+    """Return whether a completion that is not blank makes a Python program. Nothing is run."""
+    if example["continues"] and "tests" not in example:  # the body of one function
+        return is_python(example["prefix"], completion)
+    blank = not completion.strip() or INVALID in completion
+    return not blank and _is_program(program(completion, example))
 
 
 def _is_program(text: str) -> bool:
     return parse_python(text + "\n") is not None
 
 
-def run_programs(draws: list[list[str]], asked: list[dict]) -> list[list[sandbox.Outcome]]:
-    """What the tests of each problem say to each of its draws. Equal draws of a problem run once."""
-    jobs = {(i, text): (program(text, e), e["tests"]) for i, e in enumerate(asked) for text in draws[i]}
-    outcomes = dict(zip(jobs, sandbox.run_many(list(jobs.values()), sandbox.Limits())))
-    return [[outcomes[i, text] for text in texts] for i, texts in enumerate(draws)]
-
-
-def items_of(draws: list[list[str]], asked: list[dict]) -> tuple[list[dict], dict[str, int]]:
-    """(of each problem: samples, parsed, edit_similarity and, with tests, passed; how often the sandbox said what)."""
-    items, said = [], Counter()
-    for texts, example in zip(draws, asked):
-        scores = [score(text, example) for text in texts]
-        parsed, similar = (sum(values) for values in zip(*scores))
-        items.append({"samples": len(texts), "parsed": parsed, "edit_similarity": similar / len(texts)})
-    if "tests" in asked[0]:
-        for item, outcomes in zip(items, run_programs(draws, asked)):
-            item["passed"] = sum(outcome.passed for outcome in outcomes)
-            said.update(outcome.status for outcome in outcomes)
-    return items, dict(said.most_common())
+def score(samples: list[list[str]], asked: list[dict]) -> tuple[list[dict], dict[str, int]]:
+    """Return counts per problem, and how many samples had each outcome of the sandbox."""
+    items = []
+    for texts, example in zip(samples, asked):
+        similar = sum(edit_similarity(text, example["target"]) for text in texts)
+        parsed = sum(parses(text, example) for text in texts)
+        item = {"samples": len(texts), "parsed": parsed, "edit_similarity": similar / len(texts)}
+        items.append(item)
+    if "tests" not in asked[0]:
+        return items, {}
+    jobs = {}  # equal samples of a problem run once
+    for i, example in enumerate(asked):
+        jobs |= {(i, text): (program(text, example), example["tests"]) for text in samples[i]}
+    outcomes = dict(zip(jobs, sandbox.run_many(list(jobs.values()))))
+    statuses = Counter()
+    for i, texts in enumerate(samples):
+        items[i]["passed"] = sum(outcomes[i, text].passed for text in texts)
+        statuses.update(outcomes[i, text].status for text in texts)
+    return items, dict(statuses.most_common())
 
 
 def metrics_of(items: list[dict], ks: list[int]) -> dict[str, Metric]:
-    """{"pass@k" for each k if there are tests, "parse", "edit_similarity"}, each a mean over the problems."""
-    found = {}
+    """Return means over problems: pass@k if there are tests, the share that parses, similarity."""
+    metrics = {}
     if "passed" in items[0]:
-        found = {f"pass@{k}": mean([pass_at_k(i["samples"], i["passed"], k) for i in items]) for k in ks}
-    found["parse"] = mean([i["parsed"] / i["samples"] for i in items])
-    return found | {"edit_similarity": mean([i["edit_similarity"] for i in items])}
+        for k in ks:
+            values = [pass_at_k(item["samples"], item["passed"], k) for item in items]
+            metrics[f"pass@{k}"] = mean(values)
+    metrics["parse"] = mean([item["parsed"] / item["samples"] for item in items])
+    return metrics | {"edit_similarity": mean([item["edit_similarity"] for item in items])}
 
 
 def read_predictions(path: str, asked: list[dict]) -> list[list[str]]:
-    """The completions of each problem, as many for each. Raises ValueError that names the line or the task."""
+    """Return the completions of each problem, the same number for each."""
     found: dict[str, list[str]] = {}
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            task, completion = str(row["task_id"]), row["completion"]
-        except (json.JSONDecodeError, TypeError, KeyError):
-            raise ValueError(f'{path}, line {number}: want {{"task_id": .., "completion": ..}} in JSON') from None
-        if not isinstance(completion, str):
-            raise ValueError(f"{path}, line {number}: the completion must be a text, got {str(completion)[:60]}")
-        found.setdefault(task, []).append(completion)
-    check_ids(path, found, [example["id"] for example in asked])
-    most = max(len(texts) for texts in found.values())
-    short = [f"{task} has {len(texts)}" for task, texts in found.items() if len(texts) < most]
-    if short:
-        raise ValueError(f"{path}: up to {most} completions a task, but task {short[0]}; want as many for each")
+    for where, row in read_json_lines(path):
+        completion = row.get("completion") if isinstance(row, dict) else None
+        if not isinstance(completion, str) or not isinstance(row.get("task_id"), int | str):
+            raise ValueError(f'{where}: must be {{"task_id": number or text, "completion": text}}')
+        found.setdefault(str(row["task_id"]), []).append(completion)
+    common.check_ids(path, found, asked)
+    most = max(map(len, found.values()))
+    for task, texts in found.items():
+        if len(texts) < most:
+            counts = f"task {task} has {len(texts)} completions, another task has {most}"
+            raise ValueError(f"{path}: {counts}; give the same number for each")
     return [found[example["id"]] for example in asked]
 
 
-def write_predictions(path: str, draws: list[list[str]], asked: list[dict]) -> None:
-    """What read_predictions and HumanEval's own script read."""
-    rows = [
-        {"task_id": example.get("task_id", example["id"]), "completion": text}
-        for texts, example in zip(draws, asked)
-        for text in texts
+def write_predictions(path: str, samples: list[list[str]], asked: list[dict]) -> None:
+    """Write the file that read_predictions and HumanEval's own script read."""
+    lines = []
+    for texts, example in zip(samples, asked):
+        task_id = example.get("task_id", example["id"])
+        lines += [json.dumps({"task_id": task_id, "completion": text}) + "\n" for text in texts]
+    common.write_text(path, "".join(lines))
+
+
+def generate(task: TaskRun) -> tuple[list[list[str]], dict]:
+    """Return the generated samples of each problem, and the cost.
+
+    A sample depends on the problem and its own number, not on how many there are.
+    """
+    _describe_samples(task)
+    numbers = range(task.cfg.samples)
+    jobs = [
+        job._replace(key=f"{job.key}#{i}", example=job.example + i * MAX_EXAMPLES)
+        for job in task.jobs()
+        for i in numbers
     ]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    answers, cost = task.generator.answers(jobs)
+    keys = [[f"{example['id']}#{i}" for i in numbers] for example in task.examples]
+    samples = [[answers.get(key, common.NO_ANSWER).text for key in row] for row in keys]
+    return samples, cost | {"best_of": getattr(task.generator.sampler, "candidates", 1)}
 
 
-def draw_jobs(job: Job, samples: int) -> list[Job]:
-    """The same prompt so many times, each with draws of its own, which do not depend on how many there are."""
-    return [job._replace(key=f"{job.key}#{i}", example=job.example + i * MAX_EXAMPLES) for i in range(samples)]
+def _describe_samples(task: TaskRun) -> None:
+    """Print what a sample is. Raises ValueError if all of a problem would be equal."""
+    samples = task.cfg.samples
+    sampler = task.generator.sampler
+    candidates = getattr(sampler, "candidates", 0)
+    if not candidates and samples > 1 and sampler.temperature == 0:
+        raise ValueError(f"--samples={samples} at temperature 0 are equal; try --temperature=0.8")
+    if candidates > 1:
+        kind = f"the best of {candidates} canvases by model score"
+    elif candidates:
+        kind = "one canvas"
+    else:
+        kind = f"left to right at temperature {sampler.temperature}"
+    warn(f"{samples} samples per problem, each {kind}")
 
 
 def main(argv: list[str]) -> dict:
-    """Evaluate as argv says; returns what the JSON line holds."""
-    cfg, model, tokenizer, state = open_task(argv, CodeConfig)
-    if not cfg.predictions:
+    task = TaskRun("code", argv, CodeConfig, examples)
+    cfg = task.cfg
+    asked = task.examples
+    if not cfg.task.predictions:
         _check_k(cfg.ks, cfg.samples)
-    asked, other, spent = choose(examples(cfg), cfg.n), None, {}
-    theirs = read_items(cfg.against, "code", asked) if cfg.against else None
-    _check_run(cfg, asked, is_ours=cfg.reference and (not cfg.against or theirs is not None))
-    if cfg.against:
-        theirs = theirs or items_of(read_predictions(cfg.against, asked), asked)[0]
-        _check_k(cfg.ks, min(item["samples"] for item in theirs))
-        other = metrics_of(theirs, cfg.ks)
-    if model:
-        _check_draws(cfg, model)
-        jobs = [draw for job in jobs_of(asked, prompt, model, tokenizer) for draw in draw_jobs(job, cfg.samples)]
-        made = generate_kept(model, tokenizer, jobs, cfg)
-        keys = [[f"{example['id']}#{i}" for i in range(cfg.samples)] for example in asked]
-        draws = [[made[key].text if key in made else "" for key in row] for row in keys]
-        spent = cost(made.values()) | {"best_of": getattr(cfg, "candidates", 1)}
-    elif cfg.reference:
-        draws = [[example["target"]] * cfg.samples for example in asked]
+    _check_run(cfg, "tests" in asked[0])
+    cost = {}
+    if task.generator:
+        samples, cost = generate(task)
+    elif cfg.task.reference:
+        samples = [[example["target"]] * cfg.samples for example in asked]
     else:
-        draws = read_predictions(cfg.predictions, asked)
-        _check_k(cfg.ks, len(draws[0]))
-    if cfg.save:
-        write_predictions(cfg.save, draws, asked)
-    items, said = items_of(draws, asked)
-    extra = {"samples": len(draws[0]), "empty": sum(not text.strip() for texts in draws for text in texts)}
-    extra |= {"outcomes": said, **spent}
-    return report("code", argv, cfg, state, asked, items, metrics_of(items, cfg.ks), other, extra)
+        samples = read_predictions(cfg.task.predictions, asked)
+        _check_k(cfg.ks, len(samples[0]))
+    if cfg.task.save:
+        write_predictions(cfg.task.save, samples, asked)
+    items, statuses = score(samples, asked)
+    empty = sum(not text.strip() for texts in samples for text in texts)
+    extra = {"samples": len(samples[0]), "empty": empty, "outcomes": statuses}
+    notes = "".join(f"\n{status}: {n}" for status, n in statuses.items())
+    return task.report(items, metrics_of(items, cfg.ks), extra | cost, notes)
 
 
 def _check_k(ks: list[int], samples: int) -> None:
     if max(ks) > samples:
-        raise ValueError(f"pass@{max(ks)} needs as many draws of a problem, there are {samples}; set --samples or --k")
+        raise ValueError(f"pass@{max(ks)} needs --samples={max(ks)} or more, got {samples}")
 
 
-def _check_run(cfg: CodeConfig, asked: list[dict], is_ours: bool) -> None:
-    """Say what will be run, or raise ValueError where it may not be. is_ours: only references are to run."""
-    if "tests" not in asked[0]:
-        print("these problems have no unit tests, so nothing is run: parse rate and edit similarity only")
+def _check_run(cfg: CodeConfig, has_tests: bool) -> None:
+    """Print what will be run. Raises ValueError if programs of a model may not run."""
+    if not has_tests:
+        warn("these problems have no unit tests: no program is run")
     elif cfg.run_code:
-        print(f"--run_code: each program is run, in a process of its own, then its unit tests; {sandbox.isolation()}")
-    elif not is_ours:
-        raise ValueError(f"pass@k runs programs that a model wrote: allow it with --run_code; {sandbox.isolation()}")
-
-
-def _check_draws(cfg, model) -> None:
-    """Say what a draw is. Raises ValueError where all of a problem would be the same."""
-    if model.cfg.paradigm == "ar":
-        if cfg.samples > 1 and cfg.temperature == 0:
-            raise ValueError(f"--samples={cfg.samples} at temperature 0 are equal draws; give --temperature=0.8, say")
-        kind = f"a sample at temperature {cfg.temperature}" if cfg.temperature else "the greedy answer"
-    else:
-        best = f"the best of {cfg.candidates} canvases by model score, so pass@k sees {cfg.candidates} times as many"
-        kind = best if cfg.candidates > 1 else "one canvas"
-    print(f"{cfg.samples} draws per problem, each {kind}")
+        warn(f"--run_code: each program runs in a process of its own; {sandbox.isolation()}")
+    elif not cfg.task.reference:
+        sentence = "pass@k runs programs that a model wrote: allow it with --run_code"
+        raise ValueError(f"{sentence}; {sandbox.isolation()}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, CodeConfig)

@@ -1,56 +1,58 @@
-"""Share of held-out items of a mini or toy task that a model gets right.
+"""Measure the share of held-out items of a mini or toy task that a model gets right.
 
-    python -m eval.exact_match --init_from=out/ar2diff_3_finetune/ckpt.pt --steps=10 --candidates=1
+    python -m eval.exact_match --init_from=out/ar2diff_3_finetune/ckpt.pt --steps=10
 
-Prints one line and one JSON line: share with its 95% interval, network calls and seconds per sample. The length of
-the answer is never given away: every canvas is target_length wide.
+The model is never told the length of the answer: every canvas is target_length wide.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import run
-from data.loader import build_if_missing, open_set
-from data.mini import TASKS, task_of
-from eval.common import EvalConfig, environment, generate_texts, load_for_eval, wilson, write_json
+from configurator import flatten, group, run, setting, validate
+from data.mini import TAGS, TASKS
+from eval import common
+from eval.common import EvalConfig
+from eval.metrics import wilson
 
 
 @dataclass
-class ExactMatchConfig(EvalConfig):
-    data: str = ""  # by default the set the checkpoint was trained on
+class ExactMatchConfig:
+    run: EvalConfig = group(EvalConfig)
+    data: str = setting("", "data set; default: that of the checkpoint", path=True)
+    n: int = setting(500, "held-out items", minimum=1)
+
+    def __post_init__(self):
+        validate(self)
 
 
-def score(prediction: str, prefix: str, target: str, set_name: str) -> bool:
-    """Whether the answer is right: by the mini task's own scorer, else character by character."""
-    if set_name.startswith("mini"):
-        return TASKS[task_of(set_name, prefix)].score(prediction, {"prefix": prefix, "target": target})
+def score(prediction: str, prefix: str, target: str, mini: bool) -> bool:
+    """Return whether an answer is right: by the scorer of its mini task, else if it is equal."""
+    if mini:
+        task = TASKS[TAGS[prefix[:2]]]
+        return task.score(prediction, {"prefix": prefix, "target": target})
     return prediction == target
 
 
 def main(argv: list[str]) -> dict:
-    """Evaluate as argv says; returns what the JSON line holds."""
-    cfg, model, tokenizer, state = load_for_eval(argv, ExactMatchConfig)
-    data = cfg.data or state["train_config"]["data"]
-    held_out, name = open_set(build_if_missing(data), "valid"), Path(data).name
-    n = min(cfg.n, len(held_out))
-    texts, cost = generate_texts(model, tokenizer, [list(held_out.pair(i)[0]) for i in range(n)], cfg)
-    items = [(*held_out.text(i), text) for i, text in zip(range(n), texts)]  # prefix, target, prediction
-    wrong = [item for item in items if not score(item[2], item[0], item[1], name)]
+    cfg, generator, state = common.open_checkpoint(argv, ExactMatchConfig)
+    data = cfg.data or common.training_data(state, cfg.run.init_from)
+    name = Path(data).name
+    pairs = common.open_pairs(data)
+    mini = common.is_mini(pairs)
+    n = min(cfg.n, len(pairs))
+    predictions, cost = generator.texts([list(pairs.pair(i)[0]) for i in range(n)])
+    items = [(*pairs.text(i), predictions[i]) for i in range(n)]  # prefix, target, prediction
+    wrong = [item for item in items if not score(item[2], item[0], item[1], mini)]
     hits = n - len(wrong)
     low, high = wilson(hits, n)
-    result = {"task": name, "n": n, "hits": hits, "exact_match": hits / n, "interval": [low, high], **cost}
-    result |= {"wrong": wrong[:3], "settings": asdict(cfg), "command": f"python -m eval.exact_match {' '.join(argv)}"}
-    result |= environment()
-    print(
-        f"{name}: {hits / n:.1%} exact match [{low:.1%}, {high:.1%}] on {n} held-out | "
-        f"{cost['calls_per_sample']:.1f} network calls, {cost['seconds_per_sample']:.4f} s per sample"
-    )
-    print(json.dumps(result))
-    if cfg.json:
-        write_json(cfg.json, result)
-    return result
+    result = {"task": name, "n": n, "hits": hits, "exact_match": hits / n}
+    result |= {"interval": [low, high], **cost, "wrong": wrong[:3]}
+    settings = flatten(cfg) | generator.settings()
+    result |= common.origin("exact_match", argv, settings, state)
+    share = f"{hits / n:.1%} exact match [{low:.1%}, {high:.1%}] on {n} held-out items"
+    text = f"{name}: {share} | {common.cost_line(cost)}"
+    return common.finish(cfg.run.json, result, text)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ExactMatchConfig)
