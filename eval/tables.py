@@ -156,12 +156,11 @@ def table_1(lines: Lines, scale: str = "mini") -> str:
 def table_2(lines: Lines, scale: str = "mini") -> str:
     """AR, diffusion, AR2Diff by N."""
     labels = study.main_rows(SCALES[scale])
-    if scale == "python":  # the paper has no such task
-        return grid(
-            ["row"], {(label,): label for label in labels}, task_columns(lines, scale, True)
-        )
+    columns = task_columns(lines, scale, calls=True)
+    if scale == "python":  # not in the paper
+        return grid(["row"], {(label,): label for label in labels}, columns)
     rows = {(label, PAPER_2.get(label, "")): label for label in labels}
-    return grid(["row", PAPER], rows, task_columns(lines, scale, calls=True))
+    return grid(["row", PAPER], rows, columns)
 
 
 def table_3(lines: Lines, scale: str = "mini") -> str:
@@ -233,16 +232,11 @@ def quickstart_table(lines: Lines) -> str:
 def faults_table(results: Path) -> str:
     """Kills and other faults, and how many runs they changed."""
     found = json.loads((results / "faults.json").read_text(encoding="utf-8"))["table"]
-    groups = {
-        "killed at a random moment": [row for row in found if row["kills"]],
-        "disk, signals, memory, damaged files, lost processes": [
-            row for row in found if not row["kills"]
-        ],
-    }
-    names = ("runs", "kills", "lost_or_changed")
     rows = []
-    for label, group in groups.items():
-        rows.append([label, *(str(sum(row[name] for row in group)) for name in names)])
+    for label, killed in (("killed at a random moment", True), ("other faults", False)):
+        group = [row for row in found if bool(row["kills"]) == killed]
+        sums = [sum(row[name] for row in group) for name in ("runs", "kills", "lost_or_changed")]
+        rows.append([label, *map(str, sums)])
     return markdown(["fault", "runs", "kills", "lost or changed"], rows)
 
 
