@@ -1,348 +1,620 @@
-"""How fast the two decoders are: AR and diffusion of the same weights, both as fast as we can make them, timed in turn.
+"""Measure the speed of decoding and of training, and print the tables of results/speed.jsonl.
 
-    python -m eval.speed --quick                                        # a small shape, under two minutes on 2 cores
-    python -m eval.speed --out=results/speed_gpt2.json                  # GPT-2 small; the same command again goes on
-    python -m eval.speed --device=cuda --minutes=4 --out=results/gpu/speed_decode.json
-    python -m eval.speed --init_from=CKPT --ar_from=CKPT --task=translation    # quality beside speed
-    python -m eval.speed --peers=FOLDER                                 # beside others' loops: see eval/peers.py
+    python -m eval.speed --quick                        # a small shape, every measurement
+    python -m eval.speed --json=results/speed.jsonl     # GPT-2 small's shape
+    python -m eval.speed --what=train --shape=six       # one measurement
+    python -m eval.speed --init_from=CKPT --ar_from=CKPT --task=translation   # and quality
 
-Random weights that never end a text, so every text has its full length: AR spends a call a token, diffusion a call a
-step. What a longer text of fewer tokens would save shows with a checkpoint only. Compiled is fast.speed_up; the first
-call, which compiles, is timed apart. A table, a picture beside the JSON, one JSON line last.
+decode  seconds per batch of texts by length: AR, and diffusion with the same weights, plain and
+        compiled, next to transformers' generate. Baseline: our fastest AR decoder.
+train   an optimizer step of our AR model. Baseline: the same step of torch's own Transformer.
+unroll  a diffusion step of two passes. Baseline: an AR step over the same tokens.
+loop    the sampling loop without its network calls. Baseline: the whole loop.
+
+The systems of a case run in turn, A B C, C B A, A B C, ..., after a warm-up call each. A ratio
+compares runs of one round, so other work on the machine slows both. Decoders have random weights,
+and every text has its full length. ~ marks 20 and 50 steps that were estimated from 10 steps.
 """
 
+import functools
 import json
+import math
+import statistics
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
-from dataclasses import asdict, astuple, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from io import StringIO
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from configurator import configure, run
-from device import computes_bfloat16, pick_device
-from eval.common import environment, write_json
-from eval.decoders import ADAPTIVE, Checkpoints, Networks, Part, Setting, Shapes, System, integrate_ar, write
-from eval.limits import ar_work, diffusion_work, gemm_line, loop_line, prefix_line
-from eval.peers import peer_lines
-from eval.speed_table import crossover_table, crossovers, quality_key, rows_of, table
-from eval.timing import Line, alternate, ceilings, clock, header, peak_bytes
+import autoregressive
+import diffusion
+from ar2diff import convert
+from configurator import configure, run, setting, validate
+from data.loader import open_dataset
+from data.objectives import Batch
+from eval.common import environment, markdown, write_text
+from infra import device as devices
+from infra.checkpoint import load_model
+from infra.flops import forward_flops, train_flops
+from infra.optimizers import BETAS, make_optimizers
+from infra.rng import make_rng
+from model import ModelConfig, Transformer
+from train import PARADIGMS, TrainConfig
+
+BLOCK = {"norm": "layernorm", "activation": "gelu_tanh", "position": "learned", "bias": True}
+SHAPES = {
+    "six": {"n_layer": 6, "n_head": 6, "n_embd": 384, "vocab_size": 256},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257},
+}
+TRAIN_BATCH = {"six": (16, 256), "gpt2": (2, 256)}  # rows, tokens
+DIFFUSION = {"cached prefix": "bidirectional", "full attention": "joint"}  # prefix_attention
+PROMPT = 64  # tokens before the generated ones
+STEPS = (10, 20, 50)
+ROUND_LIMIT = 60.0  # seconds after which a case starts no new round
+METRICS = ("exact_match", "bleu", "chrf", "f1", "pass@1")
 
 
 @dataclass
 class SpeedConfig:
-    out: str = ""  # the JSON, each finished cell at once, and beside it the picture; empty: nowhere
-    quick: bool = False  # a shape of 6 layers, two lengths
-    device: str = "auto"  # auto | cpu | cuda | mps
-    dtypes: str = ""  # of weights and activations; empty: float32, and bfloat16 where that is fast; quick: float32
-    batches: str = ""  # empty: 1,8 on a CPU, 1,8,32 elsewhere
-    lengths: str = ""  # tokens; empty: 64 to 4,096
-    minutes: float = 0.0  # begin nothing new after that; 0: no limit
-    runs: int = 3  # timed runs of a system at a setting, beyond those that warm up
-    patience: float = 40.0  # seconds for the runs of one system at one setting; a slow one gets fewer, at least one
-    peers: str = ""  # a folder of checkouts to run beside ours, see eval/peers.py
-    init_from: str = ""  # a diffusion checkpoint: its own lengths, its quality beside its speed
-    ar_from: str = ""  # the AR checkpoint it is compared with
-    task: str = "exact_match"  # translation | qa | code | exact_match: what quality means
-    n: int = 100  # texts that are scored with a checkpoint
-    threads: int = 0  # 0: what torch takes
-    seed: int = 1337
+    what: str = setting("all", "measurement", ("all", "decode", "train", "unroll", "loop"))
+    quick: bool = setting(False, "6 layers, float32, small batches, two lengths")
+    json: str = setting("", "add the results to this file, skip the cases it has", path=True)
+    shape: str = setting("", "default: gpt2, with --quick six", ("", *SHAPES))
+    dtype: str = setting("", "default: both, if bfloat16 is fast", ("", "float32", "bfloat16"))
+    batches: str = setting("", "texts at a time, of decode; default: 1,8")
+    lengths: str = setting("", "tokens, of decode; default: 64 to 1024, on a GPU to 4096")
+    runs: int = setting(5, "timed runs of each system", minimum=1)
+    init_from: str = setting("", "diffusion checkpoint to measure", path=True)
+    ar_from: str = setting("", "AR checkpoint to compare it with", path=True)
+    task: str = setting("exact_match", "evaluation of the checkpoints: translation, qa, code")
+    n: int = setting(100, "texts to evaluate", minimum=1)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    seed: int = setting(1337, "of weights and prompts", minimum=0)
+
+    def __post_init__(self):
+        validate(self)
+        if bool(self.init_from) != bool(self.ar_from):
+            raise ValueError("--init_from and --ar_from must be given together")
 
 
-STEPS = (10, 20, 50)
-# Rows x tokens that are decoded whole. Beyond it 3 steps are timed, and on a CPU AR in three places.
-WHOLE, WHOLE_ON_GPU = 2048, 32768
+# Clocks
 
 
-def plan(cfg: SpeedConfig, shapes: Shapes, device: torch.device, compiles: bool) -> list[tuple[Setting, list[System]]]:
-    """The blocks in order of what they tell: a run that is cut short has the most telling ones."""
-    cpu = device.type == "cpu"
-    batches = _numbers("batches", cfg.batches) or ([1] if cfg.quick else [1, 8] if cpu else [1, 8, 32])
-    lengths = _numbers("lengths", cfg.lengths) or (shapes.lengths[:2] if cfg.quick else shapes.lengths)
-    blocks = []
-    first = lengths[:3]
-    for tier in (first, lengths[3:]):
-        for batch, dtype, length in ((b, d, n) for b in batches for d in dtypes_of(cfg) for n in tier):
-            if cpu and length > shapes.learned and (batch > 1 or length < max(lengths)):
-                continue  # hours
-            full = not cpu or (dtype == "float32" and batch == 1 and length in first and length <= shapes.learned)
-            blocks.append((Setting(dtype, batch, length), systems(batch * length, full, cpu, compiles)))
-    return blocks
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
-def dtypes_of(cfg: SpeedConfig) -> list[str]:
-    """The number formats that are asked for."""
-    both = not cfg.quick and computes_bfloat16(pick_device(cfg.device))
-    dtypes = (cfg.dtypes or ("float32,bfloat16" if both else "float32")).split(",")
-    if not set(dtypes) <= {"float32", "bfloat16"}:
-        raise ValueError(f"--dtypes: there are float32, bfloat16; got {cfg.dtypes!r}")
-    return dtypes
+def timed(call: Callable, device: torch.device) -> tuple[float, object]:
+    """Return (seconds, result) of a call. Wait for the device before and after."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return time.perf_counter() - start, result
 
 
-def _numbers(name: str, text: str) -> list[int]:
+def time_in_turn(systems: dict[str, Callable], runs: int, device, limit=ROUND_LIMIT) -> dict:
+    """Return the runs [(seconds, result), ...] of each system, after a warm-up call.
+
+    A system that needs too much memory is left out.
+    """
+    results = {}
+    for name, call in systems.items():
+        try:
+            for _ in range(3 if device.type == "cuda" else 1):  # a CUDA graph needs three calls
+                call()
+            results[name] = []
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            print(f"{name}: left out, not enough memory")
+    start = time.perf_counter()
+    for k in range(runs):
+        if k and time.perf_counter() - start > limit:
+            break
+        for name in list(results)[:: -1 if k % 2 else 1]:
+            results[name].append(timed(systems[name], device))
+    return results
+
+
+def make_line(what: str, case: dict, results: dict, baseline: str, kind="speed", **more) -> dict:
+    """Return a line of the results file. kind of ratio: "speed" (above 1 is faster) or "time"."""
+    seconds = {name: [run[0] for run in runs] for name, runs in results.items()}
+    systems = {}
+    for name, own in seconds.items():
+        pairs = zip(own, seconds[baseline])
+        ratio = [b / a if kind == "speed" else a / b for a, b in pairs]
+        systems[name] = {"seconds": own, "ratio": ratio}
+    line = {"what": what, "case": case, "baseline": baseline, "kind": kind}
+    return line | more | {"systems": systems}
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+# Roofline (Williams et al. 2009): the shortest time that the machine allows
+
+
+@torch.no_grad()
+def measured_bandwidth(device: torch.device) -> float:
+    """Return the bytes/s of reading or copying 512 MiB, more than any cache holds."""
+    x = torch.ones(2**27, device=device)
+    y = torch.empty_like(x)
+    read = min(timed(x.sum, device)[0] for _ in range(5))
+    copy = min(timed(lambda: y.copy_(x), device)[0] for _ in range(5))
+    return max(x.nbytes / read, 2 * x.nbytes / copy)
+
+
+def decoding_work(model, prefix: int, length: int, calls: int, batch: int) -> tuple[float, float]:
+    """Return (FLOPs, bytes) that generating a batch of texts needs at least.
+
+    AR reads all weights and its cache for each token. Diffusion multiplies all positions by all
+    weights in each call.
+    """
+    cfg = model.cfg
+    size = model.tok.weight.element_size()
+    skip = {"pos.weight"} if cfg.tie_weights else {"pos.weight", "tok.weight"}  # few rows are read
+    weights = size * sum(p.numel() for name, p in model.named_parameters() if name not in skip)
+    key = 2 * cfg.n_layer * cfg.kv_heads * cfg.head_size * size  # a token's keys and values
+    joint = cfg.prefix_attention == "joint"
+    encode = 0 if joint else forward_flops(cfg, prefix, 0)
+    if cfg.paradigm == "ar":
+        past = prefix + (length - 1) / 2  # tokens before a generated one, on average
+        alone = replace(cfg, prefix_attention="bidirectional")  # counts only the new token
+        step = forward_flops(alone, past, 1) - forward_flops(alone, past, 0)
+        keys = past + 1
+    else:
+        step = forward_flops(cfg, prefix, length + 1) - encode
+        keys = 0 if joint else prefix
+    flops = batch * (encode + calls * step)
+    return flops, weights * (calls + (not joint)) + batch * calls * keys * key
+
+
+def roofline(flops: float, nbytes: float, peak: float, bandwidth: float) -> dict:
+    bounds = {"FLOPs": flops / peak, "bytes": nbytes / bandwidth}
+    bound = max(bounds, key=bounds.get)
+    return {"roofline": bounds[bound], "bound": bound}
+
+
+# Networks
+
+
+def model_config(shape: dict, prefix: int, target: int, **settings) -> ModelConfig:
+    """Return the config of a shape. The last three token ids are pad, separator and mask."""
+    V = shape["vocab_size"]
+    ids = {"n_ordinary": V - 3, "pad_id": V - 3, "sep_id": V - 2, "mask_id": V - 1}
+    sizes = {"block_size": prefix + target, "target_length": target}
+    return ModelConfig(**BLOCK | shape | ids | sizes | settings)
+
+
+def random_batch(case: dict, prefix: int, target: int, seed: int, device) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    high = SHAPES[case["shape"]]["vocab_size"] - 3
+    ids = torch.randint(high, (case["batch"], prefix + target), generator=generator).to(device)
+    return Batch(ids[:, :prefix], ids[:, prefix:], torch.arange(len(ids), device=device))
+
+
+@functools.lru_cache(maxsize=1)
+def random_networks(shape: str, dtype: str, longest: int, device, seed: int) -> dict:
+    """Return AR and diffusion networks that share random weights. They never end a text."""
+    torch.manual_seed(seed)
+    ar = Transformer(model_config(SHAPES[shape], PROMPT, longest + 1)).eval().requires_grad_(False)
+    ar.tok.weight[-3:] = 0  # logits of 0 are never the largest of so many
+    networks = {"AR": ar.to(device, getattr(torch, dtype))}
+    settings = {"paradigm": "diffusion", "target_attention": "bidirectional", "shift": True}
+    for name, kind in DIFFUSION.items():
+        networks[name] = convert(ar, copy=False, prefix_attention=kind, **settings).eval()
+    return networks
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(network: Transformer):
+    from extras.fast_decode import speed_up
+
+    return speed_up(network)
+
+
+class Decoder:
+    """A network that is asked for texts of `length` tokens."""
+
+    def __init__(self, network, length: int):
+        self.cfg = replace(network.cfg, target_length=length + 1)
+        self.tok = network.tok
+        self.encode = network.encode
+        self.decode = network.decode
+
+
+class RecordedDecoder(Decoder):
+    """Returns the logits of one real call: what remains of decoding is the loop."""
+
+    @torch.no_grad()
+    def __init__(self, network, length: int, prefix: Tensor):
+        super().__init__(network, length)
+        cache = network.encode(prefix)
+        canvas = torch.full((len(prefix), length + 1), self.cfg.sep_id, device=prefix.device)
+        logits = network.decode(cache, canvas)
+        self.encode = lambda *args, **named: cache
+        self.decode = lambda *args, **named: logits
+
+
+class BaselineGPT(nn.Module):
+    """The GPT of `train`, made of torch's own modules."""
+
+    def __init__(self, n_layer: int, n_head: int, n_embd: int, vocab_size: int, length: int):
+        super().__init__()
+        self.tok = nn.Embedding(vocab_size, n_embd)
+        self.pos = nn.Embedding(length, n_embd)
+        gelu = partial(F.gelu, approximate="tanh")
+        options = {"dropout": 0.0, "activation": gelu, "batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer(n_embd, n_head, 4 * n_embd, **options)
+        norm = nn.LayerNorm(n_embd)
+        self.blocks = nn.TransformerEncoder(layer, n_layer, norm, enable_nested_tensor=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """Return the loss of ids (B, T): each token predicts the next one."""
+        x = self.tok(ids) + self.pos.weight  # (B, T, C)
+        x = self.blocks(x, mask=self.mask, is_causal=True)
+        logits = F.linear(x, self.tok.weight)  # (B, T, V)
+        expected = F.pad(ids[:, 1:], (0, 1), value=-100)
+        return F.cross_entropy(logits.flatten(0, 1), expected.flatten())
+
+
+def transformers_generate(model: Transformer, prompt: Tensor, length: int) -> Callable:
+    """Return a call of transformers' generate with a GPT-2 of the same shape."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    cfg = model.cfg
+    sizes = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    sizes |= {"n_positions": cfg.block_size, "activation_function": "gelu_pytorch_tanh"}
+    config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
+    network = GPT2LMHeadModel(config).eval().to(prompt.device, model.tok.weight.dtype)
+    ids = F.pad(prompt, (0, 1))  # our models read a separator after the prompt
+    options = {"max_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+    return partial(network.generate, ids, attention_mask=torch.ones_like(ids), **options)
+
+
+# Measurements: each takes a case and returns one line of the results file
+
+
+def decode_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
+    networks = networks_of(cfg, case, device)
+    prompt = random_batch(case, PROMPT, 1, cfg.seed, device).prefix
+    L = case["length"]
+    calls = {}
+    for kind, network in networks.items():
+        generate = generate_ar if kind == "AR" else generate_diffusion
+        calls[kind, False] = partial(generate, Decoder(network, L), prompt)
+        calls[kind, True] = partial(generate, Decoder(compiled(network), L), prompt)
+    try:
+        calls["transformers", False] = transformers_generate(networks["AR"], prompt, L)
+    except ImportError:
+        print("transformers is not installed: its generate is left out")
+    peak = devices.measured_flops(device, case["dtype"])
+    bandwidth = measured_bandwidth(device)
+    results = {}
+    more = {}
+    for (kind, fast), runs in time_in_turn(calls, cfg.runs, device).items():
+        for n in STEPS if kind in DIFFUSION else [L]:
+            name = kind + (f", {n} steps" if kind in DIFFUSION else "") + ", compiled" * fast
+            results[name] = runs
+            more[name] = {"calls": n}
+            if kind in DIFFUSION:  # the other steps take as long as the median one
+                results[name] = [(total + (n - STEPS[0]) * step, step) for total, step in runs]
+                more[name]["scaled"] = n != STEPS[0]
+            if kind in networks:
+                work = decoding_work(networks[kind], PROMPT, L, n, case["batch"])
+                more[name] |= roofline(*work, peak, bandwidth)
+    ar = [name for name in ("AR", "AR, compiled") if name in results]
+    baseline = min(ar, key=lambda name: median([run[0] for run in results[name]]))
+    line = make_line("decode", case, results, baseline, peak=peak, bandwidth=bandwidth)
+    for name, entry in line["systems"].items():
+        entry |= more[name]
+    return line
+
+
+def networks_of(cfg: SpeedConfig, case: dict, device: torch.device) -> dict[str, Transformer]:
+    if device.type == "cuda":  # compile for the shapes of this case
+        compiled.cache_clear()
+        torch.compiler.reset()
+    longest = max(1024, case["length"])
+    return random_networks(case["shape"], case["dtype"], longest, device, cfg.seed)
+
+
+def generate_ar(decoder, prompt: Tensor) -> None:
+    autoregressive.generate(decoder, prompt, autoregressive.SamplerConfig())
+
+
+def generate_diffusion(decoder, prompt: Tensor) -> float:
+    """Generate in STEPS[0] steps. Return the median seconds of a step."""
+    times = []
+
+    def mark(*_):
+        synchronize(prompt.device)
+        times.append(time.perf_counter())
+
+    diffusion.generate(decoder, prompt, diffusion.SamplerConfig(steps=STEPS[0]), on_step=mark)
+    return median([after - before for before, after in zip(times, times[1:])])
+
+
+def loop_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
+    prompt = random_batch(case, PROMPT, 1, cfg.seed, device).prefix
+    network = networks_of(cfg, case, device)["cached prefix"]
+    sampler = diffusion.SamplerConfig(steps=3)
+    recorded = RecordedDecoder(network, case["length"], prompt)
+    whole = Decoder(network, case["length"])
+    calls = {
+        "loop": partial(diffusion.generate, recorded, prompt, sampler),
+        "whole": partial(diffusion.generate, whole, prompt, sampler),
+    }
+    results = time_in_turn(calls, cfg.runs, device)
+    return make_line("loop", case, results, "whole", "time", aim="<= 0.10")
+
+
+def train_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
+    shape = SHAPES[case["shape"]]
+    T = case["length"]
+    batch = random_batch(case, 0, T, cfg.seed, device)
+    model_cfg = model_config(shape, 0, T)
+    model = BaselineGPT(**shape, length=T).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=BETAS, fused=True)
+    calls = {
+        "ours": our_step(model_cfg, batch, case["dtype"], cfg.seed),
+        "torch": optimizer_step(
+            model, [optimizer], lambda: [model.loss(batch.target)], device, case["dtype"]
+        ),
+    }
+    line = make_line("train", case, time_in_turn(calls, cfg.runs, device), "torch", aim=">= 0.97")
+    flops = case["batch"] * train_flops(model_cfg, 0, T)  # its share of the peak is the MFU
+    peak = devices.measured_flops(device, case["dtype"])
+    line["systems"]["ours"] |= roofline(flops, 0, peak, math.inf)
+    return line
+
+
+def unroll_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
+    shape = SHAPES[case["shape"]]
+    half = case["length"] // 2
+    batch = random_batch(case, half, half, cfg.seed, device)
+    models = {"AR": model_config(shape, half, half)}
+    settings = {"paradigm": "diffusion", "target_attention": "bidirectional"}
+    for name, kind in DIFFUSION.items():
+        models[name] = replace(models["AR"], prefix_attention=kind, **settings)
+    self_cond = replace(models["full attention"], self_conditioning=True)
+    models["full attention, self-conditioning"] = self_cond
+    calls = {
+        name: our_step(model_cfg, batch, case["dtype"], cfg.seed)
+        for name, model_cfg in models.items()
+    }
+    results = time_in_turn(calls, cfg.runs, device)
+    return make_line("unroll", case, results, "AR", "time", aim="<= 2.0")
+
+
+def our_step(model_cfg: ModelConfig, batch: Batch, dtype: str, seed: int) -> Callable[[], float]:
+    """Return an optimizer step on our loss, as train.py makes it."""
+    cfg = TrainConfig(model=model_cfg, dtype=dtype, optimizer="adamw", seed=seed)
+    torch.manual_seed(seed)
+    device = batch.target.device
+    model = Transformer(model_cfg).to(device)
+    rng = make_rng(seed, batch.example)
+    terms = partial(PARADIGMS[model_cfg.paradigm].losses, model, batch, cfg.loss, rng)
+    return optimizer_step(model, make_optimizers(model, cfg), terms, device, dtype)
+
+
+def optimizer_step(model, optimizers, terms, device, dtype: str) -> Callable[[], float]:
+    """Return a function that makes one optimizer step and returns the loss."""
+
+    def step() -> float:
+        loss = 0.0
+        with devices.autocast(device, dtype):
+            for term in terms():
+                term.backward()
+                loss += term.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss = float(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step
+
+
+def checkpoint_lines(cfg: SpeedConfig, device: torch.device) -> Iterator[dict]:
+    """Measure speed and quality of two checkpoints, one text and eight texts at a time."""
+    model, _, state = load_model(cfg.init_from, device)
+    ar, _, _ = load_model(cfg.ar_from, device)
+    if (model.cfg.paradigm, ar.cfg.paradigm) != ("diffusion", "ar"):
+        raise ValueError("--init_from must be a diffusion checkpoint, --ar_from an AR checkpoint")
+    dataset = open_dataset(state["train_config"]["data"], "valid")
+    prompts = [list(dataset.pair(i)[0]) for i in range(min(cfg.n, len(dataset)))]
+    common = statistics.mode(map(len, prompts))
+    prompts = torch.tensor([p for p in prompts if len(p) == common][:8], device=device)  # (8, P)
+    samplers = {"AR": autoregressive.SamplerConfig()}
+    for n in STEPS:
+        samplers[f"{n} steps"] = diffusion.SamplerConfig(steps=n)
+        samplers[f"{n} steps, 8 candidates"] = diffusion.SamplerConfig(steps=n, candidates=8)
+    samplers["entropy_bound"] = diffusion.SamplerConfig(sampler="entropy_bound", steps=STEPS[-1])
+    quality = {}
+    for name, sampler in samplers.items():
+        source = cfg.ar_from if name == "AR" else cfg.init_from
+        flags = vars(sampler) | {"init_from": source, "n": cfg.n, "device": cfg.device}
+        found = import_module(f"eval.{cfg.task}").main([f"--{k}={v}" for k, v in flags.items()])
+        quality[name] = {metric: found[metric] for metric in METRICS if metric in found}
+    for batch in sorted({1, len(prompts)}):
+        calls = {}
+        for name, sampler in samplers.items():
+            decoder = (autoregressive, ar) if name == "AR" else (diffusion, model)
+            calls[name] = partial(generate_batches, *decoder, prompts.split(batch), sampler)
+        results = time_in_turn(calls, cfg.runs, device)
+        case = {"task": cfg.task, "batch": batch, "length": model.cfg.target_length - 1}
+        line = make_line("quality", case, results, "AR", texts=len(prompts))
+        for name, entry in line["systems"].items():
+            entry |= {"calls": results[name][0][1], "quality": quality[name]}
+        yield line
+
+
+def generate_batches(module, network, batches, sampler) -> float:
+    """Generate a text for each prompt. Return the mean number of network calls."""
+    calls = [module.generate(network, batch, sampler).calls for batch in batches]
+    return torch.cat(calls).double().mean().item()
+
+
+# The command
+
+MEASUREMENTS = {
+    "train": train_case,
+    "unroll": unroll_case,
+    "loop": loop_case,
+    "decode": decode_case,
+}
+
+
+def plan(cfg: SpeedConfig, device: torch.device) -> Iterator[tuple[str, dict]]:
+    """Yield (measurement, case)."""
+    shape = cfg.shape or ("six" if cfg.quick else "gpt2")
+    lengths = [64, 256] if cfg.quick else [64, 128, 256, 512, 1024]
+    if device.type != "cpu" and not cfg.quick:
+        lengths += [2048, 4096]
+    lengths = numbers(cfg.lengths) or lengths
+    batches = numbers(cfg.batches) or ([1] if cfg.quick else [1, 8])
+    rows, tokens = (2, 256) if cfg.quick else TRAIN_BATCH[shape]
+    both = devices.has_fast_bf16(device) and not cfg.quick
+    for dtype in [cfg.dtype] if cfg.dtype else ["float32", "bfloat16"][: 1 + both]:
+        for what in MEASUREMENTS if cfg.what == "all" else [cfg.what]:
+            is_training = what in ("train", "unroll")
+            for batch in [rows] if is_training else batches:
+                for length in lengths if what == "decode" else [tokens]:
+                    case = {"shape": shape, "dtype": dtype, "batch": batch, "length": length}
+                    yield what, case
+
+
+def numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part]
     except ValueError:
-        raise ValueError(f"--{name} wants numbers with commas between them, got {text!r}") from None
+        raise ValueError(f"expected numbers with commas between them, got {text!r}") from None
 
 
-def systems(tokens: int, everything: bool, cpu: bool, compiles: bool) -> list[System]:
-    """What is timed in turn at a setting of so many tokens, all rows together.
-
-    A GPU runs 10, 20 and 50 steps. On a CPU the steps of one run of 10 tell of 20 and 50, and so does a run of 3 on
-    either where the canvas is wide.
-    """
-    limit = WHOLE if cpu else WHOLE_ON_GPU
-
-    def diffusers(candidates: int = 1, **what) -> list[System]:
-        if tokens * candidates > limit:
-            return [System(steps=3, tells=STEPS, candidates=candidates, **what)]
-        if cpu:
-            return [System(steps=10, tells=STEPS, candidates=candidates, **what)]
-        return [System(steps=n, tells=(n,), candidates=candidates, **what) for n in STEPS]
-
-    compiled = (False, True) if compiles else (False,)
-    found = [System("AR", c) for c in compiled]
-    found += [one for c in compiled for one in diffusers(kind="frozen", compiled=c)]
-    if everything:
-        for c in compiled:
-            found += diffusers(kind="joint", compiled=c)
-            found += diffusers(kind="frozen", compiled=c, conditioned=True)
-            found += diffusers(kind="frozen", compiled=c, candidates=8)
-            n = ADAPTIVE["steps"]
-            found.append(System("frozen", c, 3 if cpu or tokens > limit else n, (n,), adaptive=True))
-    return found
-
-
-def systems_of(subject: Checkpoints, compiles: bool) -> list[System]:
-    """What is timed of a checkpoint: every number of steps is run whole, for its texts end where they end."""
-    found = []
-    for compiled in (False, True) if compiles else (False,):
-        found += [System("AR", compiled)] if ("AR", False) in subject.models else []
-        what = dict(kind=subject.kind, compiled=compiled, conditioned=subject.conditioned)
-        for candidates in (1, 8):
-            found += [System(steps=n, tells=(n,), candidates=candidates, **what) for n in STEPS]
-            n = ADAPTIVE["steps"]
-            found.append(System(steps=n, tells=(n,), candidates=candidates, adaptive=True, **what))
-    return found
-
-
-def main(argv: list[str], shapes: Shapes | None = None, speed_up: Callable | None = None) -> dict:
-    """Measure, print and write what argv asks for; returns what the JSON line holds.
-
-    speed_up: makes the compiled form of a model; fast.speed_up where it is not given.
-    """
-    cfg, shapes, speed_up = configure(SpeedConfig, argv), shapes or Shapes(), speed_up or _compiler()
-    if cfg.task not in TASKS:
-        raise ValueError(f"--task: there are {', '.join(TASKS)}; got {cfg.task!r}")
-    if cfg.ar_from and not cfg.init_from:
-        raise ValueError("--ar_from goes with --init_from, the diffusion checkpoint that it is compared with")
-    if cfg.peers and not Path(cfg.peers).is_dir():
-        raise ValueError(f"--peers={cfg.peers}: no such folder")
-    began, device = time.time(), pick_device(cfg.device)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+def main(argv: list[str]) -> list[dict]:
+    """Measure what argv asks for. Return the new lines of the results file."""
+    cfg = configure(SpeedConfig, argv)
+    device = devices.pick_device(cfg.device)
+    devices.disable_malloc_trim()  # as train.py does
+    machine = environment()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    origin = {"command": " ".join(["python -m eval.speed", *argv]), "seed": cfg.seed} | machine
+    old = read_lines(Path(cfg.json)) if cfg.json else []
+    done = [(o["what"], o["case"]) for o in old if o["origin"]["hardware"] == machine["hardware"]]
     if cfg.init_from:
-        subject = Checkpoints(cfg.init_from, cfg.ar_from, cfg.n, device)
-        ours = systems_of(subject, bool(speed_up))
-        blocks = [(Setting("float32", B, subject.length), ours) for B in sorted({1, len(subject.prefixes)})]
+        lines = checkpoint_lines(cfg, device)
     else:
-        blocks = plan(cfg, shapes, device, bool(speed_up))
-        shape = shapes.six if cfg.quick else shapes.gpt2
-        subject = Networks(shape, shapes, max(shapes.new, *(setting.length for setting, _ in blocks)), device, cfg.seed)
-    result, save = _open(cfg, argv, shapes)
-    print(" | ".join(f"{key} {value}" for key, value in environment().items()))
-    todo = [partial(measure, setting, ours, subject, cfg, device, speed_up) for setting, ours in blocks]
-    if cfg.init_from:
-        todo.append(partial(score, ours, cfg))
-    else:
-        todo.insert(1, partial(measure_lines, shapes, subject, cfg, device, speed_up))
-    for task in todo:
-        if cfg.minutes and time.time() - began > 60 * cfg.minutes:
-            print(f"--minutes={cfg.minutes:g} are over; the same command goes on from here")
-            break
-        task(result, save)
-    else:
-        result["finished"] = True
-    result["rows"] = rows_of(list(result["cells"].values()), result["ceilings"], result["quality"])
-    result["crossovers"] = crossovers(result["rows"])
-    save()
-    _show(result, cfg)
-    return result
+        cases = list(plan(cfg, device))
+        missing = [(what, case) for what, case in cases if (what, case) not in done]
+        if len(missing) < len(cases):
+            print(f"skipped: {len(cases) - len(missing)} cases that {cfg.json} has")
+        lines = (MEASUREMENTS[what](cfg, case, device) for what, case in missing)
+    new = []
+    for line in lines:
+        new.append(line | {"origin": origin})
+        if cfg.json:
+            write_text(cfg.json, "".join(json.dumps(one) + "\n" for one in old + new))
+        print(f"\n{lines_table([line])}", flush=True)
+    return new
 
 
-def _compiler() -> Callable | None:
-    try:
-        from fast import speed_up
-    except ImportError:
-        print("compiled systems left out: there is no fast.py")
-        return None
-    return speed_up
+# Tables
 
 
-def _open(cfg: SpeedConfig, argv: list[str], shapes: Shapes) -> tuple[dict, Callable[[], None]]:
-    """(the result so far, what writes it). Raises ValueError where the file is of another run."""
-    same = {k: v for k, v in environment().items() if k in ("hardware", "torch", "threads")}
-    same |= dict(shapes=asdict(shapes), quick=cfg.quick, seed=cfg.seed, checkpoints=[cfg.init_from, cfg.ar_from])
-    same = json.loads(json.dumps(same))
-    result = dict(command="", header=same, cells={}, lines=[], ceilings=[], quality={}, finished=False)
-    if cfg.out and Path(cfg.out).exists():
-        found = json.loads(Path(cfg.out).read_text(encoding="utf-8"))
-        differs = [name for name in same if found.get("header", {}).get(name) != same[name]]
-        if differs:
-            raise ValueError(
-                f"{cfg.out} is of another run (other {', '.join(differs)}): name another --out, or delete it"
-            )
-        result |= found
-        print(f"{cfg.out}: {len(result['cells'])} cells are there already")
-    result |= dict(command=" ".join(["python -m eval.speed", *argv]), seed=cfg.seed, **environment())
-    return result, lambda: write_json(cfg.out, result) if cfg.out else None
+def read_lines(path: Path) -> list[dict]:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
 
 
-def measure(setting, ours, subject, cfg: SpeedConfig, device, speed_up, result: dict, save: Callable) -> None:
-    """Time the systems that have no finished cell at this setting, in turn."""
-    cells, began, calls, works = result["cells"], time.time(), {}, {}
-    missing = {key: s for s in ours if not _done(cells.get(key := f"{astuple(setting)} {s.name} {s.steps}"))}
-    if not missing:
-        return
-    if device.type == "cuda":  # each length gets programs of its own shapes, not one that was made for all of them
-        subject.forget_compiled()
-        torch.compiler.reset()
-    result["ceilings"].append(dict(dtype=setting.dtype, **ceilings(device, setting.dtype)))
-    for key, system in missing.items():
-        cell = asdict(setting) | asdict(system) | dict(name=system.name, position=subject.position(setting.length))
-        cell |= dict(runs=[], wanted=0, integrated=False, block=began, commit=result["commit"], real=subject.real)
-        cells[key] = cell
-        try:
-            calls[key], works[key] = prepare(system, setting, subject, device, speed_up, cell)
-        except RuntimeError as error:  # torch's own are: what does not fit into memory is a finding
-            cell["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-    prepared = time.time()
-    for key, seconds, said, wanted in alternate(calls, cfg.runs, cfg.patience, device):
-        run = dict(seconds=seconds / len(subject.prompts(setting))) | said
-        cells[key]["runs"].append(run)
-        cells[key] |= dict(wanted=wanted, work=works[key](run["calls"]))
-        save()
-    print(
-        f"{setting.dtype} batch {setting.batch} length {setting.length}: {len(calls)} systems timed in "
-        f"{time.time() - prepared:.0f} s after {prepared - began:.0f} s of first calls, which compile",
-        flush=True,
-    )
+def spread(values: list[float], digits: str) -> str:
+    """Return "median (low to high)"."""
+    low, middle, high = (f"{f(values):{digits}}" for f in (min, median, max))
+    return f"{middle} ({low} to {high})" if len(values) > 1 else middle
 
 
-def _done(cell: dict | None) -> bool:
-    return cell is not None and ("failed" in cell or 0 < cell["wanted"] <= len(cell["runs"]))
+def lines_table(lines: list[dict]) -> str:
+    """Return a row for each system that was compared with a baseline, without empty columns."""
+    rows = []
+    for line in lines:
+        parts = [v if isinstance(v, str) else f"{k} {v}" for k, v in line["case"].items()]
+        case = ", ".join([line["what"], *parts])
+        unit = line.get("unit", "s")
+        baseline = line["systems"][line["baseline"]]
+        against = f"{line['baseline']}: {median(baseline['seconds']):.3g} {unit}"
+        for name, entry in line["systems"].items():
+            if entry is baseline:
+                continue
+            mark = "~" * entry.get("scaled", False)
+            seconds = f"{mark}{median(entry['seconds']):.3g} {unit}"
+            ratio = f"{mark}{spread(entry['ratio'], '.2f')} {line['kind']}"
+            share = ""
+            if "roofline" in entry:
+                share = f"{entry['roofline'] / median(entry['seconds']):.0%} of {entry['bound']}"
+            quality = ", ".join(f"{k} {v:.4g}" for k, v in entry.get("quality", {}).items())
+            row = [case, name, seconds, against, ratio, line.get("aim", "")]
+            rows.append([*row, f"{entry.get('calls', '')}", share, quality])
+    header = ["case", "system", "median", "baseline", "ratio: median (range)", "aim"]
+    header += ["network calls", "share of roofline", "quality"]
+    filled = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return markdown([header[i] for i in filled], [[row[i] for i in filled] for row in rows])
 
 
-def prepare(system: System, setting, subject, device, speed_up, cell: dict) -> tuple[Callable, Callable]:
-    """(the call that is timed, warmed up; the work that so many calls are). First call and memory go into cell."""
-    prompts, model = subject.prompts(setting), subject.get(replace(system, compiled=False), setting)
-    (B, P), L, cuda = prompts[0].shape, setting.length, device.type == "cuda"
-    before = torch.cuda.memory_allocated(device) if cuda else 0
-    decoder = subject.get(system, setting, speed_up)
-    steps = 3 if cuda else 1 + system.conditioned  # a graph is recorded on the second call or the third
-    part = Part(decoder, 3, L + 1) if system.kind == "AR" else decoder
-    warm = partial(write, replace(system, steps=min(system.steps, steps)), part, prompts[:1])
-    cell["first_call"], _ = clock(warm, device)
-    kept = torch.cuda.memory_allocated(device) - before if cuda else 0
-    cell["memory"] = kept + peak_bytes(warm, device) + sum(p.numel() * p.element_size() for p in model.parameters())
-    if system.kind != "AR":
-        work = [astuple(part) for part in diffusion_work(model, P, L, B, system.candidates)]
-        return partial(write, system, decoder, prompts, by_step=system.tells != (system.steps,)), lambda calls: work
-    cell["integrated"] = device.type == "cpu" and B * L > WHOLE
-    call = partial(integrate_ar if cell["integrated"] else partial(write, system), decoder, prompts)
-    return call, lambda calls: [astuple(ar_work(model, P, calls, B))]
+def decode_table(lines: list[dict], short: bool = False) -> str:
+    """Return the speed relative to the fastest AR decoder, by length.
+
+    Each cell is the faster one of the plain and the compiled form. short: 10 steps, cached prefix.
+    """
+    lines = [line for line in lines if line["what"] == "decode"]
+    lengths = sorted({line["case"]["length"] for line in lines})
+    cells: dict[tuple, dict[int, str]] = {}
+    for line in lines:
+        case = line["case"]
+        for name, entry in faster_forms(line["systems"]).items():
+            if short and name not in ("AR", f"cached prefix, {STEPS[0]} steps"):
+                continue
+            mark = "~" * entry.get("scaled", False)
+            text = f"{mark}{median(entry['ratio']):.2f}"
+            if name == "AR":
+                seconds = median(entry["seconds"])
+                text = f"{mark}{seconds:.3g} s ({entry['roofline'] / seconds:.0%} of roofline)"
+            row = cells.setdefault((case["dtype"], f"{case['batch']}", name), {})
+            row[case["length"]] = text
+    rows = [[*key, *(row.get(n, "") for n in lengths)] for key, row in sorted(cells.items())]
+    return markdown(["dtype", "batch", "system", *(f"{n:,}" for n in lengths)], rows)
 
 
-def measure_lines(shapes: Shapes, subject: Networks, cfg, device, speed_up, result: dict, save: Callable) -> None:
-    """The lines beside the table: the loop's share of decoding, the matmuls' share of a call, a long prefix; peers."""
-    print(header())
-    there = {(line["name"], line["case"]) for line in result["lines"]}
-    cases = {case for _, case in there}
-
-    def keep(line: Line) -> None:
-        print(line, flush=True)
-        result["lines"].append(line.record())
-        save()
-
-    for dtype in dtypes_of(cfg):
-        for (name, case), make in line_makers(dtype, shapes, subject, cfg.runs, device, speed_up).items():
-            if (name, case) not in there:
-                keep(make(case))
-        for batch in (1, 8) if cfg.peers else ():
-            setting = Setting(dtype, batch, shapes.new)
-            for line in peer_lines(Path(cfg.peers), subject, setting, cfg.runs, speed_up, cases):
-                keep(line)
+def faster_forms(systems: dict[str, dict]) -> dict[str, dict]:
+    """Return the faster one of each system and its compiled form, under the system's name."""
+    faster = {}
+    for name, entry in systems.items():
+        name = name.removesuffix(", compiled")
+        other = faster.get(name, entry)
+        faster[name] = min(other, entry, key=lambda e: median(e["seconds"]))
+    return faster
 
 
-def line_makers(dtype: str, shapes: Shapes, subject: Networks, runs: int, device, speed_up) -> dict:
-    """(name, case) -> what makes that line."""
-    here = Setting(dtype, 1, shapes.new)
-    model = subject.get(System("frozen"), here)
-    short, many, long = (
-        subject.prompt(*size) for size in ((1, shapes.prompt), (8, shapes.prompt), (1, shapes.long_prompt))
-    )
-
-    def loop(prefix, case):
-        return loop_line(model, prefix, 3, runs, case, device)
-
-    def gemm(slots, compiled, case):
-        where = replace(here, length=slots)
-        plain, decoder = (subject.get(System("frozen", c), where, speed_up) for c in (False, compiled))
-        return gemm_line(plain, decoder, short, runs, case, ceilings(device, dtype)["flops"], device)
-
-    found = {("loop", f"{dtype} batch 1"): partial(loop, short), ("loop", f"{dtype} batch 8"): partial(loop, many)}
-    for slots in (shapes.new, shapes.learned):
-        where = "" if slots == shapes.new else f" {slots} slots"
-        found |= {("gemm", f"{dtype} eager{where}"): partial(gemm, slots, False)}
-        found |= {("gemm", f"{dtype} compiled{where}"): partial(gemm, slots, True)} if speed_up else {}
-    return found | {("prefix", dtype): lambda case: prefix_line(model, [long, short], runs, case, device)}
-
-
-TASKS = ("translation", "qa", "code", "exact_match")
-
-
-def score(ours: list[System], cfg: SpeedConfig, result: dict, save: Callable) -> None:
-    """The task's metrics under each setting of a sampler; compiled systems say the same and are not asked again."""
-    task = import_module(f"eval.{cfg.task}")
-    for system in ours:
-        if system.compiled or (key := quality_key(asdict(system), system.steps)) in result["quality"]:
-            continue
-        checkpoint = cfg.ar_from if system.kind == "AR" else cfg.init_from
-        flags = dict(init_from=checkpoint, n=cfg.n, seed=cfg.seed, device=cfg.device) | asdict(system.sampler)
-        with redirect_stdout(StringIO()):  # it prints a table of its own
-            said = task.main([f"--{name}={value}" for name, value in flags.items()])
-        metrics = [name for name in said if f"{name}_interval" in said or name == "exact_match"]
-        result["quality"][key] = {name: said[name] for name in metrics}
-        save()
-
-
-def _show(result: dict, cfg: SpeedConfig) -> None:
-    print(table(result["rows"]))
-    if any(one["ratios"].keys() != {result["rows"][0]["length"]} for one in result["crossovers"]):
-        print("\nratio to the fastest AR at each length, above 1 is faster; from the crossover on diffusion is")
-        print(crossover_table(result["crossovers"]))
-    print(NOTES)
-    if cfg.out and result["rows"]:
-        try:
-            from eval.plots import plot_speed
-
-            plot_speed(result["rows"], Path(cfg.out).with_suffix(".png"))
-        except ValueError as error:  # without matplotlib the table is whole
-            print(error)
-    print(json.dumps({name: value for name, value in result.items() if name not in ("cells", "rows", "lines")}))
-
-
-NOTES = """
-~: scaled from fewer steps, or AR integrated from three places. calls: of a text, all candidates counted. peak: weights
-and the most that a call allocates beside them. share of floor: of the longer of FLOPs at the matmul rate and bytes at
-the bandwidth, the best of both in this run. ceilings allow: the ratio to AR if both stood on their floors. Random
-weights never settle: adaptive rows run all their steps. The first call, which compiles, is not in any of this."""
+def origins(lines: list[dict]) -> str:
+    """Return the commands and machines of some lines, each once."""
+    texts = []
+    for line in lines:
+        o = line["origin"]
+        machine = f"{o['hardware']}, {o['threads']} threads, torch {o['torch']}"
+        texts.append(f"`{o['command']}`, seed {o['seed']}; {machine}, commit {o['commit']}.")
+    return "\n\n".join(dict.fromkeys(texts))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, SpeedConfig)
