@@ -195,7 +195,8 @@ def print_samples(decoder: Decoder, out: GenerateOutput, seconds: float) -> None
         text = decoder.tokenizer.decode(row)
         print(printable(text) if sys.stdout.isatty() else text, flush=True)
     calls = f"{float(out.calls.float().mean()):g} network calls per sample"
-    best = f" | best of {decoder.candidates}" if decoder.candidates > 1 else ""
+    n = getattr(decoder.sampler, "candidates", 1)
+    best = f" | best of {n}" if n > 1 else ""
     speed = f"{n_tokens / seconds:,.0f} tokens/s ({n_tokens} in {seconds:.3f} s)"
     print(f"{speed} | {calls} | score {float(out.score.mean()):.4f}{best}", file=sys.stderr)
 
