@@ -1,6 +1,7 @@
-"""Forked processes for tests. A fork has torch loaded, so it starts in milliseconds."""
+"""Forked processes and a small data set for tests. A fork has torch loaded: it starts at once."""
 
 import os
+import random
 import signal
 import socket
 import sys
@@ -14,6 +15,16 @@ import torch.distributed.fsdp  # noqa: F401
 import torch.distributed.tensor  # noqa: F401
 
 from configurator import run
+from data.loader import write_pairs
+
+
+def make_copy_set(folder: Path) -> Path:
+    """Write a data set: copy 1 to 5 letters out of four."""
+    choose = random.Random(0)
+    texts = [[97 + choose.randrange(4) for _ in range(1 + i % 5)] for i in range(60)]
+    pairs = [(text, text) for text in texts]
+    write_pairs(folder, {"train": pairs[10:], "valid": pairs[:10]}, "bytes", 6, 11)
+    return folder
 
 
 class Child:

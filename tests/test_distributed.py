@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -12,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from processes import start
+from processes import make_copy_set, start
 
 import train
-from data.loader import write_pairs
 from infra.checkpoint import load
 from infra.distributed import DistributedContext
 
@@ -39,13 +37,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def copy_set(tmp_path_factory) -> Path:
-    """Copy 1 to 5 letters out of four."""
-    choose = random.Random(0)
-    texts = [[97 + choose.randrange(4) for _ in range(1 + i % 5)] for i in range(60)]
-    pairs = [(text, text) for text in texts]
-    folder = tmp_path_factory.mktemp("sets") / "copy"
-    write_pairs(folder, {"train": pairs[10:], "valid": pairs[:10]}, "bytes", 6, 11)
-    return folder
+    return make_copy_set(tmp_path_factory.mktemp("sets") / "copy")
 
 
 @pytest.fixture
