@@ -216,10 +216,12 @@ def sdpa_mask(kind, past, new, extra_edges, S, T, device):
 def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
     """Split a prompt (B, P), padded anywhere, into the prefix and slot 0 of the target (B, 1).
 
-    Slot 0 is the separator. With sep_id=-1 it is the prompt's last token, which leaves the prefix.
+    Slot 0 is the separator. With sep_id=-1 it is the prompt's last token, which leaves the prefix; a
+    pad, which stands for the end of a text, if the prompt is empty.
     """
-    if cfg.sep_id >= 0:
-        return prompt, torch.full((len(prompt), 1), cfg.sep_id, device=prompt.device)
+    if cfg.sep_id >= 0 or not prompt.shape[1]:
+        first = cfg.sep_id if cfg.sep_id >= 0 else cfg.pad_id
+        return prompt, torch.full((len(prompt), 1), first, device=prompt.device)
     index = torch.arange(prompt.shape[1], device=prompt.device)
     last = (index * (prompt != cfg.pad_id)).amax(1, keepdim=True)  # (B, 1)
     prefix = prompt.scatter(1, last, cfg.pad_id)

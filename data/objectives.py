@@ -110,12 +110,14 @@ def collate(
 ) -> Batch:
     """Pad the pairs and return one Batch.
 
-    Targets always have target_length tokens, separator included. So the width of the canvas is no
-    hint about the length of the answer.
+    Targets always have target_length tokens, slot 0 included. So the width of the canvas is no hint
+    about the length of the answer. Slot 0 is sep_id; if that is -1, the last token of the prefix,
+    or a pad if there is none.
     """
     if len(pairs) != len(examples):
         raise ValueError(f"collate got {len(pairs)} pairs but {len(examples)} example indices")
     longest = max((len(prefix) for prefix, _ in pairs), default=0)
+    longest = max(longest - (sep_id < 0), 0)
     prefixes = np.full((len(pairs), longest), pad_id, dtype=np.int64)  # (B, P)
     targets = np.full((len(pairs), target_length), pad_id, dtype=np.int64)  # (B, T)
     targets[:, 0] = sep_id
@@ -125,6 +127,9 @@ def collate(
                 f"example {int(example)}: its target has {len(target)} tokens, but "
                 f"target_length={target_length} leaves room for {target_length - 1}"
             )
+        if sep_id < 0:
+            targets[row, 0] = prefix[-1] if len(prefix) else pad_id
+            prefix = prefix[:-1]
         prefixes[row, : len(prefix)] = prefix
         targets[row, 1 : 1 + len(target)] = target
     index = np.array(examples, dtype=np.int64)  # a copy: from_numpy shares memory
