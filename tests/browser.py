@@ -3,7 +3,6 @@
 Commands and events are JSON over two pipes: no package, no port.
 """
 
-import base64
 import fcntl
 import json
 import os
@@ -19,20 +18,10 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe "
     "--no-first-run --disable-background-networking --disable-dev-shm-usage"
 ).split()
-# key: (code, number, the text that it types)
-KEYS = {
-    " ": ("Space", 32, " "),
-    "t": ("KeyT", 84, "t"),
-    "Enter": ("Enter", 13, "\r"),
-    "Tab": ("Tab", 9, ""),
-    "Escape": ("Escape", 27, ""),
-    "End": ("End", 35, ""),
-    "Home": ("Home", 36, ""),
-    "ArrowLeft": ("ArrowLeft", 37, ""),
-    "ArrowUp": ("ArrowUp", 38, ""),
-    "ArrowRight": ("ArrowRight", 39, ""),
-    "ArrowDown": ("ArrowDown", 40, ""),
-}
+KEYS = {" ": 32, "t": 84, "Enter": 13, "Tab": 9, "Escape": 27, "End": 35, "Home": 36}
+KEYS |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+CODES = {" ": "Space", "t": "KeyT"}  # of the other keys it is their name
+TYPED = {" ": " ", "t": "t", "Enter": "\r"}  # the text that a key types
 
 
 def find_browser() -> str | None:
@@ -133,9 +122,10 @@ class Browser:
         return answer["result"].get("value")
 
     def press(self, key: str) -> None:
-        code, number, text = KEYS[key]
-        about = dict(key=key, code=code, windowsVirtualKeyCode=number)
-        down = dict(type="keyDown", text=text) if text else dict(type="rawKeyDown")
+        about = dict(key=key, code=CODES.get(key, key), windowsVirtualKeyCode=KEYS[key])
+        down = dict(type="rawKeyDown")
+        if key in TYPED:
+            down = dict(type="keyDown", text=TYPED[key])
         self.ask("Input.dispatchKeyEvent", **about, **down)
         self.ask("Input.dispatchKeyEvent", **about, type="keyUp")
 
@@ -154,7 +144,3 @@ class Browser:
         for kind in ("mousePressed", "mouseReleased"):
             place = dict(x=x, y=y, button="left", clickCount=1)
             self.ask("Input.dispatchMouseEvent", type=kind, **place)
-
-    def screenshot(self) -> bytes:
-        """Return a PNG of the window."""
-        return base64.b64decode(self.ask("Page.captureScreenshot", format="png")["data"])

@@ -359,6 +359,9 @@ def test_a_phone_needs_no_sideways_scrolling_and_buttons_fit_a_thumb(browser, sm
     assert browser.run("document.documentElement.scrollWidth") <= 390
     sizes = "[...document.querySelectorAll('button, select')].map((e) => e.offsetHeight)"
     assert min(browser.run(sizes)) >= 40
+    assert (
+        min(browser.run("[...document.querySelectorAll('select')].map((e) => e.offsetWidth)")) > 40
+    )
     box = "tracks[0].spans[9].getBoundingClientRect()"
     x, y = browser.run(f"(() => {{ const b = {box}; return [b.right + 30, b.top + 5]; }})()")
     browser.click(x, y)  # next to the text: the nearest token is meant

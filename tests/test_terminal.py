@@ -189,10 +189,10 @@ def test_a_frame_replaces_the_one_before_and_the_last_one_stays(on_terminal):
 @pytest.mark.parametrize("p, code", [(0.999, "32"), (0.6, "33"), (0.3, "31")])
 def test_colour_shows_the_probability_and_bold_what_is_new(on_terminal, p, code):
     noise, first, second, third = on_terminal(draw, ["ab", "cb", "cd", "cd"], p).split("\x1b[H")[1:]
-    assert "\x1b[2mab\x1b[0m" in noise
+    assert "\x1b[2ma\x1b[0m\x1b[2mb\x1b[0m" in noise
     assert f"\x1b[{code};1;4mc\x1b[0m\x1b[{code}mb\x1b[0m" in first
     assert f"\x1b[{code}mc\x1b[0m\x1b[{code};1;4md\x1b[0m" in second
-    assert f"\x1b[{code}mcd\x1b[0m" in third
+    assert f"\x1b[{code}mc\x1b[0m\x1b[{code}md\x1b[0m" in third
 
 
 @pytest.mark.parametrize("colour", [True, False])

@@ -7,13 +7,11 @@ before on the alternate screen. Elsewhere, each step prints the lines that chang
 
 import math
 import os
-import re
 import shutil
 import signal
 import sys
 import time
 from contextlib import suppress
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -40,8 +38,9 @@ class TerminalView(Recorder):
         self.total = total
         self.fixed = torch.tensor(fixed)
         self.pause = pause
-        self.in_place = is_terminal() and os.environ.get("TERM") != "dumb"
+        self.in_place = call_stdout("isatty") and os.environ.get("TERM") != "dumb"
         self.colour = self.in_place and not os.environ.get("NO_COLOR")
+        self.size = shutil.get_terminal_size((80, 24))
 
     def __enter__(self) -> "TerminalView":
         if self.in_place:
@@ -55,10 +54,9 @@ class TerminalView(Recorder):
         if self.in_place:
             write(LEAVE)
         if self.history[0] and kind in (None, KeyboardInterrupt):
-            columns = drawable_columns()
-            rows = self._rows(self._lines(columns)) if self.in_place else []
-            below = self._below(columns)
-            write("".join(f"{row}\n" for row in rows + below[not self.in_place :]))
+            status, *summary = self._below()
+            rows = [*rows_of(self._lines()), status] if self.in_place else []
+            write("".join(f"{row}\n" for row in rows + summary))
         self.seconds += time.perf_counter() - start
 
     def __call__(self, step: int, canvas: Tensor, logits: Tensor | None, rows: Tensor) -> None:
@@ -66,26 +64,29 @@ class TerminalView(Recorder):
         super().__call__(step, canvas, logits, rows)
         start = time.perf_counter()
         if len(self.history[0]) > drawn:
+            self.size = shutil.get_terminal_size((80, 24))
             self._draw()
         self.seconds += time.perf_counter() - start
 
     def _draw(self) -> None:
-        columns = drawable_columns()
-        lines = self._lines(columns)
-        below = self._below(columns)
-        changed = [i for i, (_, marks) in enumerate(lines) if re.search("[~^]", marks)]
+        lines = self._lines()
+        below = self._below()
         if not self.in_place:
-            rows = self._rows([lines[i] for i in changed])
-            write("\n".join([below[0], *rows]) + "\n")
+            rows = below[:1] + rows_of([line for line in lines if line[1]])
+            write("".join(f"{row}\n" for row in rows))
             return
-        height = shutil.get_terminal_size((80, 24)).lines
-        room = max(height - len(below), 1)
-        # Show the part with the last change if not all fits.
-        end = len(self._rows(lines[: changed[-1] + 1])) if changed else 0
-        start = max(0, end - room)
-        rows = self._rows(lines)[start : start + room] + below
-        write("\x1b[H" + "\r\n".join(f"\x1b[K{row}" for row in rows[-height:]) + "\x1b[J")
+        # If not all rows fit, show those up to the last change.
+        room = max(self.size.lines - len(below), 1)
+        last = max((i for i, (_, changed) in enumerate(lines) if changed), default=0)
+        start = max(0, len(rows_of(lines[: last + 1])) - room)
+        rows = rows_of(lines)[start : start + room] + below
+        rows = [f"\x1b[K{row}" for row in rows[-self.size.lines :]]
+        write("\x1b[H" + "\r\n".join(rows) + "\x1b[J")
         time.sleep(self.pause)
+
+    @property
+    def columns(self) -> int:
+        return max(self.size.columns - 1, 1)  # a full last column makes some terminals wrap
 
     def _changes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return for each position (S,): the frame of its last change, whether it changed in the
@@ -116,28 +117,20 @@ class TerminalView(Recorder):
             cells += [(char, codes, mark) for char in encodable(text)]
         return cells
 
-    def _lines(self, columns: int) -> list[tuple[str, str]]:
-        """Return the canvas as (text, marks) of each line."""
+    def _lines(self) -> list[tuple[list[str], bool]]:
+        """Return each line as its rows, text and marks, and whether it is new or noise."""
         lines = []
-        for line in lay_out(self._cells(), columns, break_lines=self.in_place):
+        for line in lay_out(self._cells(), self.columns, break_lines=self.in_place):
             marks = "".join(mark * width(char) for char, _, mark in line)
-            text = ""
-            for codes, part in groupby(line, lambda cell: cell[1]):
-                chars = "".join(char for char, _, _ in part)
-                text += f"\x1b[{codes}m{chars}\x1b[0m" if self.colour else chars
-            lines.append((text, marks))
+            changed = "^" in marks or "~" in marks
+            text = "".join(char for char, _, _ in line)
+            if self.colour:
+                text = "".join(f"\x1b[{codes}m{char}\x1b[0m" for char, codes, _ in line)
+                marks = marks.replace("^", " ").replace("~", " ")
+            lines.append(([text, marks.rstrip()] if marks.strip() else [text], changed))
         return lines
 
-    def _rows(self, lines: list[tuple[str, str]]) -> list[str]:
-        """Return the text of the lines, each followed by its marks if it has any."""
-        rows = []
-        for text, marks in lines:
-            if self.colour:
-                marks = re.sub("[~^]", " ", marks)
-            rows += [text, marks.rstrip()] if marks.strip() else [text]
-        return rows
-
-    def _below(self, columns: int) -> list[str]:
+    def _below(self) -> list[str]:
         """Return the status and, if tokens can change, a summary of when they settled."""
         frame = self.history[0][-1]
         since, new, flips = (column[~self.fixed] for column in self._changes())
@@ -147,7 +140,7 @@ class TerminalView(Recorder):
         status = f"step {frame.name} of {self.total} | {frame.calls} network calls | "
         status += f"{news} | {speed}" if frame.calls else "noise"
         if self.growing:
-            return [status[:columns]]
+            return [status[: self.columns]]
         counts = torch.bincount(since, minlength=len(self.history[0]))
         bars = [int(part.sum()) for part in counts.split(math.ceil(len(counts) / 24))]
         ramp = BARS if encodable(BARS) == BARS else ASCII_BARS
@@ -155,7 +148,11 @@ class TerminalView(Recorder):
         summary = f"settled |{settled}| {int((flips > 0).sum())} of {len(flips)} changed their mind"
         if len(self.history) > 1:
             summary += f" | candidate 1 of {len(self.history)}, the best is not known yet"
-        return [status[:columns], summary[:columns]]
+        return [status[: self.columns], summary[: self.columns]]
+
+
+def rows_of(lines: list[tuple[list[str], bool]]) -> list[str]:
+    return [row for rows, _ in lines for row in rows]
 
 
 def lay_out(cells: list, columns: int, break_lines: bool) -> list[list[tuple[str, str, str]]]:
@@ -172,26 +169,18 @@ def lay_out(cells: list, columns: int, break_lines: bool) -> list[list[tuple[str
     return lines
 
 
-def is_terminal() -> bool:
-    try:
-        return sys.stdout.isatty()
-    except (AttributeError, ValueError):
-        return False  # no stdout, or a closed one
-
-
-def drawable_columns() -> int:
-    # A full last column would make some terminals wrap.
-    return max(shutil.get_terminal_size((80, 24)).columns - 1, 1)
-
-
 def encodable(text: str) -> str:
     """Replace what the encoding of stdout lacks by question marks."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)
 
 
-def write(text: str) -> None:
-    """Write to stdout. A text that cannot be drawn must not stop the decoder."""
+def call_stdout(method: str, *args):
+    """Call a method of stdout. What cannot be drawn must not stop the decoder."""
     with suppress(AttributeError, OSError, ValueError):  # no stdout, closed, or without a reader
-        sys.stdout.write(encodable(text))
-        sys.stdout.flush()
+        return getattr(sys.stdout, method)(*args)
+
+
+def write(text: str) -> None:
+    call_stdout("write", encodable(text))
+    call_stdout("flush")
