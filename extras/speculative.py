@@ -27,10 +27,8 @@ from model import split_prompt
 class SamplerConfig:
     """How a draft is written and which distribution it is verified against."""
 
-    temperature: float = setting(
-        0.0, "of the draft and of the AR distribution; 0: greedy", minimum=1e-3, zero_ok=True
-    )
-    draft_steps: int = setting(2, "diffusion calls before the first check; later 1", (), 1, 16)
+    temperature: float = setting(0.0, "of draft and check", minimum=1e-3, zero_ok=True)
+    draft_steps: int = setting(2, "diffusion calls before the first check", minimum=1, maximum=16)
 
     def __post_init__(self):
         validate(self)
