@@ -1,0 +1,210 @@
+"""hf/tokenizer.py: every text comes back, the ids are those of transformers, the rest is refused."""
+
+import json
+import os
+import random
+import sys
+
+import pytest
+from tiny_tokenizers import EOS, byte_fallback, byte_level, with_added, write
+
+from data.tokenizer import MASK_MARK, get_tokenizer
+from hf.chat import chat_ids, folder_info, render
+from hf.export import _byte_level_json
+from hf.tokenizer import HFTokenizer, extend
+
+CACHE = os.environ.get("TIKTOKEN_CACHE_DIR", "")
+TEXT = "naïve café, 日本 🙂\n\tdef f(x): return x\0<|endoftext|>"
+
+
+def tokenizer_of(found: dict) -> HFTokenizer:
+    return HFTokenizer("tiny", json.dumps(found))
+
+
+NFC = {"type": "NFC"}
+KINDS = {
+    "byte level": byte_level(),
+    "prepend": byte_fallback(),
+    "metaspace": byte_fallback(metaspace=True),
+    "with BOS": byte_fallback(bos=True),
+    "strips spaces": with_added("<call>", lstrip=True, rstrip=True, special=False),
+    "not ASCII": with_added("café", special=False),
+    "dropout": byte_level(model=byte_level()["model"] | {"dropout": 0.5}),
+    "nfc": byte_level(normalizer={"type": "Sequence", "normalizers": [NFC]}),
+    "prefix space": byte_level(
+        pre_tokenizer=byte_level()["pre_tokenizer"] | {"add_prefix_space": True}
+    ),
+}
+
+
+@pytest.mark.parametrize("found", KINDS.values(), ids=KINDS)
+def test_every_text_comes_back_and_has_one_encoding(found):
+    tokenizer = tokenizer_of(found)
+    numbers = random.Random(0)
+    added = [token["content"] for token in found["added_tokens"]]
+    for _ in range(300):
+        words = [
+            chr(numbers.choice((32, 10, 0x2581, numbers.randrange(0xD800)))) for _ in range(20)
+        ]
+        words += [
+            chr(numbers.randrange(0xE000, 0x110000)),
+            *numbers.choices(added, k=2),
+            "the  the",
+        ]
+        numbers.shuffle(words)
+        text = "".join(words)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert b"".join(map(tokenizer.piece, ids)) == text.encode()
+        assert tokenizer.encode(text) == ids
+        assert max(ids) < tokenizer.n_ordinary
+
+
+def test_the_ids_are_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    write(tmp_path, byte_level())
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    text = "the  theatre and the rest, naïve\n"
+    ids = tokenizer_of(byte_level()).encode(text)
+    assert ids == theirs.encode(text) and 258 in ids
+    assert tokenizer_of(byte_level()).decode(ids) == theirs.decode(ids)
+
+
+def test_reserved_ids_follow_the_last_id_and_text_never_has_them():
+    tokenizer = tokenizer_of(byte_level())
+    assert (tokenizer.n_ordinary, tokenizer.vocab_size) == (260, 384)
+    assert (tokenizer.pad_id, tokenizer.sep_id, tokenizer.mask_id) == (260, -1, 262)
+    assert tokenizer.decode([97, 260, 262, 263, 98]) == f"a{MASK_MARK}<0>b"
+    for special in ("<|endoftext|>", "<|ar2diff_pad|>"):
+        ids = tokenizer.encode(special)
+        assert len(ids) > 3 and tokenizer.decode(ids) == special
+    assert extend(tokenizer.file) == extend(extend(tokenizer.file))
+    assert json.loads(extend(tokenizer.file, rows=500))["added_tokens"][-1]["id"] == 511
+
+
+def test_bos_is_what_the_post_processor_says():
+    assert tokenizer_of(byte_fallback(bos=True)).bos_ids == [1]
+    assert tokenizer_of(byte_fallback()).bos_ids == []
+
+
+def test_texts_can_be_cut_anywhere():
+    """Llama 2's own tokenizer puts a space before each part."""
+    tokenizer = tokenizer_of(byte_fallback())
+    parts = [tokenizer.encode("the the"), tokenizer.encode(" the")]
+    assert parts == [[264, 265], [265]]
+    assert tokenizer.decode(sum(parts, [])) == "the the the"
+
+
+def test_a_text_with_a_byte_that_has_no_token_is_refused():
+    found = byte_level()
+    found["model"]["vocab"]["unreachable"] = found["model"]["vocab"].pop("Q")
+    tokenizer = tokenizer_of(found)
+    assert tokenizer.decode(tokenizer.encode("no such letter")) == "no such letter"
+    with pytest.raises(ValueError, match="has no token for 'Q'"):
+        tokenizer.encode("a Question")
+
+
+BPE = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+REFUSED = {
+    "no JSON": ("{", "not the JSON of a byte-pair tokenizer"),
+    "huge id": ({"model": BPE | {"vocab": {"a": 1e12}}}, "not the JSON"),
+    "unigram": ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "not the JSON"),
+    "wordpiece": (
+        {"model": {"type": "WordPiece", "vocab": {"a": 0}}},
+        "WordPiece .* not supported",
+    ),
+    "characters": ({"model": BPE}, "this BPE tokenizer is not supported"),
+    "some bytes": ({"model": BPE | {"byte_fallback": True}}, "this BPE tokenizer is not supported"),
+    "merges": (
+        byte_level(model=byte_level()["model"] | {"merges": 3}),
+        "tokenizers cannot read it",
+    ),
+    "lowercase": (byte_level(normalizer={"type": "Lowercase"}), "changes text: 'A"),
+    "nfkc": (byte_level(normalizer={"type": "NFKC"}), "changes text"),
+    "strip": (
+        byte_level(normalizer=dict(type="Strip", strip_left=True, strip_right=True)),
+        "changes",
+    ),
+    "drops spaces": (
+        byte_level(
+            pre_tokenizer=dict(
+                type="Sequence",
+                pretokenizers=[{"type": "WhitespaceSplit"}, byte_level()["pre_tokenizer"]],
+            )
+        ),
+        "changes text",
+    ),
+}
+
+
+@pytest.mark.parametrize("found, message", REFUSED.values(), ids=REFUSED)
+def test_other_tokenizers_are_refused_in_one_line(found, message, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(found if isinstance(found, str) else json.dumps(found), encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        get_tokenizer(str(path))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="run: pip install tokenizers"):
+        tokenizer_of(byte_level())
+
+
+@pytest.mark.slow  # finds 50,000 merges
+@pytest.mark.skipif(not os.path.isdir(CACHE), reason="TIKTOKEN_CACHE_DIR names no folder")
+def test_gpt2_written_as_tokenizer_json_has_the_ids_of_tiktoken():
+    gpt2 = get_tokenizer("gpt2")
+    again = HFTokenizer("gpt2 again", json.dumps(_byte_level_json(gpt2)))
+    assert again.encode(TEXT * 3) == gpt2.encode(TEXT * 3)
+    assert (again.n_ordinary, again.vocab_size) == (gpt2.n_ordinary, gpt2.vocab_size)
+
+
+# Chats
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|endoftext|>{{ m.role }}\n{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% endfor %}{% if add_generation_prompt %}<|endoftext|>assistant\n{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "the <|endoftext|> ✓"}]
+
+
+def chat_tokenizer(folder, template: str, **settings) -> HFTokenizer:
+    settings |= {"bos_token": {"content": "the"}, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    info = folder_info(folder, {"eos_token_id": [EOS, 3]})
+    return HFTokenizer("chat", extend(json.dumps(byte_level()), info=info))
+
+
+def test_a_chat_is_rendered_and_encoded_as_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = chat_tokenizer(tmp_path, TEMPLATE)
+    write(tmp_path, byte_level())
+    path = str(tmp_path / "tokenizer.json")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=path, bos_token="the")
+    theirs.chat_template = TEMPLATE
+    expected = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    assert render(ours, MESSAGES) == expected
+    ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
+    assert chat_ids(ours, MESSAGES) == ids and ids.count(EOS) == 3
+    assert ours.info["end_ids"] == [EOS, 3]
+    (tmp_path / "chat_template.jinja").write_text("newer")
+    assert folder_info(tmp_path, {})["chat_template"] == "newer"
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{ raise_exception('roles must alternate') }}", "template fails: roles must alternate"),
+        ("{% if %}", "chat template fails"),
+        ("{{ messages.append(1) }}", "chat template fails"),  # the sandbox
+        ("{{ ''.__class__.__mro__ }}", "chat template fails"),
+        ("{{ 1 / 0 }}", "chat template fails"),
+        ("", "has no chat template"),
+    ],
+)
+def test_a_template_that_fails_is_one_line(template, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        chat_ids(chat_tokenizer(tmp_path, template), MESSAGES)
+    assert "\n" not in str(error.value)
