@@ -186,6 +186,28 @@ def test_a_page_is_written_completely_or_not_at_all(tmp_path):
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
+def test_sample_writes_the_printed_text_and_a_second_track(tmp_path, capsys):
+    import sample
+    from infra.checkpoint import save
+
+    for name, settings in {"ar": {}, "diffusion": DIFFUSION}.items():
+        save(tmp_path / f"{name}.pt", model_of(**settings), 0, "bytes")
+    flags = [f"--init_from={tmp_path / 'diffusion.pt'}", "--device=cpu", "--steps=3"]
+    page = f"--html={tmp_path / 'a.html'}"
+    sample.main([*flags, "--prompt=ab", page, f"--beside={tmp_path / 'ar.pt'}"])
+    data = data_of((tmp_path / "a.html").read_text(encoding="utf-8"))
+    first, second = data["tracks"]
+    ids = {s: token for one in first["frames"] for s, token, *_ in one["changes"]}
+    shown = [*(ids[s] for s in range(12)), BYTES.pad_id]
+    text = BYTES.decode(shown[: shown.index(BYTES.pad_id)])
+    assert capsys.readouterr().out == text + "\n" and data["prompt"] == "ab"
+    assert [one["calls"] for one in first["frames"]] == [0, 1, 2, 3]
+    assert second["frames"][0]["calls"] == 1 and data["facts"]["seed"] == "1337"
+    sample.main([*flags, "--infill=a[[3]]b", page])
+    (only,) = data_of((tmp_path / "a.html").read_text(encoding="utf-8"))["tracks"]
+    assert only["fixed"] == [0, *range(4, 12)]
+
+
 # The script, without a browser
 
 

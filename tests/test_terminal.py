@@ -259,7 +259,7 @@ def flags(tmp_path_factory) -> list[str]:
     path = tmp_path_factory.mktemp("checkpoint") / "d.pt"
     both = dict(prefix_attention="bidirectional", target_attention="bidirectional")
     shape = dict(n_layer=1, n_head=2, n_embd=16, block_size=220, target_length=201)
-    save(path, Transformer(ModelConfig(paradigm="diffusion", **both, **shape)), 0, BYTES)
+    save(path, Transformer(ModelConfig(paradigm="diffusion", **both, **shape)), 0, "bytes")
     return [
         sys.executable,
         "sample.py",
