@@ -40,7 +40,6 @@ from infra.checkpoint import load_model
 from infra.device import pick_device
 from infra.logits import banned_token_ids
 from infra.rng import RATE, CounterRNG, make_rng
-from model import split_prompt
 
 
 @dataclass
@@ -158,10 +157,8 @@ def split_nats(model, pairs: list, examples: list[int], batch_size: int, nats_of
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = collate([pairs[i] for i in rows], [examples[i] for i in rows], *ids)
-        prefix, target, example = (part.to(device) for part in batch)
-        prefix, target[:, :1] = split_prompt(prefix, model_cfg)
-        nats = nats_of(Batch(prefix, target, example)).cpu().double()
-        is_pad = (target[:, 1:] == model_cfg.pad_id).cpu()
+        nats = nats_of(Batch(*(part.to(device) for part in batch))).cpu().double()
+        is_pad = batch.target[:, 1:] == model_cfg.pad_id
         text_nats = (nats * ~is_pad).sum(1).tolist()
         pad_nats = (nats * is_pad).sum(1).tolist()
         for i, a, b in zip(rows, text_nats, pad_nats):

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from configurator import group, run, setting, validate
 from data import mbpp, mini
+from data.sources import read_json_lines
 from data.syntax import parse_python
-from data.text_file import read_json_lines
 from eval import common, sandbox
 from eval.common import EvalConfig, TaskConfig, TaskRun, warn
 from eval.metrics import Metric, edit_similarity, mean, pass_at_k
@@ -117,10 +117,11 @@ def metrics_of(items: list[dict], ks: list[int]) -> dict[str, Metric]:
 def read_predictions(path: str, asked: list[dict]) -> list[list[str]]:
     """Return the completions of each problem, the same number for each."""
     found: dict[str, list[str]] = {}
-    for where, row in read_json_lines(path):
+    for number, row in read_json_lines(path):
         completion = row.get("completion") if isinstance(row, dict) else None
         if not isinstance(completion, str) or not isinstance(row.get("task_id"), int | str):
-            raise ValueError(f'{where}: must be {{"task_id": number or text, "completion": text}}')
+            fields = '{"task_id": number or text, "completion": text}'
+            raise ValueError(f"{path}, line {number}: must be {fields}")
         found.setdefault(str(row["task_id"]), []).append(completion)
     common.check_ids(path, found, asked)
     most = max(map(len, found.values()))

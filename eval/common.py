@@ -78,8 +78,8 @@ class Generator:
     run: EvalConfig
 
     def settings(self) -> dict:
-        name = self.decoder.__name__.removeprefix("extras.")
-        return {"sampler": name} | flatten(self.sampler)
+        name = "ar" if self.decoder is autoregressive else "speculative"
+        return {"sampler": name} | flatten(self.sampler)  # diffusion.py has its own names
 
     def texts(self, prefixes: list[list[int]]) -> tuple[list[str], dict]:
         """Return the text of each prefix (token ids), in order, and the mean cost."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from configurator import group, run
 from data import squad
-from data.text_file import read_text
+from data.sources import parse_json, read_text
 from eval.common import EvalConfig, TaskConfig, TaskRun, check_ids, held_out, write_text
 from eval.metrics import Metric, answer_exact_match, answer_f1, mean
 
@@ -43,29 +43,18 @@ def score(predictions: list[str], asked: list[dict]) -> dict[str, Metric]:
 
 def read_predictions(path: str, asked: list[dict]) -> list[str]:
     """Return the answers in the order of the questions."""
-    text = read_text(path)
-    try:
-        found = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({str(error)[:80]})") from None
+    found = parse_json(read_text(path), path)
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise ValueError(f"{path}: must be one JSON object of {{id: answer}}, every answer a text")
     check_ids(path, found, asked)
     return [found[example["id"]] for example in asked]
 
 
-def _unique(pairs: list[tuple]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("an id occurs twice")
-    return found
-
-
 def main(argv: list[str]) -> dict:
     task = TaskRun("qa", argv, QaConfig, examples)
     predictions, cost = task.texts(read_predictions)
     if task.cfg.task.save:
-        answers = {e["id"]: text for e, text in zip(task.examples, predictions)}
+        answers = {e["id"]: text.strip() for e, text in zip(task.examples, predictions)}
         write_text(task.cfg.task.save, json.dumps(answers) + "\n")
     extra = {"empty": sum(not text.strip() for text in predictions)} | cost
     return task.report(predictions, score(predictions, task.examples), extra)
