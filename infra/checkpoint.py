@@ -1,8 +1,8 @@
 """Checkpoints: tensors and plain values in one file, written atomically, read without running code.
 
-Fields: format, step, model (state_dict), model_config, tokenizer (name); of a training also
-train_config (flat), optimizer, best_loss, fingerprint (of the data), converted_from. Random state
-and loader position are not saved, because both are functions of (seed, step).
+Always: format, step, model, model_config, tokenizer (name). Of a training: train_config (flat),
+optimizer, best_loss, fingerprint (of the data), converted_from, environment. No random state and no
+loader position, because both are functions of (seed, step).
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from data.tokenizer import FILE, Tokenizer, get_tokenizer
 from model import ModelConfig, Transformer, model_from_state_dict
 
 FORMAT = 2  # raise it if a field changes its meaning
-FIELDS = {"step": int, "model": dict, "model_config": dict, "tokenizer": str}  # always present
+FIELDS = {"step": int, "model": dict, "model_config": dict, "tokenizer": str}
 
 
 class CorruptCheckpoint(ValueError):
@@ -33,10 +33,9 @@ def save(path, model, /, step: int, tokenizer: str, keep_last: int = 1, **fields
     keep_last: with 2, the previous file stays as ckpt.1.pt.
     fields: saved too. The field `model` replaces the weights of a model that holds only shards.
     """
-    path = Path(path)
-    keep_tokenizer(tokenizer, path.parent)
+    keep_tokenizer(tokenizer, Path(path).parent)
     state = dict(format=FORMAT, step=step, model_config=asdict(model.cfg), tokenizer=tokenizer)
-    state = state | {"model": model.state_dict()} | fields
+    state |= {"model": model.state_dict()} | fields
     write_atomically(path, lambda file: torch.save(state, file), keep_last)
 
 
@@ -65,27 +64,21 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[Transformer, Toke
     """Return (model in eval mode, tokenizer, all fields) of a checkpoint."""
     path = Path(path).expanduser()
     state = load(path, device)
-    tokenizer = get_tokenizer(state["tokenizer"], path.parent)
     try:
+        tokenizer = get_tokenizer(state["tokenizer"], path.parent)
         model = model_from_state_dict(ModelConfig(**state["model_config"]), state["model"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if tokenizer.vocab_size != model.cfg.vocab_size:
-        raise ValueError(
-            f"{path}: the model has {model.cfg.vocab_size} tokens, "
-            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size}"
-        )
     return model.to(device).eval(), tokenizer, state
 
 
 def keep_tokenizer(name: str, folder: Path) -> None:
     """Copy a tokenizer that is a file next to the checkpoints that name it."""
-    if not name.startswith(f"{FILE}@"):
-        return
-    text = get_tokenizer(name).file.encode()
-    path = folder / FILE
-    if not path.is_file() or path.read_bytes() != text:
-        write_atomically(path, lambda file: file.write(text))
+    if name.startswith(f"{FILE}@"):
+        text = get_tokenizer(name).file.encode()
+        path = folder / FILE
+        if not path.is_file() or path.read_bytes() != text:
+            write_atomically(path, lambda file: file.write(text))
 
 
 def write_atomically(path: str | Path, write: Callable, keep_last: int = 1) -> None:
@@ -116,12 +109,11 @@ def backup_path(path: Path) -> Path:
 
 
 def _keep_backup(path: Path) -> None:
-    backup = backup_path(path)
-    backup.unlink(missing_ok=True)
+    backup_path(path).unlink(missing_ok=True)
     try:
-        os.link(path, backup)  # a second name, so that path exists at every moment
+        os.link(path, backup_path(path))  # a second name, so that path exists at every moment
     except OSError:  # this file system has no hard links
-        os.replace(path, backup)
+        os.replace(path, backup_path(path))
 
 
 def sha256_file(path: str | Path) -> str:
@@ -149,10 +141,8 @@ def _check_fields(path: Path, state) -> None:
     if type(found) is not int or found != FORMAT:
         raise ValueError(f"{path}: checkpoint format {str(found)[:40]}, this code reads {FORMAT}")
     for name, kind in FIELDS.items():
-        if not isinstance(state.get(name), kind):
+        if not isinstance(state.get(name), kind) or state[name] == {}:
             raise ValueError(f"{path}: field {name!r} is missing or not of type {kind.__name__}")
-    if not isinstance(state.get("train_config", {}), dict) or not state["model"]:
-        raise ValueError(f"{path}: field 'train_config' is not of type dict, or 'model' is empty")
     try:
         from_stored(ModelConfig, state["model_config"], "model_config")
     except ValueError as error:

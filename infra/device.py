@@ -36,8 +36,8 @@ def has_fast_bf16(device: torch.device) -> bool:
 def disable_malloc_trim() -> None:
     """Let glibc keep freed memory for later tensors; nothing happens on other systems.
 
-    By default glibc returns large arrays to the kernel, which must zero each page again: a quarter
-    of a training step on a CPU. From then on the process keeps its peak memory.
+    By default glibc returns large arrays to the kernel, which zeroes each page when they come back:
+    a quarter of a training step on a CPU. From then on the process keeps its peak memory.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -54,7 +54,7 @@ def compile_or_explain(model: nn.Module) -> None:
         tokens = torch.zeros(2, 2, dtype=torch.long, device=model.tok.weight.device)
         with torch.no_grad():
             model(tokens, tokens)
-    except Exception as error:  # eager mode computes the same, whatever the compiler lacks
+    except Exception as error:  # eager mode computes the same
         model.run_blocks = eager
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         print(f"compile=True has no effect, running eagerly: {reason}")

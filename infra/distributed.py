@@ -1,16 +1,15 @@
-"""Several processes train one model. torchrun starts them; gloo (CPU) or nccl (CUDA) connects them.
+"""Several processes train one model.
 
-    torchrun --nproc_per_node=2 train.py config/toy_copy_ar.py
     torchrun --nproc_per_node=8 train.py config/paper_1_ar.py --parallel=fsdp --optimizer=adamw
 
 Each process takes some rows of every global batch, and random numbers depend on the global row
 index. So every number of processes trains the same model, to rounding (except with dropout).
-Without torchrun there is one process and nothing is exchanged.
 """
 
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,21 +52,18 @@ class DistributedContext:
         Call it before make_optimizers. fsdp needs AdamW, because Muon needs whole matrices.
         """
         model.to(self.device)
-        if parallel != "fsdp":
-            return
-        if not dist.is_initialized():
-            raise ValueError("--parallel=fsdp needs several processes: start them with torchrun")
-        from torch.distributed.fsdp import fully_shard
+        if parallel == "fsdp":
+            if not dist.is_initialized():
+                raise ValueError("--parallel=fsdp needs torchrun, which starts several processes")
+            from torch.distributed.fsdp import fully_shard
 
-        # A block that runs twice in a forward pass (prefix, then target) must not free its weights
-        # in between. Such a model is gathered and freed as a whole.
-        if model.cfg.single_pass:
-            for block in model.blocks:
-                fully_shard(block)
-        fully_shard(model)
-        self.sharded = True
+            # A block that runs twice in a forward pass (prefix, then target) must not free its
+            # weights in between. Such a model is gathered and freed as a whole.
+            for part in [*model.blocks, model] if model.cfg.single_pass else [model]:
+                fully_shard(part)
+            self.sharded = True
 
-    def set_gradient_sync(self, model: nn.Module, last: bool) -> None:
+    def set_gradient_sync(self, model, last: bool) -> None:
         """fsdp: exchange gradients only in the last backward pass of a step."""
         if self.sharded:
             model.set_requires_gradient_sync(last)
@@ -79,8 +75,7 @@ class DistributedContext:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         flat = parameters_to_vector(gradients)
         dist.all_reduce(flat)
-        flat /= self.world_size
-        vector_to_parameters(flat, gradients)
+        vector_to_parameters(flat / self.world_size, gradients)
 
     def clip_gradients(self, model: nn.Module, max_norm: float) -> float:
         """Scale all gradients down to this norm (0: never) and return the norm they had."""
@@ -136,7 +131,7 @@ def _whole(value):
     """Return a tensor put together from its shards, on the CPU of rank 0."""
     if not hasattr(value, "full_tensor"):
         return value
-    whole = value.full_tensor()
+    whole = value.full_tensor()  # all processes take part
     return whole.cpu() if dist.get_rank() == 0 else None
 
 
@@ -152,10 +147,7 @@ def _cut(value, like):
 
 def _map_state(state: dict, function: Callable) -> dict:
     """Return an optimizer's state_dict with function(value, parameter index) of each value."""
-    mapped = {
-        i: {name: function(value, i) for name, value in values.items()}
-        for i, values in state["state"].items()
-    }
+    mapped = {i: {k: function(v, i) for k, v in d.items()} for i, d in state["state"].items()}
     return state | {"state": mapped}
 
 
@@ -177,14 +169,15 @@ def init_distributed(device_name: str, timeout_seconds: float = 600):
     context.rank = dist.get_rank()
     context.world_size = dist.get_world_size()
     try:
-        with open(os.devnull, "w") as null, contextlib.ExitStack() as stack:
-            if not context.is_main:
-                stack.enter_context(contextlib.redirect_stdout(null))
-            yield context
+        with open(os.devnull, "w") as null:
+            with contextlib.redirect_stdout(sys.stdout if context.is_main else null):
+                yield context
     except RuntimeError as error:
-        if not any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "store")):
+        if not any(
+            word in str(error).lower() for word in ("gloo", "nccl", "connection", "tcpstore")
+        ):
             raise
-        reason = f"process {context.rank} lost the others: {one_line(error)[:160]}"
-        raise ValueError(f"{reason}; resume with --init_from=resume") from None
+        reason = one_line(error)[:160]
+        raise ValueError(f"process {context.rank} lost the others: {reason}") from None
     finally:
         dist.destroy_process_group()

@@ -71,24 +71,23 @@ def estimate(cfg, dataset) -> dict:
     """Print and return what the run will cost: parameters, memory, FLOPs, time."""
     m = cfg.model
     device = pick_device(cfg.device)
-    batches = [dataset.batch(cfg.seed, step, cfg.batch_size) for step in range(8)]
-    prefix = sum(batch.prefix.shape[1] for batch in batches) // len(batches)
-    target = m.target_length
+    lengths = [dataset.batch(cfg.seed, i, cfg.batch_size).prefix.shape[1] for i in range(8)]
     rows = cfg.batch_size // cfg.grad_accum_steps
-    parts = memory(cfg, rows, dataset.block_size - target, target)
-    peak = sum(parts.values())
-    step = cfg.batch_size * train_flops(
-        m, prefix, target, cfg.loss.unroll_steps, cfg.loss.ar_loss_weight
-    )
+    parts = memory(cfg, rows, dataset.block_size - m.target_length, m.target_length)
+    prefix = sum(lengths) // 8
+    row = train_flops(m, prefix, m.target_length, cfg.loss.unroll_steps, cfg.loss.ar_loss_weight)
+    flops = row * cfg.batch_size * cfg.max_steps
     rate = measured_flops(device, cfg.dtype)
-    seconds = step * cfg.max_steps / rate
-    details = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
-    times = f"{format_duration(seconds / 0.6)} to {format_duration(seconds / 0.25)}"
+    minutes = flops / rate / 60
+    details = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     print(f"parameters  {parts['gradients'] // 4:,}")
-    print(f"memory      about {format_bytes(peak)} ({details})")
-    print(f"FLOPs       {step:.2e} per step, {step * cfg.max_steps:.2e} in all")
-    print(f"time        {times}, at 60% to 25% of {rate / 1e9:,.0f} GFLOP/s, measured on {device}")
-    return {"memory": parts, "flops": step * cfg.max_steps, "seconds": seconds}
+    print(f"memory      about {sum(parts.values()) / 1e9:.2f} GB ({details})")
+    print(f"FLOPs       {flops / cfg.max_steps:.2e} per step, {flops:.2e} in all")
+    print(
+        f"time        {minutes / 0.6:,.1f} to {minutes / 0.25:,.1f} min without evaluations, at 60%"
+    )
+    print(f"            to 25% of {rate / 1e9:,.0f} GFLOP/s, measured on {device}")
+    return {"memory": parts, "flops": flops, "minutes": minutes}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -98,28 +97,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_message(cfg, step: int, prefix: int) -> str:
-    """Return what a step needed and which settings lower it."""
+    """Return what a step needs and which settings lower it."""
     rows = cfg.batch_size // cfg.grad_accum_steps
-    peak = sum(memory(cfg, rows, prefix, cfg.model.target_length).values())
-    return (
-        f"out of memory at step {step}: {rows} rows need about {format_bytes(peak)}; try a larger "
-        "--grad_accum_steps, --activation_checkpointing, --dtype=bfloat16 or a smaller --n_embd, "
-        "with --init_from=resume"
-    )
-
-
-def format_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} GiB"
-
-
-def format_duration(seconds: float) -> str:
-    """5400 -> '1.5 h'."""
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    gigabytes = sum(memory(cfg, rows, prefix, cfg.model.target_length).values()) / 1e9
+    flags = "a larger --grad_accum_steps, --activation_checkpointing or --dtype=bfloat16"
+    return f"out of memory at step {step}: {rows} rows need about {gigabytes:.2f} GB; use {flags}"

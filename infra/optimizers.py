@@ -14,27 +14,19 @@ def make_optimizers(model: nn.Module, cfg) -> list[torch.optim.Optimizer]:
 
     Only matrices get weight decay. Muon: Jordan et al. 2024, as torch implements it.
     """
-    muon_params = []
-    matrices = []
-    vectors = []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if cfg.optimizer == "muon" and uses_muon(name, p):
-            muon_params.append(p)
-        elif p.dim() >= 2:
-            matrices.append(p)
-        else:
-            vectors.append(p)
-    decay = cfg.weight_decay
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    muon = [p for name, p in named if cfg.optimizer == "muon" and uses_muon(name, p)]
+    rest = [p for name, p in named if cfg.optimizer != "muon" or not uses_muon(name, p)]
+    matrices = [p for p in rest if p.dim() >= 2]
+    vectors = [p for p in rest if p.dim() < 2]
     groups = [
-        {"params": matrices, "weight_decay": decay, "lr_ratio": 1.0},
+        {"params": matrices, "weight_decay": cfg.weight_decay, "lr_ratio": 1.0},
         {"params": vectors, "weight_decay": 0.0, "lr_ratio": 1.0},
     ]
     lr = cfg.learning_rate
     optimizers = [torch.optim.AdamW(groups, lr, betas=BETAS, fused=True)]
-    if muon_params:
-        group = {"params": muon_params, "weight_decay": decay, "lr_ratio": MUON_LR_RATIO}
+    if muon:
+        group = {"params": muon, "weight_decay": cfg.weight_decay, "lr_ratio": MUON_LR_RATIO}
         optimizers.append(torch.optim.Muon([group], lr, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 

@@ -19,26 +19,25 @@ import torch
 
 from infra.checkpoint import CorruptCheckpoint, backup_path, load, write_atomically
 
-try:
-    import fcntl
-except ImportError:  # Windows has no file locks of this kind
-    fcntl = None
-
 
 @contextlib.contextmanager
 def lock_dir(out: Path) -> Iterator[None]:
-    """Hold the folder for this process. Raises ValueError, with the holder, if it is in use.
-
-    Remove the folder if this call created it and it is still empty.
-    """
+    """Hold the folder for this process. Raises ValueError, with the holder, if it is in use."""
     created = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     path = out / "lock"
     with open(path, "a+", encoding="utf-8") as file:
-        if _is_locked(file, path):
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ValueError(f"{out} is in use by {holder}; wait, or choose another --out_dir")
+            holder = file.read().strip()
+            hint = "wait, or choose another --out_dir"
+            raise ValueError(f"{out} is in use by {holder}; {hint}") from None
+        except (ImportError, OSError):  # Windows, some network file systems
+            print(f"{path}: this system cannot lock files; start one run only in this folder")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)[:300]}")
         file.flush()
@@ -46,22 +45,8 @@ def lock_dir(out: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-            if created:
-                with contextlib.suppress(OSError):
-                    out.rmdir()
-
-
-def _is_locked(file, path: Path) -> bool:
-    """Take the lock, or return True if another process has it."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError as error:
-        print(f"{path}: no lock on this file system ({error.strerror}); start one run only")
-    return not path.exists()  # removed by its last holder a moment ago
+            if created and not any(out.iterdir()):
+                out.rmdir()
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -75,18 +60,16 @@ def latest_checkpoint(out: Path) -> tuple[Path, dict]:
 
     Raises CorruptCheckpoint if no file is intact. There must be one.
     """
-    damaged = []
-    for path in checkpoints(out):
-        try:
-            state = load(path)
-        except CorruptCheckpoint as error:
-            damaged.append((path, error))
-            continue
-        for bad, error in damaged:  # or the next backup would replace the good file
-            os.replace(bad, bad.with_name(bad.name + ".damaged"))
-            print(f"{error}; renamed to {bad.name}.damaged, resuming from {path}")
-        return path, state
-    raise CorruptCheckpoint(f"{damaged[0][1]}; no other is intact: start over with --overwrite")
+    newest, *backups = checkpoints(out)
+    try:
+        return newest, load(newest)
+    except CorruptCheckpoint as error:
+        if not backups:
+            raise CorruptCheckpoint(f"{error}, or start over with --overwrite") from None
+        state = load(backups[0])
+        os.replace(newest, newest.with_name("ckpt.pt.damaged"))  # or it would become the backup
+        print(f"{error}; renamed to ckpt.pt.damaged, resuming from {backups[0]}")
+        return backups[0], state
 
 
 def clear(out: Path) -> None:
@@ -97,21 +80,17 @@ def clear(out: Path) -> None:
 
 def environment(device: torch.device, world_size: int) -> dict:
     """Return what the last bits of a result depend on, next to the settings."""
-    return {
-        "device": device.type,
-        "world_size": world_size,
-        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
-        "torch": str(torch.__version__),
-    }
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    where = {"device": device.type, "world_size": world_size, "threads": threads}
+    return where | {"torch": str(torch.__version__)}
 
 
 def rounding_note(before: dict, now: dict) -> str:
     """Return why a resumed run differs in the last bits, or "". Both: settings | environment."""
     names = "device world_size threads torch grad_accum_steps dtype compile parallel".split()
     changes = [f"{n} {before[n]} -> {now[n]}" for n in names if n in before and before[n] != now[n]]
-    if not changes:
-        return ""
-    return f"from here on the run is equal to rounding, not bit for bit: {', '.join(changes)}"
+    note = f"from here on the run is equal to rounding, not bit for bit: {', '.join(changes)}"
+    return note if changes else ""
 
 
 class Log:
@@ -139,9 +118,8 @@ class Log:
         line = (json.dumps(entry) + "\n").encode()
         try:
             complete = self.file.write(line) == len(line)
-        except OSError as error:
-            error.filename = self.path
-            raise
+        except OSError:
+            complete = False
         if not complete or os.fstat(self.file.fileno()).st_nlink == 0:
             raise OSError(f"{self.path}: not written (no space left, or the file was removed)")
 
@@ -162,28 +140,24 @@ class Log:
 
 def _parse(line: bytes) -> dict:
     """Return a log entry. A killed run may leave half a line: its step is infinite."""
-    with contextlib.suppress(ValueError):
+    try:
         entry = json.loads(line)
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            return entry
-    return {"step": math.inf}
+        return entry if isinstance(entry["step"], int) else {"step": math.inf}
+    except (ValueError, TypeError, KeyError):
+        return {"step": math.inf}
 
 
 class StopSignals:
     """Let Ctrl-C and SIGTERM finish the step and save. A second signal stops at once.
 
-    requested: the signal number, 0 if there was none. torchrun sends each Ctrl-C once more, so a
-    second signal is ignored there.
+    torchrun sends each Ctrl-C once more, so a second signal is ignored there.
     """
 
-    def __init__(self):
-        self.requested = 0
-        self.previous = {}
+    requested = 0  # the signal number
 
     def __enter__(self):
-        with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._request)
+        stop_signals = (signal.SIGINT, signal.SIGTERM)
+        self.previous = {n: signal.signal(n, self._request) for n in stop_signals}
         return self
 
     def __exit__(self, *_):

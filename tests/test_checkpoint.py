@@ -128,7 +128,7 @@ def test_another_format_is_refused(path, content):
     [
         {"step": "7"},
         {"model": {}},
-        {"train_config": 3},
+        {"model_config": {}},
         {"model_config": {"n_layers": 2}},
         {"model_config": {"n_layer": "2"}},
         {"model_config": {"n_layer": -1}},

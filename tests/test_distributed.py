@@ -14,6 +14,7 @@ import torch.distributed as dist
 from processes import make_copy_set, start
 
 import train
+from infra import device
 from infra.checkpoint import load
 from infra.distributed import DistributedContext
 
@@ -46,7 +47,7 @@ def run(copy_set, tmp_path):
 
     def run(processes: int, *flags: str, out: str = "a", prepare=lambda: None):
         def work(rank):
-            train.measured_flops = lambda *_: 1e12
+            device.measured_flops = lambda *_: 1e12
             prepare()
             train.main([*TINY, f"--data={copy_set}", f"--out_dir={tmp_path / out}", *flags])
 
@@ -153,7 +154,7 @@ def test_an_error_of_one_process_ends_all(copy_set, tmp_path):
 
 def test_fsdp_needs_torchrun(copy_set, tmp_path):
     argv = [*TINY, f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}", "--parallel=fsdp"]
-    with pytest.raises(ValueError, match="start them with torchrun"):
+    with pytest.raises(ValueError, match="needs torchrun"):
         train.main(argv)
 
 

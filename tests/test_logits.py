@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from infra import logits as module
 from infra.logits import (
-    BLOCK,
     argmax,
     banned_token_ids,
     cross_entropy_in_place,
@@ -119,7 +118,7 @@ def test_drawn_tokens_follow_the_softmax(temperature):
     assert ((counts - expected) ** 2 / expected).sum() < 22.5
 
 
-@pytest.mark.parametrize("V", [BLOCK, 4 * BLOCK + 1, 6 * BLOCK, 6 * BLOCK + 77])
+@pytest.mark.parametrize("V", [256, 3000])
 def test_drawing_inverts_the_cdf(V):
     """The oracle is one running sum in float64. A number on a step of it may go to either side."""
     generator = torch.Generator().manual_seed(V)
@@ -135,7 +134,7 @@ def test_drawing_inverts_the_cdf(V):
 
 
 @pytest.mark.parametrize("u", [0.0, 0.25, 0.5, 1 - 2.0**-24])
-@pytest.mark.parametrize("V", [300, 5 * BLOCK + 1])
+@pytest.mark.parametrize("V", [300, 3000])
 def test_a_banned_token_is_never_drawn(u, V):
     """Banned ids at both ends and in the middle; a search may slip past them at both ends."""
     logits = torch.randn(500, 4, V, generator=torch.Generator().manual_seed(0))
@@ -151,7 +150,7 @@ def test_a_number_beyond_the_last_token_gives_the_likeliest():
     assert draw_tokens(logits, 1.0, torch.tensor([[1.0]])).item() == 1
 
 
-@pytest.mark.parametrize("eos_id, banned", [(-1, [6, 7, 8]), (2, [2, 6, 7, 8])])
+@pytest.mark.parametrize("eos_id, banned", [(-1, [6, 7, 8]), (2, [6, 7, 8, 2])])
 def test_text_holds_ordinary_tokens_and_pad_only(eos_id, banned):
     cfg = ModelConfig(vocab_size=9, n_ordinary=5, pad_id=5, sep_id=6, mask_id=7, eos_id=eos_id)
     assert banned_token_ids(cfg, "cpu").tolist() == banned

@@ -73,7 +73,7 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with lock_dir(tmp_path / "a"):
         pass
-    assert "no lock on this file system (Operation not supported)" in capsys.readouterr().out
+    assert "this system cannot lock files" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_the_newest_intact_checkpoint_is_found(two, capsys):
     assert [p.name for p in checkpoints(two)] == ["ckpt.1.pt"]
     assert step_of_latest(two) == 10
     damage(two / "ckpt.1.pt")
-    with pytest.raises(CorruptCheckpoint, match="start over with --overwrite"):
+    with pytest.raises(CorruptCheckpoint, match="ckpt.1.pt: damaged.*--overwrite"):
         latest_checkpoint(two)
     assert (two / "ckpt.1.pt").exists()
 
@@ -144,7 +144,7 @@ def test_a_log_that_cannot_be_written_stops_the_run(tmp_path):
     with pytest.raises(OSError, match="log.jsonl: not written"):
         log.write({"step": 2})
     log.file = open("/dev/full", "ab", buffering=0)
-    with pytest.raises(OSError, match="No space left.*log.jsonl"):
+    with pytest.raises(OSError, match="log.jsonl: not written"):
         log.write({"step": 2})
 
 
