@@ -1,4 +1,4 @@
-"""What ar2diff.py does with weights of other people: import them, check them on a text, export them."""
+"""What ar2diff.py does with other people's weights: import, check on a text, export."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from model import ModelConfig, split_prompt
 # The text that --check reads if none is given.
 TEXT = (
     "The harbour was quiet in the early morning. Two boats lay at the quay, and on one of them a "
-    "man in a blue coat was mending a net. He did not look up when the bell of the old church began "
-    "to ring. Later, he said, there would be wind from the west, and by noon all the boats would be "
-    "back. The children knew it too; they had already gone down to the beach with baskets, to wait "
-    "for the fish and to hear the news from the other side of the bay. "
+    "man in a blue coat was mending a net. He did not look up when the bell of the old church "
+    "began to ring. Later, he said, there would be wind from the west, and by noon all the boats "
+    "would be back. The children knew it too; they had already gone down to the beach with "
+    "baskets, to wait for the fish and to hear the news from the other side of the bay. "
 )
 
 
@@ -40,8 +40,10 @@ def import_source(name: str, block_size: int, target_length: int):
 
 
 def text_batch(text: str, tokenizer: Tokenizer, cfg: ModelConfig) -> Batch:
-    """Cut two rows from a text, at its start and its middle, repeated until the targets are full."""
-    ids = tokenizer.encode(text or TEXT)
+    """Cut two rows from a text, at its start and its middle, repeated to fill the targets."""
+    numbers = " ".join(str(7 * i % cfg.n_ordinary) for i in range(50))
+    default = numbers if tokenizer.name.startswith("ids-") else TEXT
+    ids = tokenizer.encode(text or default)
     T = cfg.target_length
     P = min(32, cfg.block_size - T)
     if not ids:

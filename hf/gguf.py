@@ -102,7 +102,9 @@ class GGUFFile:
         if self._field("rope.scaling.type", "none") != "none":
             values["rope_scaling"] = {"rope_type": self._field("rope.scaling.type")}
         if "rope_freqs.weight" in self._tensors:
-            values["rope_scaling"] = self._llama3_scaling(values.get("rope_theta", 10000.0), head_dim)
+            values["rope_scaling"] = self._llama3_scaling(
+                values.get("rope_theta", 10000.0), head_dim
+            )
         if self.arch == "llama":
             values["attention_bias"] = "blk.0.attn_q.bias" in self._tensors
             values["mlp_bias"] = "blk.0.ffn_up.bias" in self._tensors
@@ -128,7 +130,9 @@ class GGUFFile:
                 n_bytes = gguf.GGML_QUANT_SIZES[kind][1]
                 gguf.dequantize(np.zeros((1, n_bytes), np.uint8), kind)
             except (KeyError, NotImplementedError):
-                raise ValueError(f"{self.path}: quantisation {kind.name} is not supported") from None
+                raise ValueError(
+                    f"{self.path}: quantisation {kind.name} is not supported"
+                ) from None
         family = FAMILIES[self.config.values["model_type"]]
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
         n_layer = self._field("block_count", 0)

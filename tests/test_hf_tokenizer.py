@@ -1,4 +1,4 @@
-"""hf/tokenizer.py: every text comes back, the ids are those of transformers, the rest is refused."""
+"""hf/tokenizer.py and hf/chat.py: every text comes back, the ids are those of transformers."""
 
 import json
 import os
@@ -164,8 +164,9 @@ def test_gpt2_written_as_tokenizer_json_has_the_ids_of_tiktoken():
 # Chats
 
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|endoftext|>{{ m.role }}\n{% generation %}{{ m.content }}"
-    "{% endgeneration %}{% endfor %}{% if add_generation_prompt %}<|endoftext|>assistant\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}<|endoftext|>{{ m.role }}\n{% generation %}"
+    "{{ m.content }}{% endgeneration %}{% endfor %}"
+    "{% if add_generation_prompt %}<|endoftext|>assistant\n{% endif %}"
 )
 MESSAGES = [{"role": "user", "content": "the <|endoftext|> ✓"}]
 
