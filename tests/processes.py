@@ -10,12 +10,24 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch._dynamo  # optimizers import it late, 2 s for each child
 import torch.distributed.fsdp  # noqa: F401
 import torch.distributed.tensor  # noqa: F401
 
 from configurator import run
 from data.loader import write_pairs
+
+
+def same(a, b) -> bool:
+    """Compare bit for bit, also inside lists and dicts."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 def make_copy_set(folder: Path) -> Path:

@@ -1,6 +1,6 @@
 """Fault injection: a run that is killed or hindered ends bit for bit like an undisturbed one.
 
-    PYTHONPATH=. python tests/test_faults.py results/faults.json    # 25 runs of each kind
+    PYTHONPATH=. python tests/test_faults.py results/faults.json 25    # runs of each kind
 
 A run starts with --init_from=resume each time, is disturbed four times, and may then end.
 """
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Child, make_copy_set
+from processes import Child, make_copy_set, same
 
 import train
 from infra import device
 from infra.checkpoint import load, write_atomically
-from infra.run_dir import checkpoints
+from infra.run_dir import checkpoints, environment
 
 pytestmark = pytest.mark.slow
 SETTINGS = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4"]
@@ -156,17 +156,6 @@ def undisturbed(folder: Path) -> list:
     return trial.result()
 
 
-def same(a, b) -> bool:
-    """Compare bit for bit, also inside lists and dicts."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def disturb(fault: Callable, folder: Path, seed: int, expected: list) -> tuple[int, bool]:
     """Return how often a run was disturbed and whether it ended like the undisturbed one."""
     trial = Trial(folder, folder.parent / "data", random.Random(seed))
@@ -190,25 +179,27 @@ def test_a_disturbed_run_ends_like_an_undisturbed_one(fault, seed, expected):
     assert count and equal, (trial / "output").read_text()
 
 
-def main(path: str, trials: int = 25) -> None:
+def main(path: str, trials: str = "25") -> None:
     """Write how many runs of each kind were lost or changed."""
+    trials = int(trials)
     folder = Path(tempfile.mkdtemp())
     result = undisturbed(folder)
     table = []
     for fault in FAULTS:
-        row = {"fault": fault.__name__.replace("_", " "), "runs": trials}
-        row |= {"disturbances": 0, "lost_or_changed": 0}
+        name = fault.__name__.replace("_", " ")
+        row = {"fault": name, "runs": trials, "kills": 0, "disturbances": 0, "lost_or_changed": 0}
         for seed in range(trials):
             trial = folder / f"{fault.__name__}_{seed}"
             trial.mkdir()
             count, equal = disturb(fault, trial, seed, result)
             row["disturbances"] += count
+            row["kills"] += count * name.startswith("kill")
             row["lost_or_changed"] += not equal
         table.append(row)
-    text = json.dumps({"torch": torch.__version__, "table": table}, indent=1) + "\n"
+    text = json.dumps({"table": table} | environment(torch.device("cpu"), 1), indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
     print(text)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(*sys.argv[1:])
