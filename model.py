@@ -55,10 +55,10 @@ class ModelConfig:
     # Set by hf/ for imported weights.
     n_kv_head: int = setting(0, "key and value heads; 0: n_head", minimum=0, hidden=True)
     head_dim: int = setting(0, "width of a head; 0: n_embd / n_head", minimum=0, hidden=True)
-    norm: str = setting("rmsnorm", "", ("rmsnorm", "layernorm"), hidden=True)
+    norm: str = setting("rmsnorm", "kind of norm", ("rmsnorm", "layernorm"), hidden=True)
     norm_eps: float = setting(1e-5, "epsilon of every norm", above=0, hidden=True)
-    activation: str = setting("swiglu", "", ("swiglu", "gelu", "gelu_tanh"), hidden=True)
-    position: str = setting("rope", "", ("rope", "learned"), hidden=True)
+    activation: str = setting("swiglu", "of the MLP", ("swiglu", "gelu", "gelu_tanh"), hidden=True)
+    position: str = setting("rope", "encoding", ("rope", "learned"), hidden=True)
     qk_norm: bool = setting(False, "norm queries and keys (arXiv 2302.05442)", hidden=True)
     bias: bool = setting(False, "on every linear layer and layernorm", hidden=True)
     qkv_bias: bool = setting(False, "on queries, keys and values (Qwen 2)", hidden=True)

