@@ -24,12 +24,8 @@ class BpeConfig:
     source: str = setting(
         "stdlib", "stdlib, all, a folder of Python files, or a text file", path=True
     )
-    n_ordinary: int = setting(
-        2000, "ids for text: 256 bytes and the merges", minimum=256, maximum=100_000
-    )
-    held_out: float = setting(
-        0.1, "of a text file: the share at its end that is not read", minimum=0, maximum=0.99
-    )
+    n_ordinary: int = setting(2000, "ids: 256 bytes and merges", minimum=256, maximum=100_000)
+    held_out: float = setting(0.1, "share of a text file that is not read", minimum=0, maximum=0.9)
     out: str = setting(f"out/{FILE}", "the .json file to write", path=True)
 
     def __post_init__(self):

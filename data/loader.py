@@ -37,7 +37,6 @@ from data.tokenizer import FILE, Tokenizer, get_tokenizer
 
 FORMAT = 1
 OUT = "out/data"  # where data sets are built
-DOCUMENT_BREAK = "\n\n"  # between the documents of a stream
 
 BUILDERS = {
     "data.mini": "mini mini_translation mini_qa mini_code",
@@ -368,12 +367,6 @@ def write_pairs(
             writer.write(f"{split}.idx", [np.column_stack([starts, ends]).astype("<i8")])
             writer.counts[split] = {"tokens": n, "pairs": len(pairs)}
     return writer.meta
-
-
-def join_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Yield the tokens of each document, with a blank line at its end."""
-    for text in texts:
-        yield tokenizer.encode(text.strip("\n") + DOCUMENT_BREAK)
 
 
 def summary(folder: str | Path, meta: dict) -> str:

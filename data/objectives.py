@@ -24,7 +24,7 @@ MEAN_SPAN = 3.0  # mean length of a span (T5)
 
 
 class Batch(NamedTuple):
-    """B training pairs. Pads in a prefix are masked. Pads in a target are learned: they end a text."""
+    """B training pairs. Pads in a prefix are masked; pads in a target are learned: they end it."""
 
     prefix: LongTensor  # (B, P) right-padded to the longest prefix of the batch
     target: LongTensor  # (B, T) target[:, 0] is the separator; T is the same in every batch
@@ -51,7 +51,7 @@ def prefix_lm(tokens: Tokens, split: int, target_length: int) -> tuple[Tokens, T
 
 
 def span_counts(length: int) -> tuple[int, int]:
-    """Return (hidden tokens, spans) for a text of at least 2 tokens. T5, arXiv 1910.10683, 3.1.4."""
+    """Return (hidden tokens, spans) for a text of at least 2 tokens (T5, 1910.10683, 3.1.4)."""
     hidden = min(max(round(length * SPAN_DENSITY), 1), length - 1)
     spans = min(max(round(hidden / MEAN_SPAN), 1), hidden, length - hidden)
     return hidden, spans
@@ -62,8 +62,8 @@ def span_corruption(
 ) -> tuple[list[int], list[int]]:
     """Replace random spans by sentinels. The target holds each sentinel and its span.
 
-    A text starts with kept tokens and ends with a span. T5 (arXiv 1910.10683, 3.1.4) ends the target
-    with one more sentinel; here the pads end it.
+    A text starts with kept tokens and ends with a span. T5 ends the target with one more sentinel;
+    here the pads end it.
     """
     tokens = [int(t) for t in tokens]
     if len(tokens) < 2:
@@ -73,11 +73,11 @@ def span_corruption(
         limit = f"but the tokenizer has {len(sentinels)} sentinels; use shorter texts"
         raise ValueError(f"{len(tokens)} tokens make {n} spans, {limit}")
     kept_lengths = _partition(len(tokens) - hidden, n, rng)
-    cut_lengths = _partition(hidden, n, rng)
+    lengths = zip(kept_lengths, _partition(hidden, n, rng))
     prefix = []
     target = []
     start = 0
-    for sentinel, kept, cut in zip(sentinels, kept_lengths, cut_lengths):
+    for sentinel, (kept, cut) in zip(sentinels, lengths):
         prefix += [*tokens[start : start + kept], sentinel]
         target += [sentinel, *tokens[start + kept : start + kept + cut]]
         start += kept + cut

@@ -1,61 +1,74 @@
 """Sentences and their translations, from two files or from lines of source<TAB>target.
 
-    python -m data.parallel [--source=multi30k|tatoeba] [--tokenizer=gpt2]
-    python -m data.parallel --source=train.en --target=train.fr --valid_source=val.en --valid_target=val.fr
+    python -m data.parallel [--source=multi30k|tatoeba|wmt14] [--tokenizer=gpt2]
+    python -m data.parallel --source=train.en --target=train.fr --valid_source=val.en \\
+        --valid_target=val.fr
     python -m data.parallel --source=fra-eng.zip --name=tatoeba
 
     A dog runs.  ->  Un chien court.
 
-Files may be gzipped, tabbed lines may be in a .zip. Fields after the second are not read. Without a
-held-out file, some sentences are held out by a hash of the source. So no source is in both splits,
-whatever its translations, case and punctuation.
+Files may be gzipped, tabbed lines may be in a .zip, and ARCHIVE.tgz::MEMBER is a file of an archive.
+Without a held-out file, some sentences are held out by a hash of the source. So no source is in both
+splits, whatever its translations, case and punctuation.
 
 multi30k: English to French captions (Elliott et al. 2016, 1605.00459; 2017, 1710.07177).
-tatoeba: short sentences with several translations each (manythings.org/anki).
+tatoeba: short English to French sentences (manythings.org/anki).
+wmt14: the paper's task, 40 million pairs in archives of 4 GB (statmt.org/wmt14). Five corpora, held
+out is newstest2013. To try it: --limit=100000 pairs of each corpus.
 """
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from configurator import configure, run, setting
 from data.sources import SetConfig, is_held_out, local, read_lines, write_set
 
-MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw"
-TATOEBA = "https://www.manythings.org/anki/fra-eng.zip"
-# fmt: off
+FLICKR = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw"
+WMT = "https://www.statmt.org"
 CHECKSUMS = {
-    f"{MULTI30K}/{name}.gz": sha256
-    for name, sha256 in {
-        "train.en": "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
-        "train.fr": "622e75069e9f4c577425c4f277116ce66e63a2401c0a2312d90073cb12379a3c",
-        "val.en": "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
-        "val.fr": "ca3106f1a72390591d25f6c45cb4cd39dec4cd3f123e099748a3ce5256c160e9",
-        "test_2016_flickr.en": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
-        "test_2016_flickr.fr": "6d326e188d259fb1d04ac19eae3af956559b3a0b93d7635e56c90987c40c8b90",
-    }.items()
+    f"{FLICKR}/train.en.gz": "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
+    f"{FLICKR}/train.fr.gz": "622e75069e9f4c577425c4f277116ce66e63a2401c0a2312d90073cb12379a3c",
+    f"{FLICKR}/val.en.gz": "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
+    f"{FLICKR}/val.fr.gz": "ca3106f1a72390591d25f6c45cb4cd39dec4cd3f123e099748a3ce5256c160e9",
 }
-# fmt: on
-# Files of a bare --source=NAME: source, target, valid_source, valid_target.
+# Members of WMT14's archives, without the language.
+WMT_TRAIN = [
+    "wmt13/training-parallel-europarl-v7.tgz::training/europarl-v7.fr-en.{}",
+    "wmt13/training-parallel-commoncrawl.tgz::commoncrawl.fr-en.{}",
+    "wmt13/training-parallel-un.tgz::un/undoc.2000.fr-en.{}",
+    "wmt14/training-parallel-nc-v9.tgz::training/news-commentary-v9.fr-en.{}",
+    "wmt10/training-giga-fren.tar::giga-fren.release2.fixed.{}.gz",
+]
+
+
+def _both(pattern: str) -> tuple[str, str]:
+    return pattern.format("en"), pattern.format("fr")
+
+
+# (source, target) of the training files, and of the held-out file.
 NAMED = {
-    "multi30k": [f"{MULTI30K}/{name}.gz" for name in ("train.en", "train.fr", "val.en", "val.fr")],
-    "tatoeba": [TATOEBA, "", "", ""],
+    "multi30k": ([_both(f"{FLICKR}/train.{{}}.gz")], _both(f"{FLICKR}/val.{{}}.gz")),
+    "tatoeba": ([("https://www.manythings.org/anki/fra-eng.zip", "")], None),
+    "wmt14": (
+        [_both(f"{WMT}/{corpus}") for corpus in WMT_TRAIN],
+        _both(f"{WMT}/wmt14/dev.tgz::dev/newstest2013.{{}}"),
+    ),
 }
 
 
 @dataclass
 class ParallelConfig(SetConfig):
-    source: str = setting("multi30k", "multi30k, tatoeba, or a file", path=True)
+    source: str = setting("multi30k", "multi30k, tatoeba, wmt14, or a file", path=True)
     target: str = setting("", "the translations; default: after a tab in source", path=True)
     valid_source: str = setting("", "the same, held out", path=True)
     valid_target: str = setting("", "the same, held out", path=True)
-    held_out: float = setting(
-        0.05, "share of the sources, without held-out files", above=0, maximum=0.9
-    )
-    task_prefix: str = setting(
-        "", "text before each source, as T5's 'translate English to French: '"
-    )
-    name: str = setting("", "the folder out/name; default: multi30k, tatoeba or parallel")
+    held_out: float = setting(0.05, "share held out, without valid_source", above=0, maximum=0.9)
+    task_prefix: str = setting("", "text before each source, such as 'translate to French: '")
+    limit: int = setting(0, "training pairs of each file, its first; 0: all", minimum=0)
+    name: str = setting("", "the folder out/name; default: the source's name, or parallel")
 
     def __post_init__(self):
         self.name = self.name or (self.source if self.source in NAMED else "parallel")
@@ -65,9 +78,9 @@ class ParallelConfig(SetConfig):
         if self.source in NAMED and (self.target or self.valid_source):
             raise ValueError(f"--source={self.source} has its own files; drop the other files")
 
-    def files(self) -> list[str]:
-        own = [self.source, self.target, self.valid_source, self.valid_target]
-        return NAMED.get(self.source, own)
+    def files(self) -> tuple[list, tuple | None]:
+        valid = (self.valid_source, self.valid_target) if self.valid_source else None
+        return NAMED.get(self.source, ([(self.source, self.target)], valid))
 
 
 def read(source: str, target: str = "", task_prefix: str = "") -> list[dict]:
@@ -77,62 +90,72 @@ def read(source: str, target: str = "", task_prefix: str = "") -> list[dict]:
 
 def stream(source: str, target: str, task_prefix: str) -> Iterator[dict]:
     """Yield the same, so no file has to fit into memory."""
-    path = local(source, CHECKSUMS)
-    if not target:
-        return examples(_tabbed(path), task_prefix)
-    other = local(target, CHECKSUMS)
-    return examples(zip_lines(read_lines(path), read_lines(other), (path, other)), task_prefix)
+    source = local(source, CHECKSUMS)
+    target = local(target, CHECKSUMS)
+    pairs = _zipped(source, target) if target else _tabbed(source)
+    number = 0
+    for number, (given, translation) in enumerate(pairs, start=1):
+        given = given.strip()
+        example = {"id": str(number), "source": given, "prefix": task_prefix + given}
+        yield example | {"target": translation.strip()}
+    if not number:
+        raise ValueError(f"{source}: empty")
 
 
-def zip_lines(
-    source: Iterable[str], target: Iterable[str], names: tuple[str, str]
-) -> Iterator[tuple[str, str]]:
-    """Yield (source, target) line by line. Raises ValueError if the files differ in length."""
-    sides = [iter(source), iter(target)]
-    missing = object()
+def _zipped(source: str, target: str) -> Iterator[tuple[str, str]]:
+    sides = [_sentences(source), _sentences(target)]
     n = 0
-    while True:
-        pair = [next(side, missing) for side in sides]
-        if missing in pair:
+    for given in sides[0]:
+        translation = next(sides[1], None)
+        if translation is None:
+            counts = [n + 1 + sum(1 for _ in sides[0]), n]
             break
-        yield tuple(pair)
+        yield given, translation
         n += 1
-    counts = [n + (x is not missing) + sum(1 for _ in side) for x, side in zip(pair, sides)]
+    else:
+        counts = [n, n + sum(1 for _ in sides[1])]
     if counts[0] != counts[1]:
-        fault = f"{names[0]} has {counts[0]} lines, {names[1]} has {counts[1]}"
+        fault = f"{source} has {counts[0]} lines, {target} has {counts[1]}"
         raise ValueError(f"{fault}; line i must translate line i")
-    if not n:
-        raise ValueError(f"{names[0]}: empty")
-
-
-def examples(pairs: Iterable[tuple[str, str]], task_prefix: str) -> Iterator[dict]:
-    for number, (source, target) in enumerate(pairs, start=1):
-        source = source.strip()
-        prefix = task_prefix + source
-        yield {"id": str(number), "source": source, "prefix": prefix, "target": target.strip()}
 
 
 def _tabbed(path: str) -> Iterator[tuple[str, str]]:
-    number = 0
     for number, line in enumerate(read_lines(path), start=1):
         source, tab, rest = line.partition("\t")
         if not tab:
             raise ValueError(f"{path}, line {number}: no tab; give --target=FILE or tabbed lines")
         yield source, rest.split("\t")[0]
-    if not number:
-        raise ValueError(f"{path}: empty")
+
+
+def _sentences(path: str) -> Iterator[str]:
+    """Yield the lines of a text, or the segments of an .sgm file: <seg id="1">A sentence.</seg>.
+
+    Entities stay as they are, as in sacrebleu, so that scores are comparable.
+    """
+    for number, line in enumerate(read_lines(path), start=1):
+        if not path.endswith(".sgm"):
+            yield line
+        elif line.lstrip().startswith("<seg"):
+            segment = re.match(r"\s*<seg[^>]*>(.*)</seg>", line)
+            if not segment:
+                raise ValueError(f"{path}, line {number}: <seg> must end on its line")
+            yield " ".join(segment[1].split())
 
 
 def main(argv: list[str]) -> None:
     cfg = configure(ParallelConfig, argv)
-    source, target, valid_source, valid_target = cfg.files()
-    train = stream(source, target, cfg.task_prefix)
-    if valid_source:
-        valid = stream(valid_source, valid_target, cfg.task_prefix)
+    files, held_out = cfg.files()
+
+    def training_pairs() -> Iterable[dict]:
+        streams = (stream(*pair, cfg.task_prefix) for pair in files)
+        return chain.from_iterable(islice(pairs, cfg.limit or None) for pairs in streams)
+
+    train = training_pairs()
+    if held_out:
+        valid = stream(*held_out, cfg.task_prefix)
     else:  # the file is read twice, so that it need not fit into memory
-        valid = stream(source, target, cfg.task_prefix)
         train = (e for e in train if not is_held_out(e["source"], cfg.held_out))
-        valid = (e for e in valid if is_held_out(e["source"], cfg.held_out))
+        valid = (e for e in training_pairs() if is_held_out(e["source"], cfg.held_out))
     command = shlex.join(["python", "-m", "data.parallel", *argv])
     write_set(cfg, train, valid, command, task_prefix=cfg.task_prefix)
 

@@ -14,7 +14,6 @@ lines and spaces. Training files are read first, so nothing held out is a near-d
 """
 
 import ast
-import importlib.metadata
 import platform
 import re
 import shlex
@@ -27,19 +26,14 @@ from pathlib import Path
 
 from configurator import configure, run, setting
 from data.hashing import hash_number, percent
-from data.loader import join_documents, summary, write_pairs, write_stream
-from data.sources import OutConfig
+from data.sources import OutConfig, SetConfig, write_set, write_texts
 from data.syntax import parse_python
-from data.tokenizer import Tokenizer, get_tokenizer
 
 STREAM_SIZES = (128, 256)  # target_length and block_size of the stream, if they are 0
 PAIR_SIZES = (192, 384)  # the same for pairs
 HELD_OUT = 10  # percent of the files
 MAX_FILE = 400_000  # bytes; longer files are tables written by programs
-LICENCE = (
-    "each file keeps the licence of its package (the standard library: PSF-2.0); "
-    "for use here, not for passing on"
-)
+LICENCE = "each file keeps the licence of its package; for use here, not for passing on"
 # Folders without code worth learning: tests, demos, generated tables, copies of other packages.
 SKIPPED = set(
     "__pycache__ test tests testing idle_test lib2to3 turtledemo ensurepip encodings "
@@ -56,20 +50,20 @@ class PythonCodeConfig(OutConfig):
     target_length: int = setting(
         0, "tokens with separator; 0: 128 in the stream, 192 in pairs", minimum=2, zero_ok=True
     )
-    block_size: int = setting(
-        0, "tokens of prefix and target; 0: 256 in the stream, 384 in pairs", minimum=0
-    )
+    block_size: int = setting(0, "tokens in all; 0: 256 in the stream, 384 in pairs", minimum=0)
 
     def __post_init__(self):
         super().__post_init__()
         for defaults in (STREAM_SIZES, PAIR_SIZES):
-            target_length, block_size = self.sizes(defaults)
-            if block_size <= target_length:
-                fault = f"block_size={block_size} must be above target_length={target_length}"
-                raise ValueError(f"{fault}: set both")
+            sizes = self.sizes(defaults)
+            if sizes["block_size"] <= sizes["target_length"]:
+                raise ValueError(f"block_size must be above target_length, got {sizes}; set both")
 
-    def sizes(self, defaults: tuple[int, int]) -> tuple[int, int]:
-        return self.target_length or defaults[0], self.block_size or defaults[1]
+    def sizes(self, defaults: tuple[int, int]) -> dict[str, int]:
+        return {
+            "target_length": self.target_length or defaults[0],
+            "block_size": self.block_size or defaults[1],
+        }
 
 
 @dataclass
@@ -101,10 +95,12 @@ def read_corpus(source: str) -> Corpus:
         else:
             corpus.files[split].append(text)
             for prefix, body in functions(text, tree):
-                if _is_new(body, seen):
-                    corpus.functions[split].append((prefix, body))
-                else:
+                if not _is_new(body, seen):
                     corpus.dropped["functions near-duplicate"] += 1
+                elif not parses(prefix, body):
+                    corpus.dropped["functions that cannot be dedented"] += 1
+                else:
+                    corpus.functions[split].append((prefix, body))
     for split, texts in corpus.files.items():
         if not texts:
             raise ValueError(f"--source={source}: no Python files for {split}; give more files")
@@ -128,31 +124,10 @@ def functions(text: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
             yield "\n".join(prefix) + "\n", "\n".join(body)
 
 
-def fitting_pairs(corpus: Corpus, tokenizer: Tokenizer, longest_prefix: int, target_length: int):
-    """Return the (prefix, body) ids that fit, by split. Count the others."""
-    kept = {"train": [], "valid": []}
-    for split, pairs in corpus.functions.items():
-        for prefix, body in pairs:
-            # Too long in any tokenizer: skip the encoding.
-            fits = len(prefix) <= 8 * longest_prefix and len(body) <= 8 * target_length
-            ids = [tokenizer.encode(side) for side in (prefix, body)] if fits else []
-            if not ids or len(ids[0]) > longest_prefix or len(ids[1]) >= target_length:
-                corpus.dropped["functions too long"] += 1
-            elif not parses(prefix, body):
-                corpus.dropped["functions that cannot be dedented"] += 1
-            else:
-                kept[split].append(ids)
-        if not kept[split]:
-            raise ValueError(f"no function with a docstring fits for {split}; give more files")
-    return kept
-
-
 def parses(prefix: str, body: str) -> bool:
     """Whether prefix and body together are one Python function with a body. Nothing is run."""
     tree = parse_python(prefix + body + "\n")
-    if tree is None or len(tree.body) != 1:
-        return False
-    node = tree.body[0]
+    node = tree.body[0] if tree is not None and len(tree.body) == 1 else None
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return False
     return len(node.body) > 1 or ast.get_docstring(node, clean=False) is None
@@ -165,10 +140,8 @@ def split_of(path: str) -> str:
 
 def _roots(source: str) -> list[Path]:
     paths = sysconfig.get_paths()
-    if source == "stdlib":
-        return [Path(paths["stdlib"])]
-    if source == "all":
-        kinds = ("stdlib", "purelib", "platlib")
+    kinds = {"stdlib": ["stdlib"], "all": ["stdlib", "purelib", "platlib"]}.get(source)
+    if kinds:
         return [Path(path) for path in dict.fromkeys(paths[kind] for kind in kinds)]
     if not Path(source).exists():
         raise ValueError(f"--source must be stdlib, all or a path; {source!r} does not exist")
@@ -229,33 +202,25 @@ def _dedent(lines: list[str], column: int) -> list[str]:
 
 def main(argv: list[str]) -> None:
     cfg = configure(PythonCodeConfig, argv)
-    tokenizer = get_tokenizer(cfg.tokenizer)
     corpus = read_corpus(cfg.source)
-    target_length, block_size = cfg.sizes(PAIR_SIZES)
-    pairs = fitting_pairs(corpus, tokenizer, block_size - target_length, target_length)
-    stream = {split: join_documents(texts, tokenizer) for split, texts in corpus.files.items()}
+    pairs = [
+        [{"prefix": prefix, "target": body} for prefix, body in corpus.functions[split]]
+        for split in ("train", "valid")
+    ]
     free = {
         "command": shlex.join(["python", "-m", "data.python_code", *argv]),
         "source": cfg.source,
         "python": platform.python_version(),
-        "packages": _package_versions() if cfg.source == "all" else {},
         "licence": LICENCE,
         "files": {split: len(texts) for split, texts in corpus.files.items()},
         "dropped": dict(sorted(corpus.dropped.items())),
     }
+    common = {"out": cfg.out, "tokenizer": cfg.tokenizer}
+    write_set(SetConfig(name="python_pairs", **common, **cfg.sizes(PAIR_SIZES)), *pairs, **free)
+    stream = SetConfig(name="python_code", **common, **cfg.sizes(STREAM_SIZES))
+    write_texts(stream, corpus.files, **free)
     for reason, n in free["dropped"].items():
         print(f"left out: {n:6,} {reason}")
-    folder = Path(cfg.out) / "python_code"
-    sizes = cfg.sizes(STREAM_SIZES)
-    print(summary(folder, write_stream(folder, stream, cfg.tokenizer, *sizes, **free)))
-    folder = Path(cfg.out) / "python_pairs"
-    sizes = cfg.sizes(PAIR_SIZES)
-    print(summary(folder, write_pairs(folder, pairs, cfg.tokenizer, *sizes, **free)))
-
-
-def _package_versions() -> dict[str, str]:
-    packages = importlib.metadata.distributions()
-    return dict(sorted((p.metadata["Name"], p.version) for p in packages if p.metadata["Name"]))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,12 @@ import numpy as np
 
 from configurator import setting, validate
 from data.hashing import hash_number
-from data.loader import OUT, SETS, summary, write_pairs
+from data.loader import OUT, SETS, summary, write_pairs, write_stream
 from data.tokenizer import Tokenizer, get_tokenizer
 
 DOWNLOADS = "out/downloads"
+STREAM_TARGET = 128  # tokens of a target in a stream, by default
+STREAM_BLOCK = 256  # tokens of prefix and target in a stream, by default
 FIT = 99  # percent of the training targets, and of the prefixes, that fit by default
 TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 20  # bytes
@@ -67,22 +69,23 @@ class SetConfig(OutConfig):
 def local(source: str, checksums: dict[str, str] | None = None) -> str:
     """Return the path of a source. Download a URL first, unless its copy is in DOWNLOADS.
 
-    checksums: sha256 by URL.
+    checksums: sha256 by URL. ARCHIVE::MEMBER stays so.
     """
     if "://" not in source:
         return os.path.expanduser(source)
-    url = urlsplit(source)
+    address, separator, member = source.partition("::")
+    url = urlsplit(address)
     parts = [part for part in unquote(url.path).split("/") if part not in ("", ".", "..")]
     path = Path(DOWNLOADS, url.netloc, *parts)
     if not path.exists():
-        print(f"downloading {source}", flush=True)
+        print(f"downloading {address}", flush=True)
         try:
-            _download(source, path, (checksums or {}).get(source, ""))
+            _download(address, path, (checksums or {}).get(address, ""))
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(error).removeprefix("<urlopen error ").removesuffix(">")
-            remedy = "give a copy on disk with --source"
-            raise ValueError(f"{source}: cannot be downloaded ({reason}); {remedy}") from None
-    return str(path)
+            remedy = f"give a copy on disk with --source, or put it at {path}"
+            raise ValueError(f"{address}: cannot be downloaded ({reason}); {remedy}") from None
+    return f"{path}{separator}{member}"
 
 
 def _download(url: str, path: Path, sha256: str) -> None:
@@ -142,7 +145,7 @@ def parse_json(text: str, where: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not readable as JSON ({str(error)[:80]})") from None
+        raise ValueError(f"{where}: not readable as JSON ({str(error)[:60]})") from None
 
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
@@ -152,17 +155,16 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
             yield number, parse_json(line, f"{path}, line {number}")
 
 
-def read_lines(path: str, member: str = "") -> Iterator[str]:
+def read_lines(path: str) -> Iterator[str]:
     """Yield the lines of a UTF-8 file, without line ends and byte order mark.
 
-    The file is plain or .gz; a .tar or .tgz with this member; or a .zip with one text file.
+    The file is plain or .gz, or ARCHIVE::MEMBER of a .tar or .tgz, or a .zip with one text file.
     Line i of a translation must stay line i, so a lone "\\r" ends a line only if no "\\n" does.
     """
-    where = f"{path} ({member})" if member else path
     number = 0
     try:
         with ExitStack() as stack:
-            for line in _split_lines(_open(path, member, stack)):
+            for line in _split_lines(_open(path, stack)):
                 number += 1
                 # str.splitlines would also split at a form feed and at U+2028.
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
@@ -170,9 +172,9 @@ def read_lines(path: str, member: str = "") -> Iterator[str]:
         raise ValueError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         fault = f"line {number}: not UTF-8 text (byte {error.start})"
-        raise ValueError(f"{where}, {fault}; convert it first") from None
+        raise ValueError(f"{path}, {fault}; convert it first") from None
     except DAMAGED as error:
-        raise ValueError(f"{where}: cannot be read after line {number} ({error})") from None
+        raise ValueError(f"{path}: cannot be read after line {number} ({error})") from None
 
 
 def _split_lines(file: Iterable[bytes]) -> Iterator[bytes]:
@@ -183,8 +185,9 @@ def _split_lines(file: Iterable[bytes]) -> Iterator[bytes]:
             yield line
 
 
-def _open(path: str, member: str, stack: ExitStack) -> Iterable[bytes]:
-    if path.endswith((".tar", ".tgz", ".tar.gz")):
+def _open(path: str, stack: ExitStack) -> Iterable[bytes]:
+    path, _, member = path.partition("::")
+    if member:
         # Read from front to back, nothing is unpacked.
         archive = stack.enter_context(tarfile.open(path, "r|*"))
         entry = next((e for e in archive if e.name.removeprefix("./") == member), None)
@@ -265,6 +268,22 @@ def _encode(examples: Iterable[dict], tokenizer: Tokenizer) -> list[tuple[array,
             raise ValueError(f"{example.get('where', f'example {number}')}: {error}") from None
         pairs.append(tuple(array(typecode, side) for side in sides))
     return pairs
+
+
+def write_texts(cfg: SetConfig, splits: dict, command: str, **free) -> None:
+    """Write the texts of each split as a stream, with a blank line after each text."""
+    tokenizer = get_tokenizer(cfg.tokenizer)
+    chunks = {
+        split: (tokenizer.encode(text.strip("\n") + "\n\n") for text in texts)
+        for split, texts in splits.items()
+    }
+    folder = Path(cfg.out) / cfg.name
+    sizes = (cfg.target_length or STREAM_TARGET, cfg.block_size or STREAM_BLOCK)
+    print(
+        summary(
+            folder, write_stream(folder, chunks, cfg.tokenizer, *sizes, command=command, **free)
+        )
+    )
 
 
 def write_generated(out: str, name: str, examples, target_length: int, prefix_length: int) -> None:

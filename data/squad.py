@@ -5,9 +5,8 @@
 
     Ann read the book.\\nQuestion: Who read it?\\nAnswer:  ->   Ann
 
-The question comes after the paragraph, so that a paragraph is read first and can be cached. The
-target is the first answer. By default the official files are downloaded. A folder holds a train and
-a dev file. Of a single file, some paragraphs are held out.
+The question comes after the paragraph. The target is the first answer. By default the official files
+are downloaded. Of a single file, some paragraphs are held out.
 """
 
 import shlex
@@ -32,6 +31,7 @@ class SquadConfig(SetConfig):
     valid_source: str = setting("", "the held-out file", path=True)
     held_out: float = setting(0.1, "share of the paragraphs of a single file", above=0, maximum=0.9)
     name: str = setting("squad", "the data set becomes the folder out/name")
+    # 24 tokens hold 99% of the answers in GPT-2's tokens.
     target_length: int = setting(
         25,
         "tokens with separator; longer answers are left out; 0: 99% fit",
@@ -40,17 +40,16 @@ class SquadConfig(SetConfig):
     )
 
 
-def find_files(source: str, valid_source: str = "") -> tuple[str, str]:
+def find_files(source: str, valid_source: str) -> tuple[str, str]:
     """Return the training and the held-out file. The second is "" if there is none."""
     if source == TRAIN:
         return TRAIN, valid_source or DEV
-    folder = Path(source)
-    if not folder.is_dir():
+    if not Path(source).is_dir():
         return source, valid_source
-    found = [sorted(folder.glob(f"{split}*.json*")) for split in ("train", "dev")]
-    if not all(found):
+    files = [sorted(Path(source).glob(f"{split}*.json*")) for split in ("train", "dev")]
+    if not all(files):
         raise ValueError(f"{source}: must hold train*.json and dev*.json (or .json.gz)")
-    return str(found[0][0]), valid_source or str(found[1][0])
+    return str(files[0][0]), valid_source or str(files[1][0])
 
 
 def read(source: str) -> list[dict]:
@@ -60,52 +59,42 @@ def read(source: str) -> list[dict]:
     """
     path = local(source, CHECKSUMS)
     content = parse_json(read_text(path), path)
+    place = path
     examples = {}
-    articles = _get(content, "data", list, path)
-    version = content.get("version")
-    if version != "1.1":
-        raise ValueError(f"{path}: SQuAD version {version!r}, must be '1.1' (train-v1.1.json)")
-    for a, article in enumerate(articles):
-        place = f"{path}, data[{a}]"
-        title = _get(article, "title", str, place)
-        for p, paragraph in enumerate(_get(article, "paragraphs", list, place)):
-            inner = f"{place}.paragraphs[{p}]"
-            context = _get(paragraph, "context", str, inner)
-            for q, item in enumerate(_get(paragraph, "qas", list, inner)):
-                example = {"title": title, "context": context}
-                example |= _question(item, context, f"{inner}.qas[{q}]")
-                if example["id"] in examples:
-                    raise ValueError(f"{inner}.qas[{q}]: id {example['id']!r} occurs twice")
-                examples[example["id"]] = example
+    try:
+        if content["version"] != "1.1":
+            raise ValueError(f"{path}: SQuAD version {content['version']!r}, must be '1.1'")
+        for a, article in enumerate(content["data"]):
+            for p, paragraph in enumerate(article["paragraphs"]):
+                for q, item in enumerate(paragraph["qas"]):
+                    place = f"{path}, data[{a}].paragraphs[{p}].qas[{q}]"
+                    example = _example(article["title"], paragraph["context"], item)
+                    if example["id"] in examples:
+                        raise ValueError(f"{place}: id {example['id']!r} occurs twice")
+                    examples[example["id"]] = example
+    except (KeyError, TypeError, IndexError) as error:
+        fault = f"not SQuAD 1.1 at or after this place ({type(error).__name__}: {error})"
+        raise ValueError(f"{place}: {fault}") from None
     if not examples:
         raise ValueError(f"{path}: has no questions")
     return list(examples.values())
 
 
-def prompt(context: str, question: str) -> str:
-    return f"{context}\nQuestion: {question}\nAnswer:"
-
-
-def _question(item: dict, context: str, place: str) -> dict:
-    question = _get(item, "question", str, place)
-    answers = _get(item, "answers", list, place)
-    texts = [_get(answer, "text", str, f"{place}.answers") for answer in answers]
-    if not texts:
-        raise ValueError(f"{place}: a question without answers")
+def _example(title: str, context: str, item: dict) -> dict:
+    question = item["question"]
+    answers = [answer["text"] for answer in item["answers"]]
+    for text in (title, context, question, item["id"], *answers):
+        if not isinstance(text, str):
+            raise TypeError(f"expected text, got {str(text)[:40]}")
     return {
-        "id": _get(item, "id", str, place),
+        "id": item["id"],
+        "title": title,
+        "context": context,
         "question": question,
-        "answers": texts,
-        "prefix": prompt(context, question),
-        "target": f" {texts[0]}",
+        "answers": answers,
+        "prefix": f"{context}\nQuestion: {question}\nAnswer:",
+        "target": f" {answers[0]}",
     }
-
-
-def _get(item: dict, key: str, kind: type, place: str):
-    value = item.get(key) if isinstance(item, dict) else None
-    if not isinstance(value, kind):
-        raise ValueError(f"{place}: {key!r} must be a {kind.__name__}, got {str(value)[:60]}")
-    return value
 
 
 def main(argv: list[str]) -> None:

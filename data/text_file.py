@@ -11,16 +11,10 @@ that no prefix is in both splits.
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from configurator import configure, run, setting
 from data.hashing import hash_number
-from data.loader import join_documents, summary, write_stream
-from data.sources import SetConfig, read_json_lines, read_text, write_set
-from data.tokenizer import get_tokenizer
-
-STREAM_TARGET = 128  # tokens, for target_length=0
-STREAM_BLOCK = 256  # tokens, for block_size=0
+from data.sources import SetConfig, read_json_lines, read_text, write_set, write_texts
 
 
 @dataclass
@@ -55,44 +49,33 @@ def read_pairs(path: str) -> Iterator[dict]:
         yield {"prefix": sides[0], "target": sides[1], "where": where}
 
 
-def build_stream(inputs: list[str], cfg: TextFileConfig, command: str) -> None:
-    tokenizer = get_tokenizer(cfg.tokenizer)
-    parts = [split_text(read_text(path), cfg.held_out) for path in inputs]
-    splits = {
-        split: join_documents(texts, tokenizer)
-        for split, texts in zip(("train", "valid"), zip(*parts))
-    }
-    folder = Path(cfg.out) / cfg.name
-    lengths = (cfg.target_length or STREAM_TARGET, cfg.block_size or STREAM_BLOCK)
-    meta = write_stream(folder, splits, cfg.tokenizer, *lengths, command=command)
-    print(summary(folder, meta))
-
-
-def build_pairs(inputs: list[str], cfg: TextFileConfig, command: str) -> None:
-    items = [item for path in inputs for item in read_pairs(path)]
+def split_pairs(items: list[dict], held_out: float) -> tuple[list[dict], list[dict]]:
+    """Return (train, valid). Prefixes are held out by their hash: at least one, never all."""
     usable = [item for item in items if item["target"]]
     prefixes = sorted({item["prefix"] for item in usable}, key=hash_number)
     if len(prefixes) < 2:
-        found = (
-            f"{items[-1]['where']}: the file ends, with {len(prefixes)} prefixes that have a target"
-        )
-        raise ValueError(f"{found}; at least 2 are needed, one to train on and one to hold out")
-    n = round(cfg.held_out * len(prefixes))
-    held_out = set(prefixes[: min(max(1, n), len(prefixes) - 1)])
-    valid = [item for item in usable if item["prefix"] in held_out]
-    train = [item for item in items if not item["target"] or item["prefix"] not in held_out]
-    write_set(cfg, train, valid, command, fit=100)
+        fault = f"up to {items[-1]['where']}, {len(prefixes)} prefix has a target"
+        raise ValueError(f"{fault}; at least 2 are needed, one to train on and one to hold out")
+    n = round(held_out * len(prefixes))
+    chosen = set(prefixes[: min(max(1, n), len(prefixes) - 1)])
+    train = [item for item in items if not item["target"] or item["prefix"] not in chosen]
+    return train, [item for item in usable if item["prefix"] in chosen]
 
 
 def main(argv: list[str]) -> None:
     inputs = [arg.removeprefix("--input=") for arg in argv if arg.startswith("--input=")]
     cfg = configure(TextFileConfig, argv)
     inputs = inputs or [cfg.input]  # a config file gives one
+    command = shlex.join(["python", "-m", "data.text_file", *argv])
     kinds = {path.removesuffix(".gz").endswith(".jsonl") for path in inputs}
     if len(kinds) > 1:
         raise ValueError("--input: give text files or .jsonl files, not both")
-    build = build_pairs if kinds == {True} else build_stream
-    build(inputs, cfg, shlex.join(["python", "-m", "data.text_file", *argv]))
+    if kinds == {True}:
+        items = [item for path in inputs for item in read_pairs(path)]
+        write_set(cfg, *split_pairs(items, cfg.held_out), command, fit=100)
+    else:
+        parts = [split_text(read_text(path), cfg.held_out) for path in inputs]
+        write_texts(cfg, dict(zip(("train", "valid"), zip(*parts))), command)
 
 
 if __name__ == "__main__":

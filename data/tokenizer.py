@@ -33,12 +33,7 @@ MULTIPLE = 128  # matrix products are faster if the vocabulary is a multiple of 
 # tiktoken fails on about a million spaces in a row: its regular expression overflows.
 LONGEST_SPACES = 100_000
 # How data.bpe cuts a text into words before it merges: GPT-2's rule, for `tokenizers` and tiktoken.
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
-}
+BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PATH_HINT = f"a tokenizer is bytes, gpt2, or the path of a {FILE}"
 
@@ -70,8 +65,6 @@ class Tokenizer:
         self._encode_ordinary = encode_ordinary
         marks = ["", "", MASK_MARK, *(f"<{i}>" for i in range(self.n_sentinels))]
         self.pieces = [*pieces, *(mark.encode() for mark in marks)]
-        # Marks are for the eye only, so they count as 0 bytes of text.
-        self._n_bytes = np.array([len(piece) for piece in pieces] + [0] * len(marks))
 
     def encode(self, text: str) -> list[int]:
         """Return the ordinary ids of the text. A special token in it, such as </s>, is text.
@@ -96,10 +89,6 @@ class Tokenizer:
     def piece(self, i: int) -> bytes:
         """Return the bytes of one id. A character may need the bytes of several ids."""
         return self.pieces[self._checked([i])[0]]
-
-    def n_bytes(self, ids: Sequence[int]) -> int:
-        """Count the bytes of text. Bits per byte = nats / ln 2 / n_bytes."""
-        return int(self._n_bytes[self._checked(ids)].sum())
 
     def sentinel(self, i: int) -> int:
         """Return the id of sentinel i, counted from 0."""
@@ -165,10 +154,9 @@ _LOADED: dict[str, Tokenizer] = {}  # files by name: equal names mean equal cont
 def _read_file(path: Path) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; {PATH_HINT}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8; {PATH_HINT}") from None
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        fault = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "no such file"
+        raise ValueError(f"{path}: {fault}; {PATH_HINT}") from None
     return tokenizer_from_json(text, str(path))
 
 

@@ -1,4 +1,4 @@
-"""data/text_file.py: a user's own text, and what is said when it is not usable."""
+"""data/text_file.py: a user's own text, and the errors if it is not usable."""
 
 import gzip
 import json
@@ -9,52 +9,74 @@ from pathlib import Path
 import pytest
 
 from data import text_file
-from data.loader import open_set
+from data.loader import open_dataset
+from data.objectives import ObjectiveConfig
 
+ROOT = Path(__file__).parents[1]
 LINES = "".join(f"line {i} of a small book\n" for i in range(200))
 
 
-def write_jsonl(path: Path, items: list) -> Path:
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return path
+def write(path, content):
+    """Write bytes, text, or a list as lines of JSON."""
+    if isinstance(content, list):
+        content = "".join(json.dumps(item) + "\n" for item in content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return f"--input={path}"
 
 
 def build(tmp_path, *argv):
     text_file.main([*argv, "--name=mine", f"--out={tmp_path / 'out'}"])
-    return [open_set(tmp_path / "out" / "mine", split) for split in ("train", "valid")]
+    return [open_dataset(tmp_path / "out" / "mine", split) for split in ("train", "valid")]
 
 
 def decoded(data) -> str:
     return data.tokenizer.decode(data.tokens)
 
 
-def test_text_becomes_a_stream_whose_end_is_held_out(tmp_path):
-    (tmp_path / "a.txt").write_text(LINES)
-    train, valid = build(tmp_path, f"--input={tmp_path}/a.txt", "--block_size=64", "--target_length=32")
+def test_text_becomes_a_stream_and_its_end_is_held_out(tmp_path):
+    argv = [write(tmp_path / "a.txt", LINES), "--block_size=64", "--target_length=32"]
+    train, valid = build(tmp_path, *argv)
     assert (train.target_length, train.block_size) == (32, 64)
     assert decoded(train).rstrip() + "\n" + decoded(valid).rstrip() == LINES.rstrip()
     assert 0.08 < len(valid) / (len(train) + len(valid)) < 0.12
-    assert decoded(valid).startswith("line")  # cut where a line ends
+    assert decoded(valid).startswith("line")
 
 
-def test_several_files_each_give_their_share_to_both_splits(tmp_path):
-    (tmp_path / "a.txt").write_text(LINES)
-    with gzip.open(tmp_path / "b.txt.gz", "wt") as f:
-        f.write(LINES.replace("line", "Zeile"))
-    inputs = f"--input={tmp_path}/a.txt", f"--input={tmp_path}/b.txt.gz"
-    for data in build(tmp_path, *inputs, "--held_out=0.5", "--target_length=16", "--block_size=32"):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "My Book\n" + "once upon a time " * 3000,
+        "My Book\n" + "x" * 50_000,
+        "x" * 50_000 + "\n",
+        "\n".join(["a short line"] * 3000 + ["one long line " * 1500]),
+        LINES.replace("\n", "\r"),
+    ],
+    ids=["title and one line", "no spaces", "one line", "long last line", "carriage returns"],
+)
+def test_about_a_tenth_is_held_out_whatever_the_lines(tmp_path, text):
+    train, valid = build(tmp_path, write(tmp_path / "a.txt", text))
+    assert 0.09 < len(valid) / (len(train) + len(valid)) < 0.16
+
+
+def test_each_file_gives_its_share_to_both_splits(tmp_path):
+    first = write(tmp_path / "a.txt", LINES)
+    second = write(tmp_path / "b.txt.gz", gzip.compress(LINES.replace("line", "Zeile").encode()))
+    sizes = ["--held_out=0.5", "--target_length=16", "--block_size=32"]
+    for data in build(tmp_path, first, second, *sizes):
         assert "line" in decoded(data) and "Zeile" in decoded(data)
 
 
-def test_windows_line_ends_and_a_byte_order_mark_are_no_text(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode())
-    train, _ = build(tmp_path, f"--input={tmp_path}/a.txt")
-    assert decoded(train).startswith("line 0") and "\r" not in decoded(train)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "mark"])
+def test_line_ends_and_byte_order_marks_change_nothing(tmp_path, mark, end):
+    plain = build(tmp_path, write(tmp_path / "a.txt", LINES))[0].fingerprint
+    other = write(tmp_path / "b.txt", mark + LINES.rstrip().replace("\n", end).encode())
+    assert build(tmp_path, other)[0].fingerprint == plain
 
 
 def test_pairs_keep_their_text_and_share_no_prefix(tmp_path):
     items = [{"prefix": f"q{i // 2}", "target": f"answer é {i}"} for i in range(60)]
-    train, valid = build(tmp_path, f"--input={write_jsonl(tmp_path / 'p.jsonl', items)}")
+    train, valid = build(tmp_path, write(tmp_path / "p.jsonl", items))
     texts = [{data.text(i) for i in range(len(data))} for data in (train, valid)]
     assert texts[0] | texts[1] == {(i["prefix"], i["target"]) for i in items}
     assert not {p for p, _ in texts[0]} & {p for p, _ in texts[1]}
@@ -63,59 +85,75 @@ def test_pairs_keep_their_text_and_share_no_prefix(tmp_path):
     assert train.block_size == 3 + train.target_length
 
 
-def test_gzipped_pairs_and_two_pairs_are_enough(tmp_path):
-    path = write_jsonl(tmp_path / "p.jsonl", [{"prefix": "a", "target": "b"}, {"prefix": "c", "target": "d"}])
-    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-    assert [len(data) for data in build(tmp_path, f"--input={path}.gz")] == [1, 1]
+def test_two_gzipped_pairs_are_enough(tmp_path):
+    lines = b'{"prefix": "a", "target": "b"}\r\n\r\n{"prefix": "c", "target": "d"}'
+    path = write(tmp_path / "p.jsonl.gz", gzip.compress(lines))
+    assert [len(data) for data in build(tmp_path, path)] == [1, 1]
+
+
+def test_pairs_without_a_target_are_left_out_and_counted(tmp_path):
+    items = [{"prefix": f"q{i}", "target": "yes" * (i % 3)} for i in range(30)]
+    items.append({"prefix": "", "target": ""})
+    train, valid = build(tmp_path, write(tmp_path / "p.jsonl", items))
+    assert len(train) + len(valid) == 20
+    assert sum(counts["empty"] for counts in train.meta["left_out"].values()) == 11
+    for objective in ("auto", "prefix_lm"):
+        for split in ("train", "valid"):
+            cfg = ObjectiveConfig(objective=objective)
+            open_dataset(tmp_path / "out" / "mine", split, cfg).batch(0, 5, 8)
 
 
 GOOD = {"prefix": "p", "target": "t"}
+HUGE = '{"prefix": "p", "target": "t"}\n{"prefix": "q", "target": "t", "n": ' + "9" * 5000 + "}"
 
 
 @pytest.mark.parametrize(
     "name, content, flags, message",
     [
         ("none.txt", None, [], "none.txt: no such file"),
-        ("a.txt", b"", [], "a.txt: empty"),
         ("a.txt", b" \n\n", [], "a.txt: empty"),
         ("a.txt", b"caf\xe9", [], "a.txt: not UTF-8 text .byte 3"),
-        ("a.txt.gz", b"plain", [], "a.txt.gz: cannot be read"),
+        ("a.txt.gz", b"\x1f\x8bplain", [], "a.txt.gz: cannot be read"),
         ("a.txt", b"short", [], "train has .* fewer than block_size=256"),
-        ("p.jsonl", [GOOD, {"prefix": "p"}], [], "p.jsonl, line 2: wants"),
-        ("p.jsonl", [GOOD, {"prefix": "p", "target": 3}], [], "p.jsonl, line 2: wants"),
-        ("p.jsonl", [GOOD, "text"], [], "p.jsonl, line 2: wants"),
-        ("p.jsonl", b'{"prefix": "p", "target": "t"}\n\n{oops', [], "p.jsonl, line 3: not JSON"),
-        ("p.jsonl", b'{"prefix": "p", "target": "\\ud800"}', [], "p.jsonl, line 1: text is not valid Unicode"),
-        ("p.jsonl", [GOOD, GOOD], [], "two different prefixes"),
-        ("p.jsonl", [GOOD, {"prefix": "q", "target": "long"}], ["--target_length=4"], "line 2: target has 4 tokens"),
-        ("p.jsonl", [GOOD, {"prefix": "long", "target": "t"}], ["--block_size=4"], "line 2: prefix has 4 tokens"),
-        ("a.txt", LINES.encode(), ["--tokenizer=gtp2"], "did you mean 'gpt2'"),
-        ("a.txt", LINES.encode(), ["--held_out=1"], "held_out must be between"),
-        ("a.txt", LINES.encode(), ["--target_length=256"], "target_length < block_size"),
-        ("a.txt", LINES.encode(), ["--input=b.jsonl"], "one kind at a time"),
+        ("p.jsonl", [GOOD, {"prefix": "p"}], [], "p.jsonl, line 2: must be"),
+        ("p.jsonl", [GOOD, {"prefix": "p", "target": 3}], [], "p.jsonl, line 2: must be"),
+        ("p.jsonl", [GOOD, "text"], [], "p.jsonl, line 2: must be"),
+        ("p.jsonl", b'{"prefix": "p", "target": "t"}\n\n{oops', [], "line 3: not readable as JSON"),
+        ("p.jsonl", HUGE, [], "p.jsonl, line 2: not readable as JSON .*4300 digits"),
+        ("p.jsonl", "[" * 100_000, [], "p.jsonl, line 1: not readable as JSON"),
+        ("p.jsonl", [GOOD, {"prefix": "q", "target": "\ud800"}], [], "line 2: text is not valid"),
+        ("p.jsonl", [GOOD, GOOD], [], "p.jsonl, line 2, 1 prefix has a target"),
+        ("p.jsonl", [GOOD, {"prefix": "q", "target": ""}], [], "line 2, 1 prefix has a target"),
+        ("p.jsonl", [GOOD, GOOD | {"prefix": "q"}], ["--block_size=1"], "no train pair fits"),
+        ("a.txt", LINES, ["--tokenizer=gtp2"], "did you mean 'gpt2'"),
+        ("a.txt", LINES, ["--held_out=1"], "held_out must be at most 0.9"),
+        ("a.txt", LINES, ["--held_out=nan"], "held_out must be a finite number"),
+        ("a.txt", LINES, ["--target_length=256"], "target_length < block_size"),
+        ("a.txt", LINES, ["--input=b.jsonl"], "not both"),
+        ("a.txt", LINES, ["--name=../up"], "plain folder name"),
     ],
 )
-def test_bad_input_is_one_clear_line_and_nothing_is_written(tmp_path, name, content, flags, message):
-    if isinstance(content, list):
-        write_jsonl(tmp_path / name, content)
-    elif content is not None:
-        (tmp_path / name).write_bytes(content)
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, name, content, flags, message):
+    argv = [f"--input={tmp_path / name}" if content is None else write(tmp_path / name, content)]
     with pytest.raises(ValueError, match=message) as error:
-        build(tmp_path, f"--input={tmp_path / name}", *flags)
+        text_file.main([*argv, "--name=mine", f"--out={tmp_path / 'out'}", *flags])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("argv", [[], ["--input=a.txt"], ["--input=a.txt", "--name=../up"]])
-def test_input_and_a_plain_name_must_be_given(argv):
-    with pytest.raises(ValueError, match="--input=FILE|--name=NAME"):
-        text_file.main(argv)
+def test_a_home_directory_a_space_and_an_umlaut(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.txt", LINES)
+    text_file.main(["--input=~/a.txt", "--name=mine ä", "--out=~/data sets"])
+    assert len(open_dataset("~/data sets/mine ä", "train"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "data sets"]
 
 
-@pytest.mark.slow  # starts Python, 3 s
+@pytest.mark.slow  # starts Python
 def test_the_command_exits_with_2_and_no_traceback(tmp_path):
-    command = [sys.executable, "-m", "data.text_file", f"--input={tmp_path}/no.txt", "--name=x", f"--out={tmp_path}"]
-    root = Path(text_file.__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    flags = [f"--input={tmp_path}/no.txt", "--name=x", f"--out={tmp_path}"]
+    command = [sys.executable, "-m", "data.text_file", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path}/no.txt: no such file\n"
