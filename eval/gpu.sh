@@ -40,9 +40,13 @@ mfu() { # tokens per second and MFU of train.py at the size of GPT-2 small, from
   for run in out/gpu/mfu_*; do cp "$run/log.jsonl" "results/gpu/$(basename "$run").jsonl"; done
 }
 
-quality() { # speed and quality of the quickstart's checkpoints: run quickstart.sh first
-  python -m eval.speed --device=cuda --init_from=out/ar2diff_3_finetune/ckpt.pt \
-    --ar_from=out/ar_finetune/ckpt.pt --task=translation --json=results/gpu/speed.jsonl
+quality() { # cost and quality of the quickstart's checkpoints: run quickstart.sh first
+  local json=results/gpu/translation
+  python -m eval.translation --init_from=out/ar_finetune/ckpt.pt --device=cuda --json=${json}_ar.json
+  for steps in 4 10 20 50; do
+    python -m eval.translation --init_from=out/ar2diff_3_finetune/ckpt.pt --device=cuda \
+      --steps=$steps --json=${json}_$steps.json
+  done
 }
 
 for part in ${*:-cuda speed mfu quality}; do

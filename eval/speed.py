@@ -3,7 +3,6 @@
     python -m eval.speed --quick                        # a small shape, every measurement
     python -m eval.speed --json=results/speed.jsonl     # GPT-2 small's shape
     python -m eval.speed --what=train --shape=six       # one measurement
-    python -m eval.speed --init_from=CKPT --ar_from=CKPT --task=translation   # and quality
 
 decode  seconds per batch of texts by length: AR, and diffusion with the same weights, plain and
         compiled, next to transformers' generate. Baseline: our fastest AR decoder.
@@ -16,16 +15,17 @@ compares runs of one round, so other work on the machine slows both. Decoders ha
 and every text has its full length. ~ marks 20 and 50 steps that were estimated from 10 steps.
 """
 
+import copy
 import functools
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,9 @@ import autoregressive
 import diffusion
 from ar2diff import convert
 from configurator import configure, run, setting, validate
-from data.loader import open_dataset
 from data.objectives import Batch
 from eval.common import environment, markdown, write_text
 from infra import device as devices
-from infra.checkpoint import load_model
 from infra.flops import forward_flops, train_flops
 from infra.optimizers import BETAS, make_optimizers
 from infra.rng import make_rng
@@ -56,7 +54,6 @@ DIFFUSION = {"cached prefix": "bidirectional", "full attention": "joint"}  # pre
 PROMPT = 64  # tokens before the generated ones
 STEPS = (10, 20, 50)
 ROUND_LIMIT = 60.0  # seconds after which a case starts no new round
-METRICS = ("exact_match", "bleu", "chrf", "f1", "pass@1")
 
 
 @dataclass
@@ -69,27 +66,19 @@ class SpeedConfig:
     batches: str = setting("", "texts at a time, of decode; default: 1,8")
     lengths: str = setting("", "tokens, of decode; default: 64 to 1024, on a GPU to 4096")
     runs: int = setting(5, "timed runs of each system", minimum=1)
-    init_from: str = setting("", "diffusion checkpoint to measure", path=True)
-    ar_from: str = setting("", "AR checkpoint to compare it with", path=True)
-    task: str = setting("exact_match", "evaluation of the checkpoints: translation, qa, code")
-    n: int = setting(100, "texts to evaluate", minimum=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     seed: int = setting(1337, "of weights and prompts", minimum=0)
 
     def __post_init__(self):
         validate(self)
-        if bool(self.init_from) != bool(self.ar_from):
-            raise ValueError("--init_from and --ar_from must be given together")
 
 
 # Clocks
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def timed(call: Callable, device: torch.device) -> tuple[float, object]:
@@ -102,20 +91,12 @@ def timed(call: Callable, device: torch.device) -> tuple[float, object]:
 
 
 def time_in_turn(systems: dict[str, Callable], runs: int, device, limit=ROUND_LIMIT) -> dict:
-    """Return the runs [(seconds, result), ...] of each system, after a warm-up call.
-
-    A system that needs too much memory is left out.
-    """
+    """Return the runs [(seconds, result), ...] of each system, after a warm-up call."""
     results = {}
     for name, call in systems.items():
-        try:
-            for _ in range(3 if device.type == "cuda" else 1):  # a CUDA graph needs three calls
-                call()
-            results[name] = []
-        except RuntimeError as error:
-            if not devices.is_out_of_memory(error):
-                raise
-            print(f"{name}: left out, not enough memory")
+        for _ in range(3 if device.type == "cuda" else 1):  # a CUDA graph needs three calls
+            call()
+        results[name] = []
     start = time.perf_counter()
     for k in range(runs):
         if k and time.perf_counter() - start > limit:
@@ -135,10 +116,6 @@ def make_line(what: str, case: dict, results: dict, baseline: str, kind="speed",
         systems[name] = {"seconds": own, "ratio": ratio}
     line = {"what": what, "case": case, "baseline": baseline, "kind": kind}
     return line | more | {"systems": systems}
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
 
 
 # Roofline (Williams et al. 2009): the shortest time that the machine allows
@@ -223,27 +200,21 @@ def compiled(network: Transformer):
     return speed_up(network)
 
 
-class Decoder:
-    """A network that is asked for texts of `length` tokens."""
-
-    def __init__(self, network, length: int):
-        self.cfg = replace(network.cfg, target_length=length + 1)
-        self.tok = network.tok
-        self.encode = network.encode
-        self.decode = network.decode
+def at_length(network, length: int):
+    """Return the same network, asked for texts of `length` tokens."""
+    other = copy.copy(network)
+    other.cfg = replace(network.cfg, target_length=length + 1)
+    return other
 
 
-class RecordedDecoder(Decoder):
-    """Returns the logits of one real call: what remains of decoding is the loop."""
-
-    @torch.no_grad()
-    def __init__(self, network, length: int, prefix: Tensor):
-        super().__init__(network, length)
-        cache = network.encode(prefix)
-        canvas = torch.full((len(prefix), length + 1), self.cfg.sep_id, device=prefix.device)
-        logits = network.decode(cache, canvas)
-        self.encode = lambda *args, **named: cache
-        self.decode = lambda *args, **named: logits
+@torch.no_grad()
+def recorded(network, prefix: Tensor) -> SimpleNamespace:
+    """Return a decoder that repeats the logits of one call: what remains is the loop."""
+    cache = network.encode(prefix)
+    size = (len(prefix), network.cfg.target_length)
+    logits = network.decode(cache, torch.full(size, network.cfg.sep_id, device=prefix.device))
+    methods = {"encode": lambda *_, **__: cache, "decode": lambda *_, **__: logits}
+    return SimpleNamespace(cfg=network.cfg, tok=network.tok, **methods)
 
 
 class BaselineGPT(nn.Module):
@@ -260,13 +231,13 @@ class BaselineGPT(nn.Module):
         self.blocks = nn.TransformerEncoder(layer, n_layer, norm, enable_nested_tensor=False)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
 
-    def loss(self, ids: Tensor) -> Tensor:
-        """Return the loss of ids (B, T): each token predicts the next one."""
-        x = self.tok(ids) + self.pos.weight  # (B, T, C)
+    def terms(self, batch: Batch) -> Iterator[Tensor]:
+        """Yield the loss of the target (B, T): each token predicts the next one."""
+        x = self.tok(batch.target) + self.pos.weight  # (B, T, C)
         x = self.blocks(x, mask=self.mask, is_causal=True)
         logits = F.linear(x, self.tok.weight)  # (B, T, V)
-        expected = F.pad(ids[:, 1:], (0, 1), value=-100)
-        return F.cross_entropy(logits.flatten(0, 1), expected.flatten())
+        expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)
+        yield F.cross_entropy(logits.flatten(0, 1), expected.flatten())
 
 
 def transformers_generate(model: Transformer, prompt: Tensor, length: int) -> Callable:
@@ -293,8 +264,8 @@ def decode_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
     calls = {}
     for kind, network in networks.items():
         generate = generate_ar if kind == "AR" else generate_diffusion
-        calls[kind, False] = partial(generate, Decoder(network, L), prompt)
-        calls[kind, True] = partial(generate, Decoder(compiled(network), L), prompt)
+        calls[kind, False] = partial(generate, at_length(network, L), prompt)
+        calls[kind, True] = partial(generate, at_length(compiled(network), L), prompt)
     try:
         calls["transformers", False] = transformers_generate(networks["AR"], prompt, L)
     except ImportError:
@@ -348,13 +319,11 @@ def generate_diffusion(decoder, prompt: Tensor) -> float:
 
 def loop_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
     prompt = random_batch(case, PROMPT, 1, cfg.seed, device).prefix
-    network = networks_of(cfg, case, device)["cached prefix"]
+    network = at_length(networks_of(cfg, case, device)["cached prefix"], case["length"])
     sampler = diffusion.SamplerConfig(steps=3)
-    recorded = RecordedDecoder(network, case["length"], prompt)
-    whole = Decoder(network, case["length"])
     calls = {
-        "loop": partial(diffusion.generate, recorded, prompt, sampler),
-        "whole": partial(diffusion.generate, whole, prompt, sampler),
+        "loop": partial(diffusion.generate, recorded(network, prompt), prompt, sampler),
+        "whole": partial(diffusion.generate, network, prompt, sampler),
     }
     results = time_in_turn(calls, cfg.runs, device)
     return make_line("loop", case, results, "whole", "time", aim="<= 0.10")
@@ -367,15 +336,14 @@ def train_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
     model_cfg = model_config(shape, 0, T)
     model = BaselineGPT(**shape, length=T).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=BETAS, fused=True)
+    dtype = case["dtype"]
     calls = {
-        "ours": our_step(model_cfg, batch, case["dtype"], cfg.seed),
-        "torch": optimizer_step(
-            model, [optimizer], lambda: [model.loss(batch.target)], device, case["dtype"]
-        ),
+        "ours": our_step(model_cfg, batch, dtype, cfg.seed),
+        "torch": optimizer_step(model, [optimizer], partial(model.terms, batch), device, dtype),
     }
     line = make_line("train", case, time_in_turn(calls, cfg.runs, device), "torch", aim=">= 0.97")
     flops = case["batch"] * train_flops(model_cfg, 0, T)  # its share of the peak is the MFU
-    peak = devices.measured_flops(device, case["dtype"])
+    peak = devices.measured_flops(device, dtype)
     line["systems"]["ours"] |= roofline(flops, 0, peak, math.inf)
     return line
 
@@ -428,46 +396,6 @@ def optimizer_step(model, optimizers, terms, device, dtype: str) -> Callable[[],
     return step
 
 
-def checkpoint_lines(cfg: SpeedConfig, device: torch.device) -> Iterator[dict]:
-    """Measure speed and quality of two checkpoints, one text and eight texts at a time."""
-    model, _, state = load_model(cfg.init_from, device)
-    ar, _, _ = load_model(cfg.ar_from, device)
-    if (model.cfg.paradigm, ar.cfg.paradigm) != ("diffusion", "ar"):
-        raise ValueError("--init_from must be a diffusion checkpoint, --ar_from an AR checkpoint")
-    dataset = open_dataset(state["train_config"]["data"], "valid")
-    prompts = [list(dataset.pair(i)[0]) for i in range(min(cfg.n, len(dataset)))]
-    common = statistics.mode(map(len, prompts))
-    prompts = torch.tensor([p for p in prompts if len(p) == common][:8], device=device)  # (8, P)
-    samplers = {"AR": autoregressive.SamplerConfig()}
-    for n in STEPS:
-        samplers[f"{n} steps"] = diffusion.SamplerConfig(steps=n)
-        samplers[f"{n} steps, 8 candidates"] = diffusion.SamplerConfig(steps=n, candidates=8)
-    samplers["entropy_bound"] = diffusion.SamplerConfig(sampler="entropy_bound", steps=STEPS[-1])
-    quality = {}
-    for name, sampler in samplers.items():
-        source = cfg.ar_from if name == "AR" else cfg.init_from
-        flags = vars(sampler) | {"init_from": source, "n": cfg.n, "device": cfg.device}
-        found = import_module(f"eval.{cfg.task}").main([f"--{k}={v}" for k, v in flags.items()])
-        quality[name] = {metric: found[metric] for metric in METRICS if metric in found}
-    for batch in sorted({1, len(prompts)}):
-        calls = {}
-        for name, sampler in samplers.items():
-            decoder = (autoregressive, ar) if name == "AR" else (diffusion, model)
-            calls[name] = partial(generate_batches, *decoder, prompts.split(batch), sampler)
-        results = time_in_turn(calls, cfg.runs, device)
-        case = {"task": cfg.task, "batch": batch, "length": model.cfg.target_length - 1}
-        line = make_line("quality", case, results, "AR", texts=len(prompts))
-        for name, entry in line["systems"].items():
-            entry |= {"calls": results[name][0][1], "quality": quality[name]}
-        yield line
-
-
-def generate_batches(module, network, batches, sampler) -> float:
-    """Generate a text for each prompt. Return the mean number of network calls."""
-    calls = [module.generate(network, batch, sampler).calls for batch in batches]
-    return torch.cat(calls).double().mean().item()
-
-
 # The command
 
 MEASUREMENTS = {
@@ -481,11 +409,11 @@ MEASUREMENTS = {
 def plan(cfg: SpeedConfig, device: torch.device) -> Iterator[tuple[str, dict]]:
     """Yield (measurement, case)."""
     shape = cfg.shape or ("six" if cfg.quick else "gpt2")
-    lengths = [64, 256] if cfg.quick else [64, 128, 256, 512, 1024]
+    lengths = "64,256" if cfg.quick else "64,128,256,512,1024"
     if device.type != "cpu" and not cfg.quick:
-        lengths += [2048, 4096]
-    lengths = numbers(cfg.lengths) or lengths
-    batches = numbers(cfg.batches) or ([1] if cfg.quick else [1, 8])
+        lengths += ",2048,4096"
+    lengths = [int(length) for length in (cfg.lengths or lengths).split(",")]
+    batches = [int(batch) for batch in (cfg.batches or ("1" if cfg.quick else "1,8")).split(",")]
     rows, tokens = (2, 256) if cfg.quick else TRAIN_BATCH[shape]
     both = devices.has_fast_bf16(device) and not cfg.quick
     for dtype in [cfg.dtype] if cfg.dtype else ["float32", "bfloat16"][: 1 + both]:
@@ -495,13 +423,6 @@ def plan(cfg: SpeedConfig, device: torch.device) -> Iterator[tuple[str, dict]]:
                 for length in lengths if what == "decode" else [tokens]:
                     case = {"shape": shape, "dtype": dtype, "batch": batch, "length": length}
                     yield what, case
-
-
-def numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part]
-    except ValueError:
-        raise ValueError(f"expected numbers with commas between them, got {text!r}") from None
 
 
 def main(argv: list[str]) -> list[dict]:
@@ -514,20 +435,15 @@ def main(argv: list[str]) -> list[dict]:
     origin = {"command": " ".join(["python -m eval.speed", *argv]), "seed": cfg.seed} | machine
     old = read_lines(Path(cfg.json)) if cfg.json else []
     done = [(o["what"], o["case"]) for o in old if o["origin"]["hardware"] == machine["hardware"]]
-    if cfg.init_from:
-        lines = checkpoint_lines(cfg, device)
-    else:
-        cases = list(plan(cfg, device))
-        missing = [(what, case) for what, case in cases if (what, case) not in done]
-        if len(missing) < len(cases):
-            print(f"skipped: {len(cases) - len(missing)} cases that {cfg.json} has")
-        lines = (MEASUREMENTS[what](cfg, case, device) for what, case in missing)
     new = []
-    for line in lines:
-        new.append(line | {"origin": origin})
+    for what, case in plan(cfg, device):
+        if (what, case) in done:
+            print(f"{what} {case}: {cfg.json} has it already")
+            continue
+        new.append(MEASUREMENTS[what](cfg, case, device) | {"origin": origin})
         if cfg.json:
             write_text(cfg.json, "".join(json.dumps(one) + "\n" for one in old + new))
-        print(f"\n{lines_table([line])}", flush=True)
+        print(f"\n{lines_table(new[-1:])}", flush=True)
     return new
 
 
@@ -564,10 +480,9 @@ def lines_table(lines: list[dict]) -> str:
             if "roofline" in entry:
                 share = f"{entry['roofline'] / median(entry['seconds']):.0%} of {entry['bound']}"
             quality = ", ".join(f"{k} {v:.4g}" for k, v in entry.get("quality", {}).items())
-            row = [case, name, seconds, against, ratio, line.get("aim", "")]
-            rows.append([*row, f"{entry.get('calls', '')}", share, quality])
+            rows.append([case, name, seconds, against, ratio, line.get("aim", ""), share, quality])
     header = ["case", "system", "median", "baseline", "ratio: median (range)", "aim"]
-    header += ["network calls", "share of roofline", "quality"]
+    header += ["share of roofline", "quality"]
     filled = [i for i in range(len(header)) if any(row[i] for row in rows)]
     return markdown([header[i] for i in filled], [[row[i] for i in filled] for row in rows])
 
