@@ -1,9 +1,9 @@
-"""Settings: a dataclass lists them, a flat Python file changes some, the command line changes more.
+"""Settings: a dataclass lists them, a flat Python file changes some, the command line more.
 
     python train.py config/toy_copy_ar.py --learning_rate=1e-3 --compile
 
-Later arguments win. A config file holds plain assignments. An unknown name, a value of the wrong type or
-a value outside its limits stops the run with one line.
+Later arguments win. A config file holds plain assignments. An unknown name, a wrong type
+or a value outside its limits stops the run with one line.
 """
 
 import dataclasses
@@ -14,9 +14,7 @@ import runpy
 import sys
 from collections.abc import Callable
 
-LARGEST_INT = 2**31 - 1
-
-# Settings of earlier versions: the new name, or why there is none.
+# Settings of earlier versions: the new name, or "" if there is none.
 RENAMED = {
     "anneal_form": "mask_schedule",
     "ar_weight": "ar_loss_weight",
@@ -26,24 +24,27 @@ RENAMED = {
     "ramp_to": "temperature_end",
     "resume": "init_from=resume",
     "settle_entropy": "stop_entropy",
-}
-REMOVED = (
-    "beta1 beta2 block_length bucket keep lookahead max_new_tokens mean_span min_lr_ratio "
-    "muon_lr_ratio patience rate_exponent self_conditioning_prob span_density"
-).split()
+} | dict.fromkeys(
+    (
+        "beta1 beta2 block_length bucket keep lookahead max_new_tokens mean_span "
+        "min_lr_ratio muon_lr_ratio patience rate_exponent self_conditioning_prob span_density"
+    ).split(),
+    "",
+)
 
 
 def setting(default, help: str, choices: tuple = (), **limits):
     """A dataclass field with its limits.
 
-    minimum, maximum, above (exclusive). zero_ok: 0 is allowed below the minimum. path: expand a
-    leading ~. hidden: cannot be typed. may_change: a resumed run may change it.
+    minimum, maximum, above (exclusive). zero_ok: 0 is allowed below the minimum.
+    path: expand a leading ~. hidden: cannot be typed. may_change: when a run resumes.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices} | limits)
+    metadata = {"help": help, "choices": choices} | limits
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def group(cls: type):
-    """A field that holds another settings dataclass. Its settings are typed without a prefix."""
+    """A field that holds another settings dataclass. Its settings have no prefix."""
     return dataclasses.field(default_factory=cls, metadata={"group": cls})
 
 
@@ -58,7 +59,7 @@ def all_fields(*classes: type) -> dict[str, dataclasses.Field]:
 
 
 def validate(cfg) -> None:
-    """Check each value of a settings dataclass. Raises ValueError with the name, the value and the limit."""
+    """Check all values of a settings dataclass. Raises ValueError with name, value and limit."""
     for field in dataclasses.fields(cfg):
         if "group" in field.metadata:
             continue
@@ -83,18 +84,25 @@ def _check_limits(value, field) -> None:
     if limits["choices"] and value not in limits["choices"]:
         options = ", ".join(limits["choices"])
         raise ValueError(f"{field.name} must be one of {options}; got {value!r}")
-    if isinstance(value, bool | str) or (limits.get("zero_ok") and value == 0):
+    zero_ok = limits.get("zero_ok", False)
+    if isinstance(value, bool | str) or (zero_ok and value == 0):
         return
+    largest = 2**31 - 1 if isinstance(value, int) else math.inf
+    minimum = limits.get("minimum", -math.inf)
+    maximum = limits.get("maximum", largest)
+    above = limits.get("above", -math.inf)
+    limit = None
     if not math.isfinite(value):
-        raise ValueError(f"{field.name} must be a finite number, got {value}")
-    zero = "0 or " if limits.get("zero_ok") else ""
-    if value < limits.get("minimum", -math.inf):
-        raise ValueError(f"{field.name} must be {zero}at least {limits['minimum']}, got {value}")
-    if value <= limits.get("above", -math.inf):
-        raise ValueError(f"{field.name} must be {zero}above {limits['above']}, got {value}")
-    maximum = limits.get("maximum", LARGEST_INT if isinstance(value, int) else math.inf)
-    if value > maximum:
-        raise ValueError(f"{field.name} must be at most {maximum}, got {value}")
+        limit = "a finite number"
+    elif value < minimum:
+        limit = f"at least {minimum}"
+    elif value <= above:
+        limit = f"above {above}"
+    elif value > maximum:
+        limit = f"at most {maximum}"
+    if limit is not None:
+        zero = "0 or " if zero_ok else ""
+        raise ValueError(f"{field.name} must be {zero}{limit}, got {value}")
 
 
 def configure(cls: type, argv: list[str]):
@@ -103,7 +111,7 @@ def configure(cls: type, argv: list[str]):
 
 
 def build(cls: type, values: dict):
-    """Build a `cls`, groups included, from a flat dict. Names of other classes are ignored."""
+    """Build a `cls` and its groups from a flat dict. Other names are ignored."""
     parts = {}
     for field in dataclasses.fields(cls):
         if "group" in field.metadata:
@@ -123,18 +131,17 @@ def flatten(cfg) -> dict:
 
 
 def from_stored(cls: type, stored: dict, source: str):
-    """Build a `cls` from settings in a file. Raises ValueError if a name or a type is wrong."""
+    """Build a `cls` from the settings in a file. Raises ValueError if one is unknown."""
     fields = all_fields(cls)
-    for name, value in stored.items():
+    for name in stored:
         if name not in fields:
             raise ValueError(f"{source}: unknown setting {name!r}{suggest(name, fields)}")
-        _typed(value, fields[name])
     return build(cls, stored)
 
 
 def read_settings(classes, argv: list[str]) -> dict:
-    """Read the settings that argv gives, as a flat dict. Limits are checked later, by validate()."""
-    fields = {name: f for name, f in all_fields(*classes).items() if not f.metadata.get("hidden")}
+    """Read the settings in argv as a flat dict. Limits are checked later, by validate()."""
+    fields = typed_fields(*classes)
     values = {}
     for arg in argv:
         if arg.startswith("--"):
@@ -147,14 +154,21 @@ def read_settings(classes, argv: list[str]) -> dict:
     return values
 
 
+def typed_fields(*classes: type) -> dict[str, dataclasses.Field]:
+    """Return the settings that can be typed."""
+    fields = all_fields(*classes)
+    return {name: f for name, f in fields.items() if not f.metadata.get("hidden")}
+
+
 def _known_field(name: str, fields: dict, arg: str) -> dataclasses.Field:
     if name in fields:
         return fields[name]
-    if name in RENAMED:
+    if RENAMED.get(name):
         raise ValueError(f"{arg}: {name!r} is now --{RENAMED[name]}")
-    if name in REMOVED:
+    if name in RENAMED:
         raise ValueError(f"{arg}: the setting {name!r} was removed; drop it")
-    raise ValueError(f"{arg}: unknown setting {name!r}{suggest(name, fields, all_names=False)}")
+    hint = suggest(name, fields) if close_names(name, fields) else "; see --help"
+    raise ValueError(f"{arg}: unknown setting {name!r}{hint}")
 
 
 def _read_file(path: str) -> dict:
@@ -175,27 +189,19 @@ def _read_file(path: str) -> dict:
 
 def _parse(text: str | None, field, arg: str):
     kind = type(field.default)
-    if kind is bool:
-        if text is None or text.lower() in ("true", "1", "yes"):
-            return True
-        if text.lower() in ("false", "0", "no"):
-            return False
-        raise ValueError(f"{arg}: {field.name} must be true or false, got {text!r}")
-    if text is None:
-        raise ValueError(
-            f"{arg}: {field.name} needs a value: --{field.name}=VALUE ({kind.__name__})"
-        )
+    booleans = {None: True, "true": True, "1": True, "false": False, "0": False}
+    key = text if text is None else text.lower()
+    if kind is bool and key in booleans:
+        return booleans[key]
     try:
+        if kind is bool or text is None:
+            raise ValueError
         return kind(text)
     except ValueError:
-        raise ValueError(
-            f"{arg}: {field.name} must be of type {kind.__name__}, got {text!r}"
-        ) from None
+        raise ValueError(f"{arg}: expected --{field.name}=VALUE ({kind.__name__})") from None
 
 
-def refuse_changes(
-    given: dict, fixed: dict, context: str, hint: str = "drop the setting", allowed=()
-):
+def refuse_changes(given: dict, fixed: dict, context: str, hint="drop the setting", allowed=()):
     """Raise ValueError if a given setting differs from a fixed one."""
     for name, value in given.items():
         if name in fixed and name not in allowed and value != fixed[name]:
@@ -209,32 +215,31 @@ def describe(cfg) -> str:
     return " ".join(changed) or "(all defaults)"
 
 
-def suggest(name: str, known, all_names: bool = True) -> str:
+def close_names(name: str, known) -> list[str]:
+    return difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+
+
+def suggest(name: str, known) -> str:
     """Return ", did you mean 'x'?" for a mistyped name, else the list of known names."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    if close:
-        return f", did you mean {close[0]!r}?"
+    close = close_names(name, known)
     return (
-        f"; available: {', '.join(map(str, known))}" if all_names else "; --help lists all settings"
+        f", did you mean {close[0]!r}?" if close else f"; available: {', '.join(map(str, known))}"
     )
 
 
 def help_text(*classes: type) -> str:
-    """Return one line for each setting that can be typed: name, default, comment."""
+    """Return one line for each setting that can be typed: name, default, comment, choices."""
     lines = []
-    for name, field in all_fields(*classes).items():
-        if field.metadata.get("hidden"):
-            continue
+    for name, field in typed_fields(*classes).items():
         choices = " | ".join(field.metadata["choices"])
-        comment = field.metadata["help"]
-        lines.append(
-            f"  --{f'{name}={field.default}':<38} {comment}" + (f" ({choices})" if choices else "")
-        )
+        choices = f" ({choices})" if choices else ""
+        default = f"--{name}={field.default}"
+        lines.append(f"  {default:<40} {field.metadata['help']}{choices}")
     return "\n".join(lines)
 
 
 def run(main: Callable[[list[str]], object], *classes: type) -> None:
-    """Call main(sys.argv[1:]) as a command. An error is one line on stderr and exit status 2.
+    """Call main(sys.argv[1:]) as a command. An error is one line on stderr and status 2.
 
     classes: the settings that --help lists.
     """
@@ -261,7 +266,7 @@ def one_line(error: Exception) -> str:
 
 
 class _Output:
-    """A text stream that survives a missing character, and a reader that has left (`| head`)."""
+    """A text stream that survives unknown characters and a reader that has left (`| head`)."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -284,14 +289,14 @@ class _Output:
 
 
 def _secure_streams() -> None:
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:  # closed by the caller: no file of ours may get this number
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
+            mode = "r" if number == 0 else "w"
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
-    for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"):
+        if number and hasattr(stream, "reconfigure"):
             setattr(sys, name, _Output(stream))
