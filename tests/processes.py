@@ -30,12 +30,13 @@ def same(a, b) -> bool:
     return a == b
 
 
-def make_copy_set(folder: Path) -> Path:
+def make_copy_set(folder: Path, n: int = 60, target_length: int = 6) -> Path:
     """Write a data set: copy 1 to 5 letters out of four."""
     choose = random.Random(0)
-    texts = [[97 + choose.randrange(4) for _ in range(1 + i % 5)] for i in range(60)]
+    texts = [[97 + choose.randrange(4) for _ in range(1 + i % 5)] for i in range(n)]
     pairs = [(text, text) for text in texts]
-    write_pairs(folder, {"train": pairs[10:], "valid": pairs[:10]}, "bytes", 6, 11)
+    splits = {"train": pairs[10:], "valid": pairs[:10]}
+    write_pairs(folder, splits, "bytes", target_length, 5 + target_length)
     return folder
 
 
