@@ -232,8 +232,7 @@ def build_if_missing(folder: str | Path) -> Path:
     if (folder / "meta.json").exists():
         return folder
     if folder.name not in SETS:
-        hint = f"these can be built: {', '.join(SETS)}"
-        raise ValueError(f"{folder}: no such data set{suggest(folder.name, SETS, False)}; {hint}")
+        raise ValueError(f"{folder}: no such data set{suggest(folder.name, SETS)}")
     print(f"building {folder}: {_build_command(folder)}", flush=True)
     # In another process, because data sets import this file and not the other way round.
     root = Path(__file__).absolute().parent.parent
