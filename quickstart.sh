@@ -70,8 +70,8 @@ wait $second || failed=1
 run tables python -m eval.tables --quickstart
 run plots python -m eval.plots out/ar2diff_1_ar out/ar2diff_2_adapt out/ar2diff_3_finetune --out=out/loss.png
 run canvas python -m eval.plots --canvas=out/ar2diff_3_finetune/ckpt.pt \
-  --prompt="fr nine hundred eighty-one" --out=out/canvas.png
+  --prompt="fr nine hundred eighty-one" --out=out/canvas.svg
 python sample.py --init_from=out/ar2diff_3_finetune/ckpt.pt --prompt="fr nine hundred eighty-one" --show --pause=0.05
 echo
 cat out/quickstart.md
-echo "$((SECONDS - begin)) s. Table: out/quickstart.md. Pictures: out/quality.png, out/loss.png, out/canvas.png"
+echo "$((SECONDS - begin)) s. Table: out/quickstart.md. Pictures: out/quality.png, out/loss.png, out/canvas.svg"
