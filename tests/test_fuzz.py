@@ -28,7 +28,6 @@ import sample
 import train
 from checkpoint import load
 from configurator import one_line
-from data import text_file
 from device import pick_device
 from model import ModelConfig
 from run_folder import Log
@@ -251,45 +250,6 @@ def test_checkpoints_whose_fields_are_anything(place, data):
     main = data.draw(st.sampled_from(list(commands)))
     is_one_line(main, commands[main])
     assert place.is_as_it_was()
-
-
-@fuzz()
-def test_headers_and_files_of_data_sets(place, data):
-    """meta.json with anything in it, and token files that are cut or changed."""
-    folder = place.scratch("set_2")
-    for path in place.data.iterdir():
-        (folder / path.name).write_bytes(place.bytes[path])
-    if data.draw(st.booleans()):
-        meta = json.loads((folder / "meta.json").read_text())
-        part = data.draw(st.sampled_from([meta, meta["splits"], meta["splits"]["train"]]))
-        key = data.draw(st.sampled_from(sorted(part)) | st.text(max_size=5))
-        part[key] = data.draw(PLAIN)
-        if data.draw(st.booleans()):
-            del part[key]
-        (folder / "meta.json").write_text(json.dumps(meta))
-    else:
-        path = folder / data.draw(st.sampled_from(sorted(path.name for path in place.data.iterdir())))
-        path.write_bytes(damaged(data, path.read_bytes()))
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    out = place.scratch("set_2_out")
-    is_one_line(train.main, [*place.argv, f"--data={folder}", "--max_steps=1", f"--out_dir={out}", "--overwrite"])
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before and place.is_as_it_was()
-
-
-@fuzz()
-def test_lines_of_json_that_become_pairs(place, data):
-    line = st.one_of(
-        st.fixed_dictionaries({"prefix": st.text(max_size=6), "target": st.text(max_size=6)}).map(json.dumps),
-        st.dictionaries(st.sampled_from(["prefix", "target", "x"]), PLAIN, max_size=3).map(json.dumps),
-        st.text(max_size=10),
-        st.sampled_from(["[" * 100_000, '{"prefix": "\\ud800", "target": "b"}', "1" * 5000, '{"prefix": "a"', "\x00"]),
-    )
-    text = data.draw(st.lists(line, max_size=5).map("\n".join))
-    folder = place.scratch("pairs")
-    path = folder / "pairs.jsonl"
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    said = is_one_line(text_file.main, [f"--input={path}", "--name=made", f"--out={folder}"])
-    assert said or (folder / "made" / "meta.json").exists()
 
 
 @fuzz()

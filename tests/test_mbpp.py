@@ -1,4 +1,4 @@
-"""data/mbpp.py: prompts that are Python, references that pass their own tests, splits of the MBPP paper."""
+"""data/mbpp.py: prompts are Python, references pass their own tests, splits of the MBPP paper."""
 
 import gzip
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from data import mbpp
-from data.loader import open_set
+from data.loader import open_dataset
 from data.syntax import parse_python
 
-REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "mbpp" / "mbpp.jsonl"
+REAL = Path(__file__).parents[2] / "shared" / "data" / "mbpp" / "mbpp.jsonl"
 real = pytest.mark.skipif(not REAL.exists(), reason="MBPP is not in ../shared/data/mbpp")
 
 TASK = {
@@ -21,7 +21,7 @@ TASK = {
     "code": "def double(x):\r\n\treturn 2 * x\r",
     "task_id": 511,
     "test_setup_code": "",
-    "test_list": ["assert double(2) == 4 ", "assert double(SMALL) == 0", "assert double(-1) == -2"],
+    "test_list": ["assert double(2) == 4 ", "assert double(SMALL) == 0"],
     "challenge_test_list": [],
 }
 SETUP = TASK | {"task_id": 601, "test_setup_code": "SMALL = 0\r\nBIG = 9"}
@@ -32,97 +32,94 @@ HUMAN = {
     "test": "def check(candidate):\n    assert candidate(4) == 2\n",
     "entry_point": "half",
 }
+RUNNER = """
+import contextlib, io, json, signal, sys
+passed = []
+for program, tests in json.load(sys.stdin):
+    signal.alarm(10)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            names = {}
+            exec(program, names)
+            exec(tests, names)
+        passed.append(True)
+    except Exception:
+        passed.append(False)
+print(json.dumps(passed))
+"""
 
 
 def write(path, items):
-    raw = items if isinstance(items, bytes) else "".join(json.dumps(item) + "\n" for item in items).encode()
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    if not isinstance(items, bytes):
+        items = "".join(json.dumps(item) + "\n" for item in items).encode()
+    path.write_bytes(gzip.compress(items) if path.suffix == ".gz" else items)
     return str(path)
 
 
 def outcomes(jobs) -> list[bool]:
-    """Which (program, tests) pass: all in one process of its own, with 10 s for each."""
-    runner = (
-        "import contextlib, io, json, signal, sys\n"
-        "jobs = json.load(sys.stdin)\n"
-        "passed = []\n"
-        "for program, tests in jobs:\n"
-        "    signal.alarm(10)\n"
-        "    try:\n"
-        "        with contextlib.redirect_stdout(io.StringIO()):\n"
-        "            names = {}\n"
-        "            exec(program, names)\n"
-        "            exec(tests, names)\n"
-        "        passed.append(True)\n"
-        "    except Exception:\n"
-        "        passed.append(False)\n"
-        "print(json.dumps(passed))\n"
-    )
+    """Which (program, tests) pass, in another process."""
+    command = [sys.executable, "-c", RUNNER]
     jobs = json.dumps(jobs)
-    done = subprocess.run([sys.executable, "-c", runner], input=jobs, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, input=jobs, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
 def test_a_task_becomes_a_docstring_and_a_function(tmp_path):
     plain, with_setup = mbpp.read(write(tmp_path / "m.jsonl.gz", [TASK, SETUP]))
-    assert plain["prefix"] == (
-        '"""\nWrite a function to double a number.\nassert double(2) == 4\nassert double(SMALL) == 0\n'
-        'assert double(-1) == -2\n"""\n'
-    )
-    assert plain["target"] == "def double(x):\n\treturn 2 * x"
-    assert (plain["id"], plain["task_id"], plain["split"]) == ("511", 511, "validation")
-    assert with_setup["tests"].startswith("SMALL = 0\nBIG = 9\nassert double(2)")
+    assert plain == {
+        "id": "511",
+        "task_id": 511,
+        "split": "validation",
+        "text": "Write a function to double a number.",
+        "prefix": '"""\nWrite a function to double a number.\nassert double(2) == 4\n'
+        'assert double(SMALL) == 0\n"""\n',
+        "tests": "assert double(2) == 4\nassert double(SMALL) == 0\n",
+        "target": "def double(x):\n\treturn 2 * x",
+    }
     assert with_setup["tests"] == "SMALL = 0\nBIG = 9\n" + plain["tests"]
-    assert with_setup["prefix"] == plain["prefix"]  # the setup is the tests' business
-    assert mbpp.program(plain, "x = 1") == "x = 1"
-
-
-def test_setup_code_is_what_lets_the_tests_pass(tmp_path):
-    examples = mbpp.read(write(tmp_path / "m.jsonl", [TASK, SETUP]))
-    assert outcomes([(mbpp.program(e, e["target"]), e["tests"]) for e in examples]) == [False, True]
+    assert with_setup["prefix"] == plain["prefix"]  # the setup is for the tests only
+    jobs = [(mbpp.program(e, e["target"]), e["tests"]) for e in (plain, with_setup)]
+    assert outcomes(jobs) == [False, True]
 
 
 def test_a_humaneval_completion_continues_its_prompt(tmp_path):
-    (example,) = mbpp.read(write(tmp_path / "HumanEval.jsonl.gz", [HUMAN]))
-    assert (example["id"], example["split"], example["prefix"]) == ("HumanEval/0", "test", HUMAN["prompt"])
+    (example,) = mbpp.read(write(tmp_path / "HumanEval.jsonl", [HUMAN]))
+    assert (example["id"], example["split"]) == ("HumanEval/0", "test")
+    assert example["prefix"] == HUMAN["prompt"]
     completions = [example["target"], "    return x\n", ""]
-    assert outcomes([(mbpp.program(example, c), example["tests"]) for c in completions]) == [True, False, False]
-    assert outcomes([(HUMAN["canonical_solution"], example["tests"])]) == [False]
+    jobs = [(mbpp.program(example, c), example["tests"]) for c in completions]
+    assert outcomes(jobs) == [True, False, False]
 
 
 def test_splits_are_those_of_the_mbpp_paper(tmp_path):
     ids = [1, 10, 11, 510, 511, 600, 601, 974]
     examples = mbpp.read(write(tmp_path / "m.jsonl", [TASK | {"task_id": i} for i in ids]))
-    assert [e["split"] for e in examples] == sorted(
-        ["few-shot", "test", "validation", "train"] * 2, key=list(mbpp.SPLITS).index
-    )
-    assert {split: len(ids) for split, ids in mbpp.SPLITS.items()} == {
-        "few-shot": 10,
-        "test": 500,
-        "validation": 90,
-        "train": 374,
-    }
+    order = ["few-shot", "few-shot", "test", "test", "validation", "validation", "train", "train"]
+    assert [e["split"] for e in examples] == order
+    assert [len(ids) for ids in mbpp.SPLITS.values()] == [10, 500, 90, 374]
 
 
-SANITIZED = {"source_file": "x", "task_id": 2, "prompt": "p", "code": "c", "test_imports": [], "test_list": ["a"]}
+SANITIZED = {"source_file": "x", "task_id": 2, "prompt": "p", "code": "c", "test_list": ["a"]}
 
 
 @pytest.mark.parametrize(
     "items, message",
     [
-        ([TASK, SANITIZED], "line 2: has source_file, .*sanitized-mbpp"),
-        ([{"prefix": "p", "target": "t"}], "line 1: has prefix, target; MBPP has task_id, .*HumanEval task_id"),
-        ([["text"]], "line 1: has no fields; MBPP has"),
-        ([TASK | {"task_id": 975}], "line 1: task_id 975 is none of MBPP's 1 to 974"),
-        ([TASK | {"task_id": "7"}], "line 1: 'task_id' wants int"),
-        ([TASK | {"test_list": []}], "line 1: 'test_list' wants at least one"),
-        ([TASK | {"test_list": [3]}], "line 1: 'test_list' wants at least one"),
-        ([TASK, TASK], "line 2: task_id 511 is there twice"),
+        ([TASK, SANITIZED], "line 2: not a task of MBPP or HumanEval"),
+        ([{"prefix": "p", "target": "t"}], "line 1: not a task of MBPP or HumanEval"),
+        ([["text"]], "line 1: not a task of MBPP or HumanEval"),
+        ([7], "line 1: not a task of MBPP or HumanEval"),
+        ([TASK | {"code": None}], "line 1: not a task of MBPP or HumanEval"),
+        ([HUMAN | {"test": 3}], "line 1: not a task of MBPP or HumanEval"),
+        ([TASK | {"task_id": 975}], "line 1: task_id must be 1 to 974, got 975"),
+        ([TASK | {"task_id": "7"}], "line 1: task_id must be 1 to 974, got '7'"),
+        ([TASK | {"test_list": []}], "line 1: test_list must be a list of tests"),
+        ([TASK | {"test_list": "assert"}], "line 1: test_list must be a list of tests"),
+        ([TASK, TASK], "line 2: task_id 511 occurs twice"),
         ([TASK, HUMAN], "tasks of both MBPP and HumanEval"),
         ([HUMAN], "HumanEval has no training tasks"),
-        ([TASK], "leaves no example for train"),
-        (json.dumps(TASK).encode() + b'\n{"text": "broken', "line 2: not a line of JSON"),
-        (json.dumps([SANITIZED], indent=1).encode(), "line 1: not a line of JSON"),
+        (json.dumps(TASK).encode() + b'\n{"text": "cut', "line 2: not readable as JSON"),
+        (b'{"task_id": ' + b"9" * 5000 + b"}", "line 1: not readable as JSON"),
         (b"", "empty"),
     ],
 )
@@ -135,24 +132,20 @@ def test_other_formats_and_faulty_lines_are_refused_by_name(tmp_path, items, mes
 
 
 @real
-def test_the_set_is_train_and_validation_and_says_what_the_file_lacks(tmp_path, capsys):
-    mbpp.main([f"--source={REAL}", f"--out={tmp_path}", "--target_length=3000", "--block_size=5000"])
+def test_the_real_set_holds_train_and_validation(tmp_path, capsys):
+    sizes = ["--target_length=3000", "--block_size=5000"]
+    mbpp.main([f"--source={REAL}", f"--out={tmp_path}", *sizes])
     examples = mbpp.read(str(REAL))
     for split, name in (("train", "train"), ("valid", "validation")):
-        data = open_set(tmp_path / "mbpp", split)
+        data = open_dataset(tmp_path / "mbpp", split)
         given = [(e["prefix"], e["target"]) for e in examples if e["split"] == name]
         assert [data.text(i) for i in range(len(data))] == given
-    assert Counter(e["split"] for e in examples) == {"few-shot": 10, "test": 400, "validation": 90, "train": 374}
-    assert data.meta["too_long"] == {"train": 0, "valid": 0} and data.meta["tasks"]["train"] == 374
+    counts = {"few-shot": 10, "test": 400, "validation": 90, "train": 374}
+    assert Counter(e["split"] for e in examples) == data.meta["tasks"] == counts
     assert "test 400 of 500, validation 90 of 90, train 374 of 374" in capsys.readouterr().out
-
-
-@real
-def test_every_real_prompt_is_a_docstring_and_every_reference_is_python():
-    examples = mbpp.read(str(REAL))
     for e in examples:
         (docstring,) = parse_python(e["prefix"]).body
-        assert docstring.value.value.strip().split("\n")[0] == e["text"] and e["prefix"].count("assert") >= 3
+        assert docstring.value.value.strip().split("\n")[0] == e["text"]
         assert parse_python(e["prefix"] + e["target"])
         assert "\r" not in e["prefix"] + e["target"] + e["tests"]
 
@@ -160,7 +153,7 @@ def test_every_real_prompt_is_a_docstring_and_every_reference_is_python():
 @real
 def test_references_pass_their_own_tests_and_no_other():
     examples = [e for e in mbpp.read(str(REAL)) if e["split"] == "validation"]
-    examples += [e for e in mbpp.read(str(REAL)) if e["task_id"] in (367, 927)]  # the two with setup code
+    examples += [e for e in mbpp.read(str(REAL)) if e["task_id"] in (367, 927)]  # with setup code
     own = [(mbpp.program(e, e["target"]), e["tests"]) for e in examples]
     other = [(a, b) for (a, _), (_, b) in zip(own, own[1:])]
     passed = outcomes(own + other)

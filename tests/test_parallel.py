@@ -1,19 +1,23 @@
-"""data/parallel.py: line i translates line i, and no source sentence is on both sides."""
+"""data/parallel.py: line i translates line i, and no source sentence is in both splits."""
 
 import gzip
 import hashlib
+import io
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from data import parallel, sources
-from data.loader import open_set
+from data.loader import open_dataset
 
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-MULTI30K, TATOEBA = SHARED / "multi30k", SHARED / "tatoeba" / "fra-eng.zip"
-real_multi30k = pytest.mark.skipif(not MULTI30K.exists(), reason="Multi30k is not in ../shared/data/multi30k")
-real_tatoeba = pytest.mark.skipif(not TATOEBA.exists(), reason="Tatoeba is not in ../shared/data/tatoeba")
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+MULTI30K = SHARED / "multi30k"
+TATOEBA = SHARED / "tatoeba" / "fra-eng.zip"
+real_multi30k = pytest.mark.skipif(not MULTI30K.exists(), reason="no ../shared/data/multi30k")
+real_tatoeba = pytest.mark.skipif(not TATOEBA.exists(), reason="no ../shared/data/tatoeba")
+SIZES = ["--target_length=48", "--block_size=96"]
 
 
 def write(path, text):
@@ -22,8 +26,17 @@ def write(path, text):
     return str(path)
 
 
+def write_tar(path, members: dict[str, bytes]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as archive:
+        for name, raw in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(raw)
+            archive.addfile(entry, io.BytesIO(raw))
+
+
 def texts(folder, split):
-    data = open_set(folder, split)
+    data = open_dataset(folder, split)
     return [data.text(i) for i in range(len(data))]
 
 
@@ -32,67 +45,132 @@ def lines(word, n):
 
 
 def test_line_i_is_paired_with_line_i(tmp_path):
-    a, b = (
-        write(tmp_path / "a.en.gz", " A dog \u2028 runs. \r\n\nNo.\n"),
-        write(tmp_path / "a.fr", "Un chien.\nx\nNon."),
-    )
+    """Only line ends end a line. Empty lines stay, so that line i of the predictions is line i here."""
+    a = write(tmp_path / "a.en.gz", " A dog \u2028 ru\rns. \r\n\nNo.\n")
+    b = write(tmp_path / "a.fr", "Un chien.\nx\nNon.")
     first, empty, last = parallel.read(a, b, task_prefix="fr: ")
     assert first == {
         "id": "1",
-        "source": "A dog \u2028 runs.",
-        "task_prefix": "fr: ",
-        "prefix": "fr: A dog \u2028 runs.",
+        "source": "A dog \u2028 ru\rns.",
+        "prefix": "fr: A dog \u2028 ru\rns.",
         "target": "Un chien.",
     }
-    assert (empty["source"], last["id"], last["target"]) == ("", "3", "Non.")  # kept: line i of the predictions is ours
-    assert [parallel.prompt(e) for e in parallel.read(a, b)] == ["A dog \u2028 runs.", "", "No."]
+    assert (empty["source"], last["id"], last["target"]) == ("", "3", "Non.")
+    old_mac = write(tmp_path / "b.en", b"\xef\xbb\xbfone\rtwo\rthree\r")
+    assert [e["source"] for e in parallel.read(old_mac, b)] == ["one", "two", "three"]
 
 
-def test_four_files_become_a_set_without_its_empty_lines(tmp_path):
-    a, b = (
-        write(tmp_path / "t.en", lines("dog", 50) + "\nhalf\n"),
-        write(tmp_path / "t.fr", lines("chien", 50) + "x\n\n"),
-    )
-    c, d = write(tmp_path / "v.en", "cat\ndog 7\n"), write(tmp_path / "v.fr", "chat\nchien 7\n")
-    argv = [f"--source={a}", f"--target={b}", f"--valid_source={c}", f"--valid_target={d}", f"--out={tmp_path}"]
-    parallel.main([*argv, "--task_prefix=fr: ", "--target_length=16", "--block_size=32"])
-    assert texts(tmp_path / "parallel", "train") == [(f"fr: dog {i}", f"chien {i}") for i in range(50)]
+def test_four_files_become_a_set_without_empty_lines(tmp_path):
+    files = {
+        "source": write(tmp_path / "t.en", lines("dog", 50) + "\nhalf\n"),
+        "target": write(tmp_path / "t.fr", lines("chien", 50) + "x\n\n"),
+        "valid_source": write(tmp_path / "v.en", "cat\ndog 7\n"),
+        "valid_target": write(tmp_path / "v.fr", "chat\nchien 7\n"),
+    }
+    argv = [f"--{name}={path}" for name, path in files.items()]
+    parallel.main([*argv, *SIZES, "--task_prefix=fr: ", f"--out={tmp_path}"])
+    pairs = [(f"fr: dog {i}", f"chien {i}") for i in range(50)]
+    assert texts(tmp_path / "parallel", "train") == pairs
     assert texts(tmp_path / "parallel", "valid") == [("fr: cat", "chat"), ("fr: dog 7", "chien 7")]
-    meta = open_set(tmp_path / "parallel", "valid").meta
-    assert meta["empty"] == {"train": 2, "valid": 0} and meta["seen_in_training"] == 1
-    assert meta["task_prefix"] == "fr: "
+    meta = open_dataset(tmp_path / "parallel", "valid").meta
+    assert meta["left_out"]["train"]["empty"] == 2 and meta["task_prefix"] == "fr: "
 
 
-def test_a_zip_of_tabbed_lines_keeps_a_source_on_one_side(tmp_path):
-    """As Tatoeba has it: several translations of a sentence, also with another stop, and newer files a third field."""
+def test_a_zip_of_tabbed_lines_keeps_a_source_in_one_split(tmp_path):
+    """As in Tatoeba: several translations of a sentence, also with another stop, and a third field."""
     rows = [f"Sentence {i // 4}{'.!'[i % 2]}\tPhrase {i}\tCC-BY someone\n" for i in range(400)]
     with zipfile.ZipFile(tmp_path / "fra-eng.zip", "w") as archive:
         archive.writestr("fra.txt", "".join(rows))
         archive.writestr("_about.txt", "licence")
     source = f"--source={tmp_path / 'fra-eng.zip'}"
-    parallel.main([source, f"--out={tmp_path}", "--name=t", "--held_out=0.2", "--target_length=16", "--block_size=40"])
+    parallel.main([source, f"--out={tmp_path}", "--name=t", "--held_out=0.2", *SIZES])
     train, valid = (texts(tmp_path / "t", split) for split in ("train", "valid"))
     assert sorted(train + valid) == sorted(tuple(row.split("\t")[:2]) for row in rows)
     stems = [{source[:-1] for source, _ in part} for part in (train, valid)]
     assert not stems[0] & stems[1] and 10 <= len(stems[1]) <= 30
 
 
+@pytest.fixture
+def archives(tmp_path, monkeypatch):
+    """WMT14's archives, where a download would be kept. Members are in another order."""
+    monkeypatch.setattr(sources, "DOWNLOADS", str(tmp_path / "downloads"))
+    corpora, held_out = parallel.NAMED["wmt14"]
+    for pair in [*corpora, held_out]:
+        members = {"readme": b"x" * 2000}
+        for url in reversed(pair):
+            address, _, member = url.partition("::")
+            raw = lines(Path(member).name, 4).encode()
+            members[member] = gzip.compress(raw) if member.endswith(".gz") else raw
+        write_tar(tmp_path / "downloads" / address.removeprefix("https://"), members)
+    return tmp_path / "downloads" / "www.statmt.org"
+
+
+def test_wmt14_is_read_from_its_archives_in_order(archives, tmp_path):
+    parallel.main(["--source=wmt14", "--limit=3", "--task_prefix=fr: ", *SIZES, f"--out={tmp_path}"])
+    train, valid = (texts(tmp_path / "wmt14", split) for split in ("train", "valid"))
+    assert len(train) == 5 * 3 and len(valid) == 4
+    assert train[0] == ("fr: europarl-v7.fr-en.en 0", "europarl-v7.fr-en.fr 0")
+    last = ("fr: giga-fren.release2.fixed.en.gz 2", "giga-fren.release2.fixed.fr.gz 2")
+    assert train[14] == last and valid[3] == ("fr: newstest2013.en 3", "newstest2013.fr 3")
+
+
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (lambda path: path.write_bytes(b"no archive"), "dev.tgz.*cannot be read after line 0"),
+        (lambda path: path.write_bytes(path.read_bytes()[:150]), "dev.tgz"),
+        (lambda path: write_tar(path, {"a": b"x"}), "has no member 'dev/newstest2013.en'"),
+    ],
+)
+def test_damaged_archives_are_named_and_nothing_is_written(archives, tmp_path, harm, message):
+    harm(archives / "wmt14" / "dev.tgz")
+    with pytest.raises(ValueError, match=message) as error:
+        parallel.main(["--source=wmt14", *SIZES, f"--out={tmp_path / 'out'}"])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+SGM = """<srcset setid="newstest2014" srclang="any">
+<doc sysid="ref" docid="1" genre="news" origlang="en">
+<p>
+<seg id="1">{} &amp; one ,  two</seg>
+<seg id="2"> <b> three </seg>
+</p>
+</doc>
+</srcset>
+"""
+
+
+def test_segments_are_those_of_sacrebleu(tmp_path):
+    sgml = pytest.importorskip("sacrebleu.dataset.fake_sgml", reason="needs sacrebleu")
+    members = {"t/src.en.sgm": SGM.format("a").encode(), "t/ref.fr.sgm": SGM.format("b").encode()}
+    write_tar(tmp_path / "test.tgz", members)
+    sides = [f"{tmp_path / 'test.tgz'}::{member}" for member in members]
+    examples = parallel.read(*sides)
+    reader = sgml.FakeSGMLDataset("x", langpairs={})
+    for raw, field in zip(members.values(), ("source", "target")):
+        (tmp_path / "a.sgm").write_bytes(raw)
+        reader._convert_format(str(tmp_path / "a.sgm"), str(tmp_path / "a.txt"))
+        assert [e[field] for e in examples] == (tmp_path / "a.txt").read_text().splitlines()
+    broken = write(tmp_path / "b.sgm", '<seg id="1">one\ntwo</seg>\n')
+    with pytest.raises(ValueError, match="b.sgm, line 1: <seg> must end on its line"):
+        parallel.read(broken, broken)
+
+
 @pytest.mark.parametrize(
     "source, target, message",
     [
-        (lines("a", 5), lines("b", 3), "a.en has 5 lines, .*b.fr 3: line i must translate line i"),
-        (lines("a", 3), lines("b", 9), "a.en has 3 lines, .*b.fr 9"),
-        ("", lines("b", 2), "a.en has 0 lines, .*b.fr 2"),
+        (lines("a", 5), lines("b", 3), "a.en has 5 lines, .*b.fr has 3; line i must translate"),
+        (lines("a", 3), lines("b", 9), "a.en has 3 lines, .*b.fr has 9"),
+        ("", lines("b", 2), "a.en has 0 lines, .*b.fr has 2"),
         ("", "", "a.en: empty"),
         (lines("a", 2), b"ok\ncaf\xe9\n", r"b.fr, line 2: not UTF-8 text \(byte 3\)"),
-        (lines("a", 2), None, "a.en, line 1: no tab; wants source<TAB>target, or give --target=FILE"),
+        (lines("a", 2), None, "a.en, line 1: no tab; give --target=FILE"),
         ("", None, "a.en: empty"),
-        ("a\tb\nc\n", None, "a.en, line 2: no tab"),
         (None, None, "a.en: no such file"),
-        ("a\tb\na\tc\n", None, "leaves no example for (train|valid)"),
+        ("a\tb\na\tc\n", None, "no (train|valid) pair"),
     ],
 )
-def test_bad_files_are_one_clear_line_and_nothing_is_written(tmp_path, source, target, message):
+def test_bad_files_are_one_line_and_nothing_is_written(tmp_path, source, target, message):
     argv = [f"--source={tmp_path / 'a.en'}", f"--out={tmp_path / 'out'}"]
     if source is not None:
         write(tmp_path / "a.en", source)
@@ -109,8 +187,8 @@ def test_bad_files_are_one_clear_line_and_nothing_is_written(tmp_path, source, t
     [
         (["--source=x", "--valid_target=y"], "--valid_target needs --valid_source"),
         (["--source=tatoeba", "--target=y"], "has its own files"),
-        (["--source=x", "--held_out=0"], "held_out must be between"),
-        (["--source=x", "--taget=y"], "did you mean 'target'"),
+        (["--source=x", "--held_out=0"], "held_out must be above 0"),
+        (["--source=x", "--limit=-1"], "limit must be at least 0"),
     ],
 )
 def test_settings_that_contradict_are_refused(argv, message):
@@ -119,33 +197,33 @@ def test_settings_that_contradict_are_refused(argv, message):
 
 
 @real_multi30k
-def test_multi30k_is_the_published_one_and_needs_no_network_once_fetched(tmp_path, monkeypatch):
-    """29,000, 1,014 and 1,000 pairs; sizes and checksums are those that a download is held against."""
+def test_multi30k_is_the_published_one(tmp_path, monkeypatch):
+    """29,000, 1,014 and 1,000 pairs. The checksums are those that a download is compared with."""
     monkeypatch.setattr(sources, "DOWNLOADS", str(tmp_path / "downloads"))
-    for name, download in parallel.MULTI30K.items():
-        raw = (MULTI30K / f"{name}.gz").read_bytes()
-        assert (len(raw), hashlib.sha256(raw).hexdigest()) == download[1:]
-        copy = tmp_path / "downloads" / download.url.removeprefix("https://")
+    for url, sha256 in parallel.CHECKSUMS.items():
+        raw = (MULTI30K / Path(url).name).read_bytes()
+        assert hashlib.sha256(raw).hexdigest() == sha256
+        copy = tmp_path / "downloads" / url.removeprefix("https://")
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(raw)
     parallel.main([f"--out={tmp_path}"])
-    meta = open_set(tmp_path / "multi30k", "train").meta
-    kept = {split: counts["pairs"] + meta["too_long"][split] for split, counts in meta["splits"].items()}
-    assert kept == {"train": 29000, "valid": 1014} and meta["empty"] == {"train": 0, "valid": 0}
-    assert meta["too_long"]["train"] < 2 * 0.01 * 29000
-    test = parallel.read(str(MULTI30K / "test_2016_flickr.en.gz"), str(MULTI30K / "test_2016_flickr.fr.gz"))
-    assert len(test) == 1000 and all(e["source"] and e["target"] for e in test)
+    meta = open_dataset(tmp_path / "multi30k", "train").meta
+    for split, n in (("train", 29_000), ("valid", 1_014)):
+        assert meta["splits"][split]["pairs"] + meta["left_out"][split]["too_long"] == n
+    assert meta["left_out"]["train"]["too_long"] < 2 * 0.01 * 29_000
+    test = [str(MULTI30K / f"test_2016_flickr.{language}.gz") for language in ("en", "fr")]
+    assert len([e for e in parallel.read(*test) if e["source"] and e["target"]]) == 1000
 
 
-@pytest.mark.slow  # reads 140,000 lines, 2 s
+@pytest.mark.slow  # reads 140,000 lines
 @real_tatoeba
-def test_no_tatoeba_sentence_is_on_both_sides():
+def test_no_tatoeba_sentence_is_in_both_splits():
     """142,787 lines and 98,659 English sentences, counted by another program."""
     examples = parallel.read(str(TATOEBA))
-    assert len(examples) == 142787 and len({e["source"] for e in examples}) == 98659
+    assert len(examples) == 142_787 and len({e["source"] for e in examples}) == 98_659
     sides = {True: set(), False: set()}
     for e in examples:
-        bare = "".join(c for c in e["source"].lower() if c.isalnum())
-        sides[sources.is_held_out(e["source"], parallel.ParallelConfig.held_out)].add(bare)
+        letters = "".join(c for c in e["source"].lower() if c.isalnum())
+        sides[sources.is_held_out(e["source"], 0.05)].add(letters)
     assert not sides[True] & sides[False]
     assert 0.045 < len(sides[True]) / len(sides[True] | sides[False]) < 0.055

@@ -1,0 +1,143 @@
+"""Random and damaged data: an error is one line, and what a builder writes opens in a training."""
+
+import contextlib
+import io
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from configurator import one_line
+from data import text_file
+from data.loader import open_dataset, write_pairs, write_stream
+from data.objectives import ObjectiveConfig
+
+FEW, MANY = 40, 2000
+OBJECTIVES = ("auto", "prefix_lm", "span_corruption")
+many = pytest.mark.parametrize(
+    "n", [FEW, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.long])], ids=["few", "many"]
+)
+
+
+def repeat(n: int, check, *strategies) -> None:
+    """Run check(*drawn) n times. Seeded, so that a failure comes back."""
+    quiet = dict(deadline=None, derandomize=True, database=None)
+    quiet |= dict(suppress_health_check=list(HealthCheck))
+    settings(max_examples=n, **quiet)(given(*strategies)(check))()
+
+
+def error_of(function, *args) -> str:
+    """Return the message of a ValueError or OSError, in one line, or "" if there was none."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            function(*args)
+    except (ValueError, OSError) as error:
+        message = one_line(error)
+        assert message and "\n" not in message
+        return message
+    return ""
+
+
+def train_on(folder) -> None:
+    """What a training does with a data set. Only span_corruption may be refused, as too small."""
+    for objective in OBJECTIVES:
+        for split in ("train", "valid"):
+            try:
+                data = open_dataset(folder, split, ObjectiveConfig(objective=objective))
+            except ValueError as error:
+                assert objective == "span_corruption" and "too small" in str(error)
+                continue
+            for step in range(4):
+                batch = data.batch(0, step, 3)
+                assert batch.target.shape == (3, data.target_length)
+                assert batch.prefix.shape[1] + data.target_length <= data.block_size
+
+
+SIDE = st.text(max_size=8) | st.sampled_from(["", "a", "\r\n", "\u2028", "é" * 20])
+PAIRS = st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=12)
+
+
+@many
+def test_pairs_that_are_built_open_in_a_training(n, tmp_path):
+    def check(pairs, target_length, block_size):
+        lines = [json.dumps({"prefix": prefix, "target": target}) for prefix, target in pairs]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+        sizes = [f"--target_length={target_length}", f"--block_size={block_size}"]
+        argv = [f"--input={tmp_path / 'pairs.jsonl'}", "--name=set", f"--out={tmp_path}", *sizes]
+        if not error_of(text_file.main, argv):
+            train_on(tmp_path / "set")
+
+    repeat(n, check, PAIRS, st.sampled_from([0, 2, 3, 9]), st.sampled_from([0, 4, 12, 40]))
+
+
+@many
+def test_text_that_is_built_opens_in_a_training(n, tmp_path):
+    def check(text, mark, target_length, block_size):
+        (tmp_path / "text.txt").write_bytes(mark + text.encode())
+        sizes = [f"--target_length={target_length}", f"--block_size={block_size}"]
+        argv = [f"--input={tmp_path / 'text.txt'}", "--name=set", f"--out={tmp_path}", *sizes]
+        if not error_of(text_file.main, argv):
+            train_on(tmp_path / "set")
+
+    piece = st.text(max_size=20) | st.sampled_from(["\n", "\r\n", "\r", " " * 50, "word " * 20])
+    texts = st.lists(piece, max_size=12).map("".join)
+    marks = st.sampled_from([b"", b"\xef\xbb\xbf"])
+    repeat(n, check, texts, marks, st.sampled_from([2, 3, 9]), st.sampled_from([3, 12, 40]))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=4,
+)
+
+
+@many
+def test_lines_of_anything_are_refused_in_one_line(n, tmp_path):
+    bad = ["[" * 100_000, '{"prefix": "\\ud800", "target": "b"}', "1" * 5000, '{"a"', "\x00"]
+    line = st.dictionaries(st.sampled_from(["prefix", "target", "x"]), JSON).map(json.dumps)
+    line |= st.text(max_size=10) | st.sampled_from(bad)
+
+    def check(lines):
+        path = tmp_path / "pairs.jsonl"
+        path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+        argv = [f"--input={path}", "--name=set", f"--out={tmp_path}"]
+        assert error_of(text_file.main, argv) or (tmp_path / "set" / "meta.json").exists()
+
+    repeat(n, check, st.lists(line, max_size=5))
+
+
+@many
+def test_damaged_data_sets_are_refused_in_one_line(n, tmp_path):
+    """meta.json with anything in it, and files that were cut or overwritten."""
+    pairs = [([97 + i], [98, 99]) for i in range(20)]
+    write_pairs(tmp_path / "pairs", {"train": pairs}, "bytes", 5, 12)
+    write_stream(tmp_path / "stream", {"train": [[97] * 300]}, "bytes", 8, 20)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    whole = {path: path.read_bytes() for path in files}
+
+    def use(folder, objective):
+        data = open_dataset(folder, "train", ObjectiveConfig(objective=objective))
+        for step in range(3):
+            data.batch(0, step, 4)
+
+    def check(path, key, value, drop, noise, at, objective):
+        meta = json.loads(whole[path.with_name("meta.json")])
+        if path.name == "meta.json":
+            part = meta["splits"]["train"] if key in ("tokens", "pairs") else meta
+            part[key] = value
+            if drop:
+                del part[key]
+            path.write_text(json.dumps(meta))
+        else:
+            rest = b"" if drop else whole[path][at:]
+            path.write_bytes(whole[path][:at] + noise + rest)
+        error_of(use, path.parent, objective)
+        path.write_bytes(whole[path])
+
+    keys = ["format", "kind", "tokenizer", "dtype", "splits", "target_length", "block_size"]
+    keys = st.sampled_from([*keys, "sha256", "tokens", "pairs"]) | st.text(max_size=5)
+    place = st.integers(0, 200)
+    parts = (st.sampled_from(files), keys, JSON | st.just(10**30), st.booleans())
+    repeat(n, check, *parts, st.binary(max_size=9), place, st.sampled_from(OBJECTIVES))
