@@ -1,4 +1,4 @@
-"""ar2diff.py: the same tensors under other settings, and a doctor that notices when they are not."""
+"""ar2diff.py: the same tensors under other settings, and checks that catch a broken conversion."""
 
 import math
 
@@ -6,202 +6,214 @@ import pytest
 import torch
 
 import ar2diff
-from ar2diff import adapt, check
-from checkpoint import load, load_model, save
+import diffusion
+from ar2diff import convert, open_edges, verify
 from data.loader import write_pairs
 from data.objectives import collate
-from model import ADDED_BY_CONVERSION, ModelConfig, Transformer
+from infra.checkpoint import load_model, save
+from model import NEW_MODULES, ModelConfig, Transformer
 
-OURS = dict(paradigm="diffusion", prefix_attention="joint", target_attention="bidirectional")
-OURS |= dict(shift=True, lookahead=True, self_conditioning=True)
 PAPER = dict(paradigm="diffusion", prefix_attention="joint", target_attention="bidirectional")
-SIZES = dict(n_layer=2, n_head=2, n_embd=16, block_size=22, target_length=12)
+OURS = PAPER | dict(prefix_attention="bidirectional", shift=True, self_conditioning=True)
+LOGITS = "with the causal mask the logits equal the source's"
+PAIRS = [([97 + i, 98, 99], [97 + i, 98, 99]) for i in range(20)]
 
 
-def source(**settings) -> Transformer:
+def source() -> Transformer:
     torch.manual_seed(0)
-    return Transformer(ModelConfig(**SIZES, **settings)).eval()
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, block_size=24, target_length=12)
+    return Transformer(ModelConfig(**sizes)).eval()
 
 
 def text(n: int = 4):
-    pairs = [([97 + i, 98, 99], [97 + i, 98, 99]) for i in range(n)]
-    return collate(pairs, range(n), 256, 257, 12)
+    return collate(PAIRS[:n], range(n), 256, 257, 12)
 
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
-    """An AR checkpoint that knows at least that text is letters, beside its data."""
+    """An AR checkpoint that has learned that texts are letters, and its data."""
     monkeypatch.chdir(tmp_path)
-    pairs = [([97 + i, 98, 99], [97 + i, 98, 99]) for i in range(20)]
-    write_pairs("out/data/toy_copy", {"train": pairs, "valid": pairs}, "bytes", 12, 22)
+    write_pairs("data/copy", {"train": PAIRS, "valid": PAIRS}, "bytes", 12, 24)
     model = source()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(20):
         ar2diff.autoregressive.loss(model, text(8), None, None).backward()
         optimizer.step()
         optimizer.zero_grad()
-    save("ar.pt", model, 7, "bytes", train_config={"data": "out/data/toy_copy"})
+    save("ar.pt", model, 7, "bytes", train_config={"data": "data/copy"})
     return "ar.pt"
 
 
-@pytest.mark.parametrize("prefix_attention", ["joint", "bidirectional", "causal"])
-def test_the_source_tensors_arrive_bit_for_bit(prefix_attention):
-    before = source()
-    after = adapt(before, **OURS | dict(prefix_attention=prefix_attention))
-    for name, tensor in before.state_dict().items():
-        assert torch.equal(tensor, after.state_dict()[name]), name
-
-
-def test_with_the_papers_settings_there_is_no_new_parameter():
-    """facts of the paper, section 16: with N = 0 the AR weights load with nothing missing and nothing unexpected."""
-    before = source()
-    assert set(adapt(before, **PAPER).state_dict()) == set(before.state_dict())
-
-
-def test_what_is_new_is_zero_and_named():
-    before, after = source(), adapt(source(), **OURS)
-    new = set(after.state_dict()) - set(before.state_dict())
-    assert {name.split(".")[0] for name in new} == set(ADDED_BY_CONVERSION)
-    assert all(after.state_dict()[name].abs().max() == 0 for name in new)
-
-
-def test_the_source_is_left_alone():
+@pytest.mark.parametrize("settings", [PAPER, OURS, OURS | dict(prefix_attention="causal")])
+def test_the_weights_arrive_bit_for_bit_and_new_ones_are_zero(settings):
+    """The paper adds no weight (section 4.5). The source stays as it is."""
     before = source()
     kept = {name: tensor.clone() for name, tensor in before.state_dict().items()}
-    after = adapt(before, **OURS)
-    with torch.no_grad():
-        for p in after.parameters():
-            p += 1
-    assert before.cfg.paradigm == "ar" and all(torch.equal(kept[n], t) for n, t in before.state_dict().items())
+    after = convert(before, **settings)
+    weights = after.state_dict()
+    new = weights.keys() - kept.keys()
+    assert {name.split(".")[0] for name in new} == (set() if settings is PAPER else {*NEW_MODULES})
+    assert all(weights[name].abs().max() == 0 for name in new)
+    assert all(torch.equal(kept[name], weights[name]) for name in kept)
+    for tensor in weights.values():
+        tensor.zero_()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in before.state_dict().items())
 
 
-def test_a_setting_that_needs_other_parameters_is_refused():
-    with pytest.raises(ValueError, match="other parameters"):
-        adapt(source(), n_layer=3)
-    with pytest.raises(ValueError, match="other parameters"):
-        adapt(source(), position="learned")
+@pytest.mark.parametrize("setting", [dict(n_layer=3), dict(position="learned")])
+def test_a_setting_that_needs_other_weights_is_refused(setting):
+    with pytest.raises(ValueError, match="weight|missing"):
+        convert(source(), **setting)
 
 
-def test_converted_logits_are_the_sources_where_it_sees_the_same_tokens():
-    """One target token, causal prefix: there is no future to see, so opening the mask changes nothing."""
+def test_the_logits_are_the_sources_if_no_later_token_exists():
     before = source()
-    after = adapt(before, **OURS | dict(prefix_attention="causal"))
-    prefix, target = text().prefix, text().target[:, :1]
-    torch.testing.assert_close(after(prefix, target), before(prefix, target))
+    after = convert(before, **OURS | dict(prefix_attention="causal"))
+    first = (text().prefix, text().target[:, :1])
+    torch.testing.assert_close(after(*first), before(*first))
 
 
-def test_every_line_of_the_doctor_holds_for_a_real_conversion():
+# The checks: each way to break a conversion is found by the check made for it.
+
+
+def failing(model, converted) -> set[str]:
+    checks = verify(model, converted, text(), knows_text=False)
+    assert len(checks) == 8
+    return {claim for claim, _, ok in checks if not ok}
+
+
+@pytest.mark.parametrize("settings", [PAPER, OURS])
+@pytest.mark.parametrize("width", [3, 12])
+def test_all_checks_hold_for_a_real_conversion(settings, width):
+    """Also if the prefix is as wide as the target: the reads are told apart by their width."""
     model = source()
-    rows = check(model, adapt(model, **OURS), text())
-    holds = {claim: ok for claim, _, ok in rows if not claim.startswith("loss before")}  # an untrained model may guess
-    assert len(rows) == 8 and all(holds.values()), rows
+    batch = text()._replace(prefix=torch.full((4, width), 98))
+    checks = verify(model, convert(model, **settings), batch, knows_text=False)
+    assert all(ok for *_, ok in checks), checks
 
 
-def failing(model, damaged) -> set[str]:
-    return {claim for claim, _, ok in check(model, damaged, text()) if not ok and not claim.startswith("loss before")}
+def change_a_weight(model):
+    model.blocks[0].mlp.down.weight.data += 0.05
 
 
-def test_the_doctor_sees_a_changed_weight():
+def fill_the_new_layer(model):
+    torch.nn.init.normal_(model.self_cond_proj.weight)
+
+
+def make_a_weight_nan(model):
+    model.blocks[0].mlp.down.weight.data[0, 0] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("damage", "claims"),
+    [
+        (change_a_weight, {LOGITS}),
+        (fill_the_new_layer, {"new layers are zero"}),
+        (make_a_weight_nan, {LOGITS, "L(1) after, at corruption 0 / 0.5 / 1, shift=True"}),
+    ],
+)
+def test_damaged_weights_are_found(damage, claims):
     model = source()
-    damaged = adapt(model, **OURS)
-    with torch.no_grad():
-        damaged.blocks[0].mlp.down.weight += 0.05
-    assert "under the old mask the logits are the source's" in failing(model, damaged)
+    converted = convert(model, **OURS)
+    damage(converted)
+    found = failing(model, converted)
+    assert claims <= found and (damage is make_a_weight_nan or found == claims)
 
 
-def test_the_doctor_sees_a_new_layer_that_is_not_zero():
+def test_a_wrong_mask_is_found():
     model = source()
-    damaged = adapt(model, **OURS)
-    torch.nn.init.normal_(damaged.condition.weight)
-    assert failing(model, damaged) == {"new layers are zero"}
+    still_causal = convert(model, paradigm="diffusion", shift=True)
+    assert failing(model, still_causal) == {"the converted model does"}
+    open_source = convert(model, **PAPER)
+    assert "the source does not see later tokens" in failing(open_source, convert(open_source))
 
 
-def test_the_doctor_sees_a_mask_that_is_still_causal():
-    model = source()
-    still = adapt(model, paradigm="diffusion", target_attention="causal", prefix_attention="causal")
-    assert "the converted model does" in failing(model, still)
+def test_a_corrupted_prefix_is_found(monkeypatch):
+    real = diffusion.loss
+
+    def corrupting(net, batch, cfg, rng):
+        return real(net, batch._replace(prefix=batch.prefix + 1), cfg, rng)
+
+    monkeypatch.setattr(diffusion, "loss", corrupting)
+    assert failing(source(), convert(source(), **OURS)) == {"the prefix is never corrupted"}
 
 
-def test_the_doctor_sees_a_source_that_sees_the_future():
-    looking = adapt(source(), **PAPER)
-    assert "the source does not see the future" in failing(looking, adapt(looking))
+def test_a_wrong_alignment_is_found(monkeypatch):
+    real = diffusion.align_logits
+    monkeypatch.setattr(diffusion, "align_logits", lambda logits, shift: real(logits, not shift))
+    assert failing(source(), convert(source(), **OURS)) == {"position i - 1 predicts slot i"}
 
 
-def test_the_doctor_sees_weights_that_predict_their_own_slot():
-    """A network whose embedding is its output layer and whose blocks do nothing repeats its input: not what AR does."""
-    model = source()
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.proj.weight.zero_(), block.mlp.down.weight.zero_()
-        model.tok.weight.normal_()
-    assert ar2diff._clean_loss(model, text(), shift=False) < ar2diff._clean_loss(model, text(), shift=True)
-
-
-def test_a_dirty_prefix_is_noticed(monkeypatch):
-    model, batch = source(), text()
-    real = ar2diff.diffusion.loss
-
-    def careless(net, batch, cfg, draws):
-        return real(net, batch._replace(prefix=batch.prefix + 1), cfg, draws)
-
-    monkeypatch.setattr(ar2diff.diffusion, "loss", careless)
-    assert failing(model, adapt(model, **OURS)) == {"prefix ids are untouched in every pass"}
-    assert batch.prefix.shape[1] != batch.target.shape[1]  # the spy tells reads of the prefix by their width
-
-
-def test_the_prefix_is_watched_also_where_it_is_as_wide_as_the_target():
-    """Reads are told apart by their width; with equal widths the line once said "0 of 0 reads" and held."""
-    model = adapt(source(), **OURS | dict(block_size=24))
-    wide = text()._replace(prefix=torch.full((4, 12), 98))
-    assert ar2diff._spied_prefixes(model, wide, 0) == (4, 0)
-
-
-def test_the_command_writes_a_checkpoint_that_training_and_sampling_take(checkpoint, capsys):
-    ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start", "--check"])
-    model, tokenizer, state = load_model("start/ckpt.pt")
-    assert (model.cfg.paradigm, model.cfg.prefix_attention, model.cfg.shift) == ("diffusion", "bidirectional", True)
-    assert (state["step"], tokenizer.name, state["converted_from"]) == (0, "bytes", "ar.pt step 7")
-    said = capsys.readouterr().out
-    assert said.count("ok  ") == 8 and "FAIL" not in said
-
-
-def test_the_command_stops_with_status_1_and_writes_nothing_where_a_claim_fails(checkpoint, monkeypatch, capsys):
-    real = ar2diff.adapt
-
-    def clumsy(model, **settings):
-        other = real(model, **settings)
-        torch.nn.init.normal_(other.blocks[0].mlp.down.weight)
-        return other
-
-    monkeypatch.setattr(ar2diff, "adapt", clumsy)
-    with pytest.raises(SystemExit) as stopped:
-        ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start", "--check"])
-    assert stopped.value.code == 1 and "FAIL" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no such checkpoint"):
-        load("start/ckpt.pt")
-
-
-def test_lookahead_without_shift_is_refused(checkpoint):
-    with pytest.raises(ValueError, match="lookahead needs shift"):
-        ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start", "--shift=false", "--lookahead"])
-
-
-def test_a_diffusion_checkpoint_is_not_converted_again(checkpoint):
-    ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start"])
-    with pytest.raises(ValueError, match="a diffusion model already"):
-        ar2diff.main(["--init_from=start/ckpt.pt", "--out_dir=again"])
-
-
-def test_an_earlier_conversion_is_not_overwritten_unasked(checkpoint):
-    ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start"])
-    with pytest.raises(ValueError, match="--overwrite"):
-        ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start"])
-    ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start", "--overwrite", "--noise=mask"])
-    assert load_model("start/ckpt.pt")[0].cfg.noise == "mask"
-
-
-def test_guessing_costs_what_the_doctor_says():
+def test_a_source_that_only_guesses_is_found():
+    """Equal logits: ln 288 nats for all ids, more than ln 257 for letters and pad."""
     model = source()
     torch.nn.init.zeros_(model.tok.weight)
-    line = next(m for claim, m, _ in check(model, adapt(model, **OURS), text()) if claim.startswith("loss before"))
-    assert line.startswith(f"{math.log(288):.3f} (guessing costs {math.log(257):.3f}, less: random weights")
+    before = verify(model, convert(model, **OURS), text())[6]
+    assert not before.ok
+    assert before.measured.startswith(f"{math.log(288):.3f} (guessing: {math.log(257):.3f})")
+
+
+# The command
+
+
+def test_the_command_writes_a_checkpoint_that_passes_all_checks(checkpoint, capsys):
+    ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start", "--check"])
+    model, tokenizer, state = load_model("start/ckpt.pt")
+    assert {name: getattr(model.cfg, name) for name in OURS} == OURS
+    facts = (state["step"], tokenizer.name, state["converted_from"], state["train_config"]["data"])
+    assert facts == (0, "bytes", "ar.pt step 7", "data/copy")
+    printed = capsys.readouterr().out
+    assert printed.count("ok  ") == 8 and "FAIL" not in printed
+
+
+def test_a_failing_check_exits_with_status_1_and_writes_nothing(checkpoint, monkeypatch, tmp_path):
+    real = ar2diff.convert
+
+    def careless(model, **settings):
+        other = real(model, **settings)
+        change_a_weight(other)
+        return other
+
+    monkeypatch.setattr(ar2diff, "convert", careless)
+    with pytest.raises(SystemExit) as stopped:
+        ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start", "--check"])
+    assert stopped.value.code == 1 and not (tmp_path / "start").exists()
+
+
+def test_what_the_command_refuses(checkpoint, tmp_path):
+    def refused(message, *flags):
+        with pytest.raises(ValueError, match=message):
+            ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start", *flags])
+
+    write_pairs("data/long", {"train": PAIRS, "valid": PAIRS}, "bytes", 20, 30)
+    refused("data/long has target_length 20, the model 12", "--check", "--data=data/long")
+    refused("is a checkpoint; .* are for imported weights", "--paradigm=ar")
+    refused("nowhere: no such", "--init_from=nowhere")
+    save("no_data.pt", source(), 0, "bytes")
+    refused("no_data.pt does not name its data", "--init_from=no_data.pt", "--check")
+    assert not (tmp_path / "start").exists()
+    ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start"])
+    refused("exists; .*--overwrite")
+    refused(
+        "is a diffusion model; .* needs an AR model", "--init_from=start/ckpt.pt", "--overwrite"
+    )
+    ar2diff.main([f"--init_from={checkpoint}", "--out_dir=start", "--overwrite", "--noise=mask"])
+    assert load_model("start/ckpt.pt")[0].cfg.noise == "mask"
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    refused("hf is a Hugging Face folder", "--out_dir=hf")
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_share_of_open_edges_grows_linearly(joint):
+    wide = collate(PAIRS[:1], range(1), 256, 257, 60)
+    longer = wide._replace(prefix=torch.full((1, 7), 98))
+    before = None
+    for step in range(4):
+        edges = open_edges(wide, step, seed=1, steps=4, joint=joint)
+        assert edges.float().mean().item() == pytest.approx((step + 1) / 4, abs=0.03)
+        other = open_edges(longer, step, seed=1, steps=4, joint=joint)
+        assert torch.equal(edges[-60:, -60:], other[-60:, -60:])  # micro-batches agree
+        assert before is None or not torch.equal(edges, before)
+        before = edges
+    assert edges.all()
