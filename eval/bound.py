@@ -23,8 +23,9 @@ noise_steps on other data than you report.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from configurator import configure, flatten, group, run, setting, validate
 from data.loader import Pairs
 from data.objectives import Batch, collate
 from diffusion import align_logits, corrupt
-from eval.common import EvalConfig, choose, finish, open_pairs, origin, training_data
+from eval.common import EvalConfig, batched, choose, finish, open_pairs, origin, training_data
 from infra.checkpoint import load_model
 from infra.device import pick_device
 from infra.logits import banned_token_ids
@@ -142,65 +143,65 @@ def bound_nats(model, batch: Batch, cfg: BoundConfig, seed: int) -> Tensor:
 # Nats of each pair
 
 
+def padded_batches(model_cfg, pairs: list, examples: Sequence[int], batch_size: int):
+    """Yield (places in the list, Batch) with prefixes of similar length together."""
+    ids = (model_cfg.pad_id, model_cfg.sep_id, model_cfg.target_length)
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
+    for rows in batched(order, batch_size):
+        yield rows, collate([pairs[i] for i in rows], [examples[i] for i in rows], *ids)
+
+
 @torch.no_grad()
-def split_nats(model, pairs: list, examples: list[int], batch_size: int, nats_of: Callable):
+def split_nats(model, pairs: list, examples: Sequence[int], batch_size: int, nats_of: Callable):
     """Return (nats of the text, nats of the pads) of each pair, in order.
 
     nats_of(batch) -> nats per slot (B, T - 1). The batches change no draw.
     """
-    model_cfg = model.cfg
-    device = model.tok.weight.device
     text = [0.0] * len(pairs)
     pads = [0.0] * len(pairs)
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
-    ids = (model_cfg.pad_id, model_cfg.sep_id, model_cfg.target_length)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = collate([pairs[i] for i in rows], [examples[i] for i in rows], *ids)
+    device = model.tok.weight.device
+    for rows, batch in padded_batches(model.cfg, pairs, examples, batch_size):
         nats = nats_of(Batch(*(part.to(device) for part in batch))).cpu().double()
-        is_pad = batch.target[:, 1:] == model_cfg.pad_id
-        text_nats = (nats * ~is_pad).sum(1).tolist()
-        pad_nats = (nats * is_pad).sum(1).tolist()
-        for i, a, b in zip(rows, text_nats, pad_nats):
-            text[i] = a
-            pads[i] = b
+        is_pad = batch.target[:, 1:] == model.cfg.pad_id
+        sums = zip(rows, (nats * ~is_pad).sum(1).tolist(), (nats * is_pad).sum(1).tolist())
+        for i, of_text, of_pads in sums:
+            text[i] = of_text
+            pads[i] = of_pads
     return text, pads
 
 
 def item_nats(model, pairs: list, batch_size: int, seed: int, rate: float | None = None):
     """Return split_nats of slot_nats. The keys of the noise are the places in the list."""
-    examples = list(range(len(pairs)))
-    return split_nats(model, pairs, examples, batch_size, lambda b: slot_nats(model, b, seed, rate))
+    nats_of = partial(slot_nats, model, seed=seed, rate=rate)
+    return split_nats(model, pairs, range(len(pairs)), batch_size, nats_of)
 
 
 def target_nats(model, pairs, examples, cfg: BoundConfig, batch_size: int = 64, seed: int = 0):
     """Return split_nats: exact for AR, an unbiased estimate of the bound for diffusion."""
     if model.cfg.paradigm == "ar":
         return item_nats(model, pairs, batch_size, seed)
-    nats_of = lambda batch: bound_nats(model, batch, cfg, seed)  # noqa: E731
+    nats_of = partial(bound_nats, model, cfg=cfg, seed=seed)
     return split_nats(model, pairs, examples, batch_size, nats_of)
 
 
-def rate_with_error(text: list[float], pads: list[float], counts: list[int]) -> dict:
+def rate_with_error(text: list[float], pads: list[float], counts: list[int], unit=1.0) -> dict:
     """Return all nats over all counts, its standard error over items, and the part of the pads.
 
     The error is that of a ratio of two means (Cochran 1977, section 2.11). One item has none.
     """
     n = len(counts)
-    total = sum(counts)
+    total = sum(counts) * unit
     nats = [a + b for a, b in zip(text, pads)]
     value = sum(nats) / total
     error = None
     if n > 1:
-        squares = sum((x - value * count) ** 2 for x, count in zip(nats, counts))
+        squares = sum((x - value * unit * count) ** 2 for x, count in zip(nats, counts))
         error = math.sqrt(squares * n / (n - 1)) / total
     return {"value": value, "standard_error": error, "of_which_pads": sum(pads) / total}
 
 
 def bits_per_byte(text: list[float], pads: list[float], n_bytes: list[int]) -> dict:
-    """Return rate_with_error in bits per byte."""
-    rate = rate_with_error(text, pads, n_bytes)
-    return {name: None if x is None else x / math.log(2) for name, x in rate.items()}
+    return rate_with_error(text, pads, n_bytes, math.log(2))
 
 
 def fitting_pairs(data: str, model_cfg, tokenizer_name: str) -> Pairs:
@@ -238,15 +239,6 @@ def summary(text, pads, pairs: list, texts: list[str], target_length: int) -> di
     }
 
 
-def measure(cfg: BoundConfig, model_cfg) -> dict:
-    """Return what the number is, with the settings that matter for it."""
-    if model_cfg.paradigm == "ar":
-        return {"measure": "exact negative log-likelihood"}
-    fields = {"measure": "upper bound on the negative log-likelihood", "noise": model_cfg.noise}
-    fields |= {"noise_steps": cfg.noise_steps, "draws": cfg.draws}
-    return fields | ({"reading": cfg.reading} if model_cfg.noise == "uniform" else {})
-
-
 def main(argv: list[str]) -> dict:
     cfg = configure(BoundEvalConfig, argv)
     model, _, state = load_model(cfg.run.init_from, pick_device(cfg.run.device))
@@ -257,7 +249,17 @@ def main(argv: list[str]) -> dict:
     pairs = [held_out.pair(i) for i in chosen]
     texts = [held_out.text(i)[1] for i in chosen]
     nats = target_nats(model, pairs, chosen, cfg.bound, cfg.run.batch_size, cfg.run.seed)
-    result = {"task": Path(data).name, "n": len(chosen)} | measure(cfg.bound, model_cfg)
+    result = {"task": Path(data).name, "n": len(chosen)}
+    if model_cfg.paradigm == "ar":
+        result["measure"] = "exact negative log-likelihood"
+    else:
+        result |= {
+            "measure": "upper bound on the negative log-likelihood",
+            "noise": model_cfg.noise,
+        }
+        result |= flatten(cfg.bound)
+        if model_cfg.noise == "mask":  # it has one reading
+            del result["reading"]
     result |= summary(*nats, pairs, texts, model_cfg.target_length)
     result["dataset"] = {"folder": str(data), "fingerprint": held_out.fingerprint}
     result |= origin("bound", argv, flatten(cfg), state)
@@ -265,9 +267,7 @@ def main(argv: list[str]) -> dict:
 
 
 def _table(result: dict) -> str:
-    names = ("noise", "noise_steps", "draws", "reading")
-    how = "".join(f", {name}={result[name]}" for name in names if name in result)
-    lines = [f"{result['task']}: {result['measure']} of {result['n']} held-out pairs{how}"]
+    lines = [f"{result['task']}: {result['measure']} of {result['n']} held-out pairs"]
     for name in ("nats_per_slot", "nats_per_token", "bits_per_byte"):
         value, error, pads = result[name].values()
         spread = "" if error is None else f" +- {error:.4f}"

@@ -20,7 +20,7 @@ from data import mbpp, mini
 from data.sources import read_json_lines
 from data.syntax import parse_python
 from eval import common, sandbox
-from eval.common import EvalConfig, TaskConfig, TaskRun, warn
+from eval.common import EvalConfig, TaskConfig, TaskRun
 from eval.metrics import Metric, edit_similarity, mean, pass_at_k
 from eval.python_code import INVALID, is_python
 
@@ -66,7 +66,6 @@ def examples(cfg: CodeConfig) -> list[dict]:
 
 
 def program(completion: str, example: dict) -> str:
-    """Return the source that the tests are run after."""
     return example["prefix"] + completion if example["continues"] else completion
 
 
@@ -124,21 +123,18 @@ def read_predictions(path: str, asked: list[dict]) -> list[list[str]]:
             raise ValueError(f"{path}, line {number}: must be {fields}")
         found.setdefault(str(row["task_id"]), []).append(completion)
     common.check_ids(path, found, asked)
-    most = max(map(len, found.values()))
-    for task, texts in found.items():
-        if len(texts) < most:
-            counts = f"task {task} has {len(texts)} completions, another task has {most}"
-            raise ValueError(f"{path}: {counts}; give the same number for each")
+    counts = {len(texts): task for task, texts in found.items()}
+    if len(counts) > 1:
+        some = ", ".join(f"task {task} has {n}" for n, task in sorted(counts.items()))
+        raise ValueError(f"{path}: give the same number of completions for each task; {some}")
     return [found[example["id"]] for example in asked]
 
 
 def write_predictions(path: str, samples: list[list[str]], asked: list[dict]) -> None:
     """Write the file that read_predictions and HumanEval's own script read."""
-    lines = []
-    for texts, example in zip(samples, asked):
-        task_id = example.get("task_id", example["id"])
-        lines += [json.dumps({"task_id": task_id, "completion": text}) + "\n" for text in texts]
-    common.write_text(path, "".join(lines))
+    ids = [example.get("task_id", example["id"]) for example in asked]
+    rows = [{"task_id": i, "completion": t} for i, texts in zip(ids, samples) for t in texts]
+    common.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def generate(task: TaskRun) -> tuple[list[list[str]], dict]:
@@ -146,33 +142,21 @@ def generate(task: TaskRun) -> tuple[list[list[str]], dict]:
 
     A sample depends on the problem and its own number, not on how many there are.
     """
-    _describe_samples(task)
     numbers = range(task.cfg.samples)
-    jobs = [
-        job._replace(key=f"{job.key}#{i}", example=job.example + i * MAX_EXAMPLES)
-        for job in task.jobs()
-        for i in numbers
-    ]
-    answers, cost = task.generator.answers(jobs)
-    keys = [[f"{example['id']}#{i}" for i in numbers] for example in task.examples]
-    samples = [[answers.get(key, common.NO_ANSWER).text for key in row] for row in keys]
-    return samples, cost | {"best_of": getattr(task.generator.sampler, "candidates", 1)}
-
-
-def _describe_samples(task: TaskRun) -> None:
-    """Print what a sample is. Raises ValueError if all of a problem would be equal."""
-    samples = task.cfg.samples
     sampler = task.generator.sampler
     candidates = getattr(sampler, "candidates", 0)
-    if not candidates and samples > 1 and sampler.temperature == 0:
-        raise ValueError(f"--samples={samples} at temperature 0 are equal; try --temperature=0.8")
-    if candidates > 1:
-        kind = f"the best of {candidates} canvases by model score"
-    elif candidates:
-        kind = "one canvas"
-    else:
-        kind = f"left to right at temperature {sampler.temperature}"
-    warn(f"{samples} samples per problem, each {kind}")
+    if not candidates and len(numbers) > 1 and sampler.temperature == 0:
+        equal = f"--samples={len(numbers)} at temperature 0 are equal"
+        raise ValueError(f"{equal}; try --temperature=0.8")
+    jobs = []
+    for job in task.jobs():
+        for n in numbers:
+            example = job.example + n * MAX_EXAMPLES
+            jobs.append(job._replace(key=f"{job.key}#{n}", example=example))
+    texts, cost = task.generator.answers(jobs)
+    ids = [example["id"] for example in task.examples]
+    samples = [[texts.get(f"{i}#{n}", "") for n in numbers] for i in ids]
+    return samples, cost | {"best_of": candidates or 1}
 
 
 def main(argv: list[str]) -> dict:
@@ -206,13 +190,11 @@ def _check_k(ks: list[int], samples: int) -> None:
 
 def _check_run(cfg: CodeConfig, has_tests: bool) -> None:
     """Print what will be run. Raises ValueError if programs of a model may not run."""
-    if not has_tests:
-        warn("these problems have no unit tests: no program is run")
-    elif cfg.run_code:
-        warn(f"--run_code: each program runs in a process of its own; {sandbox.isolation()}")
-    elif not cfg.task.reference:
-        sentence = "pass@k runs programs that a model wrote: allow it with --run_code"
-        raise ValueError(f"{sentence}; {sandbox.isolation()}")
+    if has_tests and not cfg.run_code and not cfg.task.reference:
+        reason = "pass@k runs programs that a model wrote"
+        raise ValueError(f"{reason}: allow it with --run_code; {sandbox.isolation()}")
+    if has_tests and cfg.run_code:
+        common.warn(f"--run_code: each program has its own process; {sandbox.isolation()}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +26,7 @@ from data.mini import TAGS
 from eval.metrics import Metric, interval
 from infra.checkpoint import load, load_model, write_atomically
 from infra.device import pick_device
+from infra.logits import GenerateOutput
 
 RESAMPLES = 1000  # of a bootstrap
 LEFT_TO_RIGHT = ("ar", "speculative")  # values of --sampler besides those of diffusion.py
@@ -56,17 +57,6 @@ class Job(NamedTuple):
     example: int  # the key of its random numbers
 
 
-class Answer(NamedTuple):
-    """A generated text and its cost."""
-
-    text: str
-    calls: int  # network calls, summed over candidates
-    seconds: float  # its share of its batch, encode included
-
-
-NO_ANSWER = Answer("", 0, 0.0)  # to a prompt that is too long
-
-
 @dataclass
 class Generator:
     """A checkpoint and the settings of its sampler."""
@@ -83,47 +73,45 @@ class Generator:
 
     def texts(self, prefixes: list[list[int]]) -> tuple[list[str], dict]:
         """Return the text of each prefix (token ids), in order, and the mean cost."""
-        jobs = [Job(str(i), prefix, i) for i, prefix in enumerate(prefixes)]
-        answers, cost = self.answers(jobs)
-        return [answers[job.key].text for job in jobs], cost
+        texts, cost = self.answers([Job(str(i), ids, i) for i, ids in enumerate(prefixes)])
+        return [texts[str(i)] for i in range(len(prefixes))], cost
 
-    def answers(self, jobs: list[Job]) -> tuple[dict[str, Answer], dict]:
-        """Return the answers by key, and the mean cost. The batches change no text."""
-        answers = {}
+    def answers(self, jobs: list[Job]) -> tuple[dict[str, str], dict]:
+        """Return the texts by key, and the mean cost. The batches change no text.
+
+        A batch holds prefixes of one length, so it needs no padding mask.
+        """
+        texts = {}
+        calls = 0  # of the network, summed over candidates
+        start = time.perf_counter()
+        groups: dict[int, list[Job]] = {}
+        for job in jobs:
+            groups.setdefault(len(job.prefix), []).append(job)
         with tqdm(total=len(jobs), unit="text", disable=None, leave=False) as bar:
-            for batch in _batches(jobs, self.run.batch_size):
-                start = time.perf_counter()
-                texts, calls = self._generate(batch)
-                seconds = (time.perf_counter() - start) / len(batch)
-                for job, text, n in zip(batch, texts, calls):
-                    answers[job.key] = Answer(text, n, seconds)
-                bar.update(len(batch))
-        n = len(answers)
-        calls = sum(answer.calls for answer in answers.values())
-        seconds = sum(answer.seconds for answer in answers.values())
-        return answers, {"calls_per_sample": calls / n, "seconds_per_sample": seconds / n}
+            for length in sorted(groups):
+                for batch in batched(groups[length], self.run.batch_size):
+                    output = self._generate(batch)
+                    keys = [job.key for job in batch]
+                    texts |= zip(keys, map(self._decode, output.tokens.tolist()))
+                    calls += int(output.calls.sum())
+                    bar.update(len(batch))
+        seconds = time.perf_counter() - start
+        n = len(jobs)
+        return texts, {"calls_per_sample": calls / n, "seconds_per_sample": seconds / n}
 
-    def _generate(self, jobs: list[Job]) -> tuple[list[str], list[int]]:
-        model_cfg = self.model.cfg
+    def _generate(self, jobs: list[Job]) -> GenerateOutput:
         device = self.model.tok.weight.device
         prefix = torch.tensor([job.prefix for job in jobs], dtype=torch.long, device=device)
         example = torch.tensor([job.example for job in jobs], device=device)
-        output = self.decoder.generate(self.model, prefix, self.sampler, self.run.seed, example)
-        texts = []
-        for row in output.tokens.tolist():
-            end = row.index(model_cfg.pad_id) if model_cfg.pad_id in row else len(row)
-            texts.append(self.tokenizer.decode(row[:end]))
-        return texts, output.calls.tolist()
+        return self.decoder.generate(self.model, prefix, self.sampler, self.run.seed, example)
+
+    def _decode(self, ids: list[int]) -> str:
+        pad_id = self.model.cfg.pad_id
+        return self.tokenizer.decode(ids[: ids.index(pad_id)] if pad_id in ids else ids)
 
 
-def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
-    """Yield batches of prefixes of one length, which need no padding mask."""
-    groups: dict[int, list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(len(job.prefix), []).append(job)
-    for length in sorted(groups):
-        for start in range(0, len(groups[length]), size):
-            yield groups[length][start : start + size]
+def batched(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def decoder_for(model_cfg, sampler: str = "") -> ModuleType:
@@ -145,13 +133,12 @@ def open_checkpoint(argv: list[str], cls: type) -> tuple:
     model, tokenizer, state = load_model(run.init_from, pick_device(run.device))
     sampler = values.get("sampler", "")
     decoder = decoder_for(model.cfg, sampler)
-    known = {*all_fields(cls, decoder.SamplerConfig)}
-    known |= {"sampler"} if sampler in LEFT_TO_RIGHT else set()
+    known = [*all_fields(cls, decoder.SamplerConfig)]
+    known += ["sampler"] if sampler in LEFT_TO_RIGHT else []
     for name in values:
         if name not in known:
-            kind = "an AR" if model.cfg.paradigm == "ar" else "a diffusion"
-            names = ", ".join(sorted(known))
-            raise ValueError(f"{name!r} is no setting for {kind} checkpoint; available: {names}")
+            names = f"settings of this {model.cfg.paradigm} checkpoint: {', '.join(known)}"
+            raise ValueError(f"{name!r} does not apply to {run.init_from}; {names}")
     sampler_cfg = build(decoder.SamplerConfig, values)
     return build(cls, values), Generator(model, tokenizer, decoder, sampler_cfg, run), state
 
@@ -226,7 +213,6 @@ def cost_line(cost: dict) -> str:
 
 
 def warn(text: str) -> None:
-    """Print a remark that is not part of the result."""
     print(text, file=sys.stderr)
 
 
@@ -359,8 +345,8 @@ class TaskRun:
         read(path, examples) reads the file.
         """
         if self.generator:
-            answers, cost = self.generator.answers(self.jobs())
-            return [answers.get(e["id"], NO_ANSWER).text for e in self.examples], cost
+            texts, cost = self.generator.answers(self.jobs())
+            return [texts.get(example["id"], "") for example in self.examples], cost
         if self.cfg.task.reference:
             return [example["target"] for example in self.examples], {}
         return read(self.cfg.task.predictions, self.examples), {}
@@ -376,7 +362,7 @@ class TaskRun:
             value, low, high = map(metric.show, (metric.value, low, high))
             rows.append([name, value, f"{low} to {high}", method])
         content = json.dumps(self.examples, sort_keys=True).encode()
-        result |= extra | {"examples": sha256(content).hexdigest()[:16]}
+        result |= extra | {"examples": sha256(content).hexdigest()[:16], "resamples": RESAMPLES}
         settings = flatten(self.cfg) | (self.generator.settings() if self.generator else {})
         result |= origin(self.task, self.argv, settings, self.state)
         if self.cfg.task.items:

@@ -24,8 +24,7 @@ from pathlib import Path
 import torch
 
 from configurator import flatten, group, run, setting, validate
-from data.objectives import collate
-from eval.bound import BoundConfig, target_nats
+from eval.bound import BoundConfig, padded_batches, target_nats
 from eval.common import EvalConfig, finish, open_checkpoint, origin
 from infra.logits import banned_token_ids
 
@@ -136,16 +135,13 @@ def is_greedy(model, pairs: list, batch_size: int) -> list[bool]:
     greedy = [False] * len(pairs)
     if model_cfg.paradigm != "ar":
         return greedy
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
-    ids = (model_cfg.pad_id, model_cfg.sep_id, model_cfg.target_length)
-    for start in range(0, len(pairs), batch_size):
-        rows = order[start : start + batch_size]
-        batch = collate([pairs[i] for i in rows], rows, *ids)
+    banned = banned_token_ids(model_cfg, device)
+    for rows, batch in padded_batches(model_cfg, pairs, range(len(pairs)), batch_size):
         logits = model(batch.prefix.to(device), batch.target.to(device))  # (B, T, V)
-        logits = logits.index_fill(-1, banned_token_ids(model_cfg, device), -torch.inf)
-        for i, likeliest in zip(rows, logits.argmax(-1).tolist()):
+        tokens = logits.index_fill(-1, banned, -torch.inf).argmax(-1).tolist()
+        for i, row in zip(rows, tokens):
             target = list(pairs[i][1])
-            greedy[i] = likeliest[: len(target)] == target
+            greedy[i] = row[: len(target)] == target
     return greedy
 
 

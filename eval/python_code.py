@@ -83,14 +83,10 @@ def parse_shares(prefixes: list[str], bodies: list[str]) -> dict:
         "n": n,
         "parse": parsed / n,
         "parse_interval": list(wilson(parsed, n)),
-        "empty": empty / n,
-        "parse_of_non_empty": parsed / (n - empty) if n > empty else None,
-        "parse_of_non_empty_interval": list(wilson(parsed, n - empty)),
-        "trivial": trivial / n,
         "parse_and_not_trivial": (parsed - trivial) / n,
+        "trivial": trivial / n,
+        "empty": empty / n,
         "distinct": len(set(bodies)) / n,
-        "not_utf8": sum(INVALID in body for body in bodies) / n,
-        "mean_bytes": sum(len(body.replace(INVALID, "?").encode()) for body in bodies) / n,
         "hits": {"parse": parsed, "empty": empty, "trivial": trivial},
     }
 
@@ -109,8 +105,7 @@ def main(argv: list[str]) -> dict:
     bodies, cost = generator.texts([prefix for prefix, _ in pairs])
     result["generated"] = parse_shares(prefixes, bodies)
     result["held_out"] = parse_shares(prefixes, targets)
-    shown = zip(prefixes[:3], bodies)
-    result |= cost | {"examples": [{"prefix": prefix, "body": body} for prefix, body in shown]}
+    result |= cost | {"examples": list(zip(prefixes[:3], bodies))}
     folder = {"folder": str(data), "fingerprint": held_out.fingerprint, "items": chosen}
     result["dataset"] = folder | held_out.meta
     result |= common.origin("python_code", argv, flatten(cfg) | generator.settings(), state)
@@ -120,23 +115,18 @@ def main(argv: list[str]) -> dict:
 
 def _table(result: dict) -> str:
     loss = result["loss"]
-    ours = result["generated"]
-    theirs = result["held_out"]
     error = "" if loss["standard_error"] is None else f" +- {loss['standard_error']:.3f}"
     bits = f"{loss['bits_per_byte']:.3f}{error} bits per byte"
     lines = [f"{bits}, of which pads {loss['of_which_pads']:.3f} ({loss['measure']})"]
     if "by_rate" in loss:
         rates = loss["by_rate"].items()
         values = " ".join(f"{rate}:{row['bits_per_byte']:.3f}" for rate, row in rates)
-        lines.append(f"    by rate: {values}")
-    low, high = ours["parse_interval"]
-    share = f"{ours['parse']:.1%} parse [{low:.1%}, {high:.1%}] of {ours['n']} generated bodies"
-    lines.append(f"{share}; {ours['parse_and_not_trivial']:.1%} parse and do something")
-    for name in ("empty", "trivial", "distinct", "not_utf8"):
-        lines.append(f"    {name:10s} {ours[name]:6.1%}, held out {theirs[name]:6.1%}")
-    lengths = f"{ours['mean_bytes']:.0f} bytes, held out {theirs['mean_bytes']:.0f}"
-    lines.append(f"    mean length {lengths}")
-    return "\n".join([*lines, cost_line(result)])
+        lines.append(f"by rate: {values}")
+    names = ("parse", "parse_and_not_trivial", "trivial", "empty", "distinct")
+    columns = [result["generated"], result["held_out"]]
+    rows = [[name, *(f"{column[name]:.1%}" for column in columns)] for name in names]
+    header = [f"bodies, n = {columns[0]['n']}", "generated", "held out"]
+    return "\n".join([*lines, common.markdown(header, rows), cost_line(result)])
 
 
 if __name__ == "__main__":

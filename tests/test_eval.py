@@ -91,7 +91,7 @@ def test_settings_of_the_other_paradigm_are_refused(place):
     cfg, opened, state = common.open_checkpoint(argv, cls)
     assert (opened.sampler.steps, opened.sampler.candidates, cfg.n, state["step"]) == (3, 1, 5, 7)
     for kind, flag in (("diffusion", "--top_k=3"), ("ar", "--steps=3")):
-        with pytest.raises(ValueError, match=f"no setting for an? {kind} checkpoint|an AR"):
+        with pytest.raises(ValueError, match=f"does not apply to .* this {kind} checkpoint"):
             common.open_checkpoint([f"--init_from={place / kind}.pt", flag], cls)
 
 
@@ -107,7 +107,7 @@ def test_a_diffusion_checkpoint_may_be_read_left_to_right(place):
         assert not hasattr(opened.sampler, "steps") and opened.settings()["sampler"] == sampler
     assert texts["ar"] == texts["speculative"] and len(set(texts["ar"])) > 1
     assert cost["calls_per_sample"] >= 3
-    with pytest.raises(ValueError, match="'steps' is no setting"):
+    with pytest.raises(ValueError, match="'steps' does not apply"):
         flags = [*argv, "--sampler=speculative", "--steps=3"]
         common.open_checkpoint(flags, exact_match.ExactMatchConfig)
 
@@ -234,10 +234,7 @@ def test_parse_shares_by_hand():
     assert found["hits"] == {"parse": 4, "empty": 2, "trivial": 2}
     shares = [found[name] for name in ("parse", "empty", "trivial", "parse_and_not_trivial")]
     assert shares == [0.5, 0.25, 0.25, 0.25]
-    assert found["parse_of_non_empty"] == pytest.approx(4 / 6)
-    assert found["parse_of_non_empty_interval"] == list(wilson(4, 6))
-    assert (found["distinct"], found["not_utf8"]) == (7 / 8, 1 / 8)
-    assert found["mean_bytes"] == (12 + 13 + 0 + 4 + 8 + 23 + 12 + 11) / 8
+    assert found["parse_interval"] == list(wilson(4, 8)) and found["distinct"] == 7 / 8
 
 
 @pytest.mark.parametrize("body", ["    pass", "    return", "    'text'", "    return 1"])
@@ -271,7 +268,7 @@ def test_main_with_a_generator_that_knows_the_answers(place, monkeypatch, capsys
     assert result["generated"]["hits"] == {"parse": 2, "empty": 2, "trivial": 1}
     assert result["held_out"]["hits"] == {"parse": 4, "empty": 0, "trivial": 1}
     assert result["calls_per_sample"] == 5
-    assert json.loads((place / "a.json").read_text()) == result
+    assert json.loads((place / "a.json").read_text()) == json.loads(json.dumps(result))
     fingerprint = open_dataset(place / "pairs", "valid").fingerprint
     assert result["dataset"]["fingerprint"] == fingerprint
     assert result["dataset"]["items"] == [0, 1, 2, 3]
@@ -279,7 +276,8 @@ def test_main_with_a_generator_that_knows_the_answers(place, monkeypatch, capsys
     fields = {"command", "seed", "torch", "python", "commit", "hardware", "threads", "settings"}
     assert fields <= set(result)
     printed = capsys.readouterr().out
-    assert "50.0% parse" in printed and max(map(len, printed.splitlines())) < 120
+    assert "| parse                 | 50.0%     | 100.0%" in printed
+    assert max(map(len, printed.splitlines())) < 120
 
 
 def test_main_on_a_diffusion_checkpoint_says_that_it_is_no_likelihood(place, capsys):
