@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -297,10 +297,9 @@ def _unusable(path: Path, fault: str) -> ValueError:
 
 
 def _build_command(folder: Path) -> str:
-    if folder.name in SETS:
-        return shlex.join(["python", "-m", SETS[folder.name], f"--out={folder.parent}"])
-    arguments = ["--input=FILE", f"--name={folder.name}", f"--out={folder.parent}"]
-    return shlex.join(["python", "-m", "data.text_file", *arguments])
+    module = SETS.get(folder.name, "data.text_file")
+    flags = [] if folder.name in SETS else ["--input=FILE", f"--name={folder.name}"]
+    return shlex.join(["python", "-m", module, *flags, f"--out={folder.parent}"])
 
 
 def _rng(purpose: str, seed: int, place: int) -> np.random.Generator:
@@ -309,28 +308,20 @@ def _rng(purpose: str, seed: int, place: int) -> np.random.Generator:
         raise ValueError(f"seed and step must be 0 or more, got {seed} and {place}")
     # Two words each: SeedSequence joins its words, so a long seed must not run into the place.
     words = [word for n in (seed, int(place)) for word in (n & 0xFFFFFFFF, n >> 32)]
-    return np.random.Generator(
-        np.random.Philox(np.random.SeedSequence([*purpose.encode(), *words]))
-    )
+    entropy = np.random.SeedSequence([*purpose.encode(), *words])
+    return np.random.Generator(np.random.Philox(entropy))
 
 
 # Writing
 
 
-def write_stream(
-    folder: str | Path,
-    splits: dict[str, Iterable[Tokens]],
-    tokenizer_name: str,
-    target_length: int,
-    block_size: int,
-    **free,
-) -> dict:
-    """Write a stream: the token chunks of each split, end to end. Return meta.json's content."""
+def write_stream(folder, splits: dict, tokenizer: str, target_length, block_size, **free) -> dict:
+    """Write the token chunks of each split, end to end. Return meta.json. free: more fields."""
     if not 2 <= target_length < block_size:
         limits = f"got {target_length} and {block_size}"
         raise ValueError(f"a stream needs 2 <= target_length < block_size, {limits}")
     sizes = {"target_length": target_length, "block_size": block_size}
-    with _Writer(folder, "stream", tokenizer_name, **sizes, **free) as writer:
+    with _Writer(folder, "stream", tokenizer, **sizes, **free) as writer:
         for split, chunks in splits.items():
             n = writer.write_tokens(split, chunks)
             if n < block_size:
@@ -340,18 +331,11 @@ def write_stream(
     return writer.meta
 
 
-def write_pairs(
-    folder: str | Path,
-    splits: dict[str, Sequence[tuple[Tokens, Tokens]]],
-    tokenizer_name: str,
-    target_length: int,
-    block_size: int,
-    **free,
-) -> dict:
-    """Write pairs of (prefix, target) ids without separators. Return meta.json's content."""
+def write_pairs(folder, splits: dict, tokenizer: str, target_length, block_size, **free) -> dict:
+    """Write the (prefix, target) ids of each split. Return meta.json. free: more fields."""
     sizes = {"target_length": target_length, "block_size": block_size}
     limits = (block_size - target_length, target_length - 1)
-    with _Writer(folder, "pairs", tokenizer_name, **sizes, **free) as writer:
+    with _Writer(folder, "pairs", tokenizer, **sizes, **free) as writer:
         for split, pairs in splits.items():
             if not pairs:
                 raise ValueError(f"{folder}: {split} has no pairs")

@@ -7,9 +7,9 @@
 
     A dog runs.  ->  Un chien court.
 
-Files may be gzipped, tabbed lines may be in a .zip, and ARCHIVE.tgz::MEMBER is a file of an archive.
-Without a held-out file, some sentences are held out by a hash of the source. So no source is in both
-splits, whatever its translations, case and punctuation.
+Files may be gzipped, tabbed lines may be in a .zip; ARCHIVE.tgz::MEMBER is a file of an archive.
+Without a held-out file, some sentences are held out by a hash of the source, so no source is in
+both splits, whatever its translations, case and punctuation.
 
 multi30k: English to French captions (Elliott et al. 2016, 1605.00459; 2017, 1710.07177).
 tatoeba: short English to French sentences (manythings.org/anki).

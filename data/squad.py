@@ -5,8 +5,8 @@
 
     Ann read the book.\\nQuestion: Who read it?\\nAnswer:  ->   Ann
 
-The question comes after the paragraph. The target is the first answer. By default the official files
-are downloaded. Of a single file, some paragraphs are held out.
+The question comes after the paragraph. The target is the first answer. By default the official
+files are downloaded. Of a single file, some paragraphs are held out.
 """
 
 import shlex

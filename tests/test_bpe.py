@@ -1,4 +1,4 @@
-"""data/bpe.py: the vocabulary is the one that merges by hand give, and each reader encodes alike."""
+"""data/bpe.py: the merges are those found by hand, and each reader encodes alike."""
 
 import json
 from pathlib import Path

@@ -55,7 +55,11 @@ NUMBERS = {
 
 def test_numbers_are_spelled_as_in_a_grammar():
     assert {n: (english(n), french(n)) for n in NUMBERS} == NUMBERS
-    assert len({english(n) for n in range(10_000)}) == len({french(n) for n in range(10_000)}) == 10_000
+    assert (
+        len({english(n) for n in range(10_000)})
+        == len({french(n) for n in range(10_000)})
+        == 10_000
+    )
 
 
 @pytest.fixture(scope="module")

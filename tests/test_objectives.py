@@ -29,10 +29,15 @@ def test_a_batch_is_what_one_writes_by_hand():
     arrays = collate([(np.uint16([1, 2]), np.uint16([3]))], np.arange(1), PAD, SEP, 3)
     assert arrays.prefix.tolist() == [[1, 2]] and arrays.target.tolist() == [[SEP, 3, PAD]]
     assert collate([([], [1]), ([], [2])], [0, 1], PAD, SEP, 2).prefix.shape == (2, 0)
+    given = collate([([1, 2], [3]), ([], [4])], [0, 1], PAD, -1, 3)  # slot 0 is the last token
+    assert given.prefix.tolist() == [[1], [PAD]]
+    assert given.target.tolist() == [[2, 3, PAD], [PAD, 4, PAD]]
 
 
 def test_a_target_that_is_too_long_is_refused_by_its_example():
-    with pytest.raises(ValueError, match="example 12: its target has 4 tokens, but target_length=4"):
+    with pytest.raises(
+        ValueError, match="example 12: its target has 4 tokens, but target_length=4"
+    ):
         collate([([1], [2]), ([1], [2, 3, 4, 5])], [11, 12], PAD, SEP, target_length=4)
     with pytest.raises(ValueError, match="1 pairs but 2 example"):
         collate([([1], [2])], [0, 1], PAD, SEP, target_length=4)
@@ -66,7 +71,7 @@ def test_spans_are_counted_as_in_t5():
 
 
 def test_every_division_into_spans_is_equally_likely():
-    """9 hidden tokens in 3 spans: 28 divisions. Chi-square, 27 degrees of freedom: p(55.5) = 0.001."""
+    """9 hidden tokens in 3 spans: 28 divisions. Chi-square, 27 degrees of freedom, p = 0.001."""
     counts = Counter()
     for seed in range(2800):
         _, _, target = corrupted(60, seed)

@@ -45,7 +45,7 @@ def lines(word, n):
 
 
 def test_line_i_is_paired_with_line_i(tmp_path):
-    """Only line ends end a line. Empty lines stay, so that line i of the predictions is line i here."""
+    """Only line ends end a line. Empty lines stay: line i of the predictions is line i here."""
     a = write(tmp_path / "a.en.gz", " A dog \u2028 ru\rns. \r\n\nNo.\n")
     b = write(tmp_path / "a.fr", "Un chien.\nx\nNon.")
     first, empty, last = parallel.read(a, b, task_prefix="fr: ")
@@ -77,7 +77,7 @@ def test_four_files_become_a_set_without_empty_lines(tmp_path):
 
 
 def test_a_zip_of_tabbed_lines_keeps_a_source_in_one_split(tmp_path):
-    """As in Tatoeba: several translations of a sentence, also with another stop, and a third field."""
+    """As in Tatoeba: several translations of a sentence, with any stop, and a third field."""
     rows = [f"Sentence {i // 4}{'.!'[i % 2]}\tPhrase {i}\tCC-BY someone\n" for i in range(400)]
     with zipfile.ZipFile(tmp_path / "fra-eng.zip", "w") as archive:
         archive.writestr("fra.txt", "".join(rows))
@@ -106,7 +106,9 @@ def archives(tmp_path, monkeypatch):
 
 
 def test_wmt14_is_read_from_its_archives_in_order(archives, tmp_path):
-    parallel.main(["--source=wmt14", "--limit=3", "--task_prefix=fr: ", *SIZES, f"--out={tmp_path}"])
+    parallel.main(
+        ["--source=wmt14", "--limit=3", "--task_prefix=fr: ", *SIZES, f"--out={tmp_path}"]
+    )
     train, valid = (texts(tmp_path / "wmt14", split) for split in ("train", "valid"))
     assert len(train) == 5 * 3 and len(valid) == 4
     assert train[0] == ("fr: europarl-v7.fr-en.en 0", "europarl-v7.fr-en.fr 0")

@@ -56,7 +56,7 @@ def module(i: int) -> str:
 
 @pytest.fixture
 def folder(tmp_path):
-    """40 modules, a copy with other spaces, a function with another name, 2 broken files, 3 tests."""
+    """40 modules, a copy with other spaces, a renamed function, 2 broken files, 3 tests."""
     root = tmp_path / "src"
     (root / "tests").mkdir(parents=True)
     for i in range(40):
@@ -84,12 +84,21 @@ def test_functions_are_dedented_and_whole():
 def test_a_form_feed_does_not_shift_the_lines():
     """Python counts lines at newlines only; str.splitlines also splits at a form feed."""
     text = 'x = 1\n\x0c\ndef f():\n    """Doc."""\n    return 2\n'
-    assert list(functions(text, ast.parse(text))) == [('def f():\n    """Doc."""\n', "    return 2")]
+    assert list(functions(text, ast.parse(text))) == [
+        ('def f():\n    """Doc."""\n', "    return 2")
+    ]
 
 
 HEAD = 'def f(x):\n    """Doc."""\n'
 GOOD = ["    return x", "    for i in x:\n        yield i\n\n    return 3", "    return '\\d'"]
-BAD = ["", "    return (x", "return x", "    return x\0", "    x = " + "(" * 9999, "    pass\nx = 1"]
+BAD = [
+    "",
+    "    return (x",
+    "return x",
+    "    return x\0",
+    "    x = " + "(" * 9999,
+    "    pass\nx = 1",
+]
 
 
 def test_a_body_parses_or_not():
@@ -136,7 +145,9 @@ def test_both_sets_are_written_and_two_builds_are_equal(folder, tmp_path):
 
 
 @pytest.mark.parametrize("target_length, too_long", [(44, 0), (43, 1)])
-def test_lengths_are_as_set_and_longer_pairs_are_left_out(folder, tmp_path, target_length, too_long):
+def test_lengths_are_as_set_and_longer_pairs_are_left_out(
+    folder, tmp_path, target_length, too_long
+):
     body = '    return "' + "x" * 30 + '"'  # 43 bytes; with the separator 44
     (folder / "m0.py").write_text(f'def long(x):\n    """Doc."""\n{body}\n{module(0)}')
     flags = [f"--target_length={target_length}", "--block_size=90", f"--out={tmp_path}"]

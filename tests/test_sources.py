@@ -1,4 +1,4 @@
-"""data/sources.py: downloads are whole or not there, lines end at a newline, misfits are counted."""
+"""data/sources.py: downloads are whole or absent, lines end at a newline, misfits are counted."""
 
 import gzip
 import hashlib

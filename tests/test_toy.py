@@ -5,7 +5,11 @@ import pytest
 from data import toy
 from data.loader import open_dataset
 
-ORACLES = {"copy": str, "reverse": lambda s: "".join(reversed(s)), "sort": lambda s: "".join(sorted(s))}
+ORACLES = {
+    "copy": str,
+    "reverse": lambda s: "".join(reversed(s)),
+    "sort": lambda s: "".join(sorted(s)),
+}
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
