@@ -92,7 +92,7 @@ def _check_limits(value, field) -> None:
     maximum = limits.get("maximum", largest)
     above = limits.get("above", -math.inf)
     limit = None
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         limit = "a finite number"
     elif value < minimum:
         limit = f"at least {minimum}"
