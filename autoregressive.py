@@ -30,14 +30,14 @@ class SamplerConfig:
         validate(self)
 
 
-def losses(model, batch, cfg, rng: CounterRNG, extra_edges=None) -> Iterator[Tensor]:
-    """Yield the one term of the loss: next-token cross-entropy of the target, nats per slot.
+def losses(model, batch, cfg, rng: CounterRNG, extra_edges=None, scale=1.0) -> Iterator[Tensor]:
+    """Yield the one term of the loss, times scale: cross-entropy of the target, nats per slot.
 
     Pads are predicted too: that is how a text ends.
     """
     logits = model(batch.prefix, batch.target)  # (B, T, V); position i predicts slot i + 1
     expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)  # -100 is not scored
-    yield cross_entropy_in_place(logits, expected)
+    yield cross_entropy_in_place(logits, expected) * scale
 
 
 def loss(model, batch, cfg, rng: CounterRNG) -> Tensor:

@@ -80,13 +80,27 @@ def align_logits(logits: Tensor, shift: bool) -> Tensor:
     return logits[:, :-1] if shift else logits[:, 1:]
 
 
-def losses(model, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None):
-    """Yield the terms L(1), L(2), ...: nats per slot, averaged over all slots, pads included.
+def losses(model, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None, scale=1.0):
+    """Yield the terms L(1), L(2), ..., times scale: nats per slot, the mean over all slots and pads.
+
+    Call backward() on each term before the next is computed, which frees its graph. The prefix is read
+    once: a last term of value 0 carries the gradients of all passes into it.
+    rate (B, 1): corruption, drawn if None. extra_edges: see model.attention_mask.
+    """
+    cache = model.encode(batch.prefix, reserve=batch.target.shape[1])
+    detached, pairs = cache.detach()
+    for term in loss_terms(model, detached, batch, cfg, rng, rate, extra_edges):
+        yield term * scale
+    carried = [(read * leaf.grad).sum() for read, leaf in pairs if leaf.grad is not None]
+    if carried:
+        yield sum(carried) - sum(carried).detach()
+
+
+def loss_terms(model, cache, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None):
+    """Yield the terms behind a prefix that was read into cache.
 
     L(k + 1) reads the model's own prediction of pass k, as tokens and as self-conditioning. No gradient
-    flows through it, so each term may be backpropagated before the next one is computed.
-    rate (B, 1): corruption, drawn if None. extra_edges: see model.attention_mask.
-    With cfg.ar_loss_weight the last term is causal_loss, weighted.
+    flows through it. With cfg.ar_loss_weight the last term is causal_loss, weighted.
     """
     model_cfg = model.cfg
     target = batch.target  # (B, T)
@@ -96,7 +110,9 @@ def losses(model, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None):
     # Aligned like the logits; -100 is not scored. Slicing the logits instead would copy them.
     expected = F.pad(target[:, 1:], (0, 1) if model_cfg.shift else (1, 0), value=-100)
     for k in range(cfg.unroll_steps):
-        logits = model(batch.prefix, canvas, self_cond, extra_edges=extra_edges)  # (B, T, V)
+        logits = model.decode(
+            cache.fork(), canvas, False, self_cond, None, extra_edges
+        )  # (B, T, V)
         if k + 1 < cfg.unroll_steps:  # before the loss overwrites the logits
             with torch.no_grad():
                 aligned = align_logits(logits, model_cfg.shift)  # (B, T - 1, V)
@@ -110,29 +126,31 @@ def losses(model, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None):
         del logits  # the next pass allocates as many
         yield term
     if cfg.ar_loss_weight:
-        yield cfg.ar_loss_weight * causal_loss(model, batch)
+        yield cfg.ar_loss_weight * causal_loss(model, cache, target)
 
 
-def causal_loss(model, batch) -> Tensor:
+def causal_loss(model, cache, target: Tensor) -> Tensor:
     """Return the AR loss of these weights under the causal mask: nats per slot, pads included."""
-    logits = model(batch.prefix, batch.target, attention="causal")  # (B, T, V)
-    expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)
+    logits = model.decode(cache.fork(), target, attention="causal")  # (B, T, V)
+    expected = F.pad(target[:, 1:], (0, 1), value=-100)
     return cross_entropy_in_place(logits, expected)
 
 
 def loss(model, batch, cfg, rng: CounterRNG) -> Tensor:
     """Return L(1) + L(2) of AR2Diff: a plain sum, nats per slot."""
-    return sum(losses(model, batch, cfg, rng))
+    return sum(loss_terms(model, model.encode(batch.prefix), batch, cfg, rng))
 
 
 @torch.no_grad()
 def loss_by_rate(model, batch, rng: CounterRNG, rates: list[float]) -> dict[str, float]:
     """Return L(1) at fixed corruption rates, nats per slot. Not comparable with an AR loss."""
     single_pass = LossConfig(unroll_steps=1)
+    cache = model.encode(batch.prefix, reserve=batch.target.shape[1])
     found = {}
     for rate in rates:
         fixed = torch.full((len(batch.target), 1), rate, device=batch.target.device)
-        found[f"{rate:.1f}"] = next(losses(model, batch, single_pass, rng, fixed)).item()
+        terms = loss_terms(model, cache, batch, single_pass, rng, fixed)
+        found[f"{rate:.1f}"] = next(terms).item()
     return found
 
 

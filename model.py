@@ -273,6 +273,24 @@ class KVCache:
         other.prefix = None if self.prefix is None else self.prefix[index]
         return other
 
+    def fork(self) -> "KVCache":
+        """Return a cache that shares what was read. What is written to it stays in it."""
+        other = copy.copy(self)
+        other.k = list(self.k)
+        other.v = list(self.v)
+        return other
+
+    def detach(self) -> tuple["KVCache", list[tuple[Tensor, Tensor]]]:
+        """Return a fork without a graph, and its tensors: pairs (original, detached leaf)."""
+        other = self.fork()
+        pairs = []
+        for tensors in (other.k, other.v):
+            for layer, tensor in enumerate(tensors):
+                if tensor is not None:
+                    tensors[layer] = tensor.detach().requires_grad_()
+                    pairs.append((tensor, tensors[layer]))
+        return other, pairs
+
     def append_valid(self, tokens: Tensor) -> None:
         """Count tokens (B, T), already written, as part of what was read."""
         self.length += tokens.shape[1]

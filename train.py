@@ -222,15 +222,15 @@ def train_step(run: Run, batches, step: int) -> dict:
     learning_rate = learning_rate_at(step, cfg)
     set_learning_rate(run.optimizers, learning_rate)
     terms = [0.0] * n_terms(cfg)
+    scale = 1 / cfg.grad_accum_steps
     tokens = 0
     n_flops = 0
     for micro in range(cfg.grad_accum_steps):
         batch = next(batches)
         try:
-            for k, term in enumerate(micro_batch_losses(run, batch, step)):
+            for k, term in enumerate(micro_batch_losses(run, batch, step, scale)):
                 is_last = micro + 1 == cfg.grad_accum_steps and k + 1 == len(terms)
                 ctx.set_gradient_sync(model, is_last)
-                term = term / cfg.grad_accum_steps
                 term.backward()  # frees the graph before the next term is computed
                 terms[k] += term.detach()
         except (RuntimeError, MemoryError) as error:
@@ -248,6 +248,7 @@ def train_step(run: Run, batches, step: int) -> dict:
     ctx.average_gradients(model)
     grad_norm = ctx.clip_gradients(model, cfg.grad_clip)
     terms = list(ctx.mean(dict(enumerate(terms))).values())
+    terms = terms[: len(terms) - prefix_is_cached(cfg)]  # without the one of value 0
     loss = sum(terms)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise ValueError(
@@ -264,16 +265,23 @@ def train_step(run: Run, batches, step: int) -> dict:
 def n_terms(cfg: TrainConfig) -> int:
     if cfg.model.paradigm == "ar":
         return 1
-    return cfg.loss.unroll_steps + (cfg.loss.ar_loss_weight > 0)
+    return cfg.loss.unroll_steps + (cfg.loss.ar_loss_weight > 0) + prefix_is_cached(cfg)
 
 
-def micro_batch_losses(run: Run, batch, step: int):
+def prefix_is_cached(cfg: TrainConfig) -> bool:
+    """Whether a last term of value 0 carries the gradient into the prefix."""
+    return cfg.model.paradigm == "diffusion" and cfg.model.prefix_attention != "joint"
+
+
+def micro_batch_losses(run: Run, batch, step: int, scale: float):
     """Yield the terms of the loss of one micro-batch, each before the next is computed."""
     cfg = run.cfg
     rng = make_rng(cfg.seed, batch.example, step)
     edges = extra_edges(batch, step, cfg)
     with device.autocast(run.ctx.device, cfg.dtype):
-        yield from run.paradigm.losses(run.model, batch, cfg.loss, rng, extra_edges=edges)
+        yield from run.paradigm.losses(
+            run.model, batch, cfg.loss, rng, extra_edges=edges, scale=scale
+        )
 
 
 def extra_edges(batch, step: int, cfg: TrainConfig) -> Tensor | None:
@@ -311,7 +319,9 @@ def evaluate(run: Run) -> dict:
             else:
                 found = diffusion.loss_by_rate(model, batch, rng, RATES)
             if cfg.loss.ar_loss_weight:
-                found["ar"] = float(diffusion.causal_loss(model, batch))
+                found["ar"] = float(
+                    diffusion.causal_loss(model, model.encode(batch.prefix), batch.target)
+                )
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value / cfg.eval_batches
     sums = run.ctx.mean(sums)

@@ -28,6 +28,22 @@ class CrossCache(KVCache):
         other.prefix_mask = None if self.prefix_mask is None else self.prefix_mask[index]
         return other
 
+    def detach(self) -> tuple["CrossCache", list[tuple[Tensor, Tensor]]]:
+        other, pairs = super().detach()
+        other.cross = [tuple(t.detach().requires_grad_() for t in layer) for layer in self.cross]
+        for layer, leaves in zip(self.cross, other.cross):
+            pairs += zip(layer, leaves)
+        return other, pairs
+
+    def detach(self) -> tuple["CrossCache", list[tuple[Tensor, Tensor]]]:
+        other, pairs = super().detach()
+        other.cross = []
+        for keys_and_values in self.cross:
+            leaves = tuple(tensor.detach().requires_grad_() for tensor in keys_and_values)
+            pairs += zip(keys_and_values, leaves)
+            other.cross.append(leaves)
+        return other, pairs
+
 
 class CrossAttention(nn.Module):
     """Attention from target to prefix.

@@ -55,12 +55,14 @@ class DistributedContext:
         if parallel == "fsdp":
             if not dist.is_initialized():
                 raise ValueError("--parallel=fsdp needs torchrun, which starts several processes")
-            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
             # A block that runs twice in a forward pass (prefix, then target) must not free its
             # weights in between. Such a model is gathered and freed as a whole.
             for part in [*model.blocks, model] if model.cfg.single_pass else [model]:
                 fully_shard(part)
+            for name in ("encode", "decode"):  # the loss calls them instead of forward
+                register_fsdp_forward_method(model, name)
             self.sharded = True
 
     def set_gradient_sync(self, model, last: bool) -> None:

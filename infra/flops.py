@@ -34,9 +34,15 @@ def forward_flops(m: ModelConfig, prefix: int, target: int) -> int:
 def train_flops(
     m: ModelConfig, prefix: int, target: int, unroll_steps=1, ar_loss_weight=0.0
 ) -> int:
-    """Return the FLOPs of one training step over a row: forward and backward of each loss term."""
+    """Return the FLOPs of one training step over a row: forward and backward of each loss term.
+
+    A cached prefix is read once for all terms.
+    """
     terms = unroll_steps + (ar_loss_weight > 0) if m.paradigm == "diffusion" else 1
-    return 3 * forward_flops(m, prefix, target) * terms
+    flops = terms * forward_flops(m, prefix, target)
+    if not m.single_pass:
+        flops -= (terms - 1) * forward_flops(m, prefix, 0)
+    return 3 * flops
 
 
 def memory(cfg, rows: int, prefix: int, target: int) -> dict[str, int]:
