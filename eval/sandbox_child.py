@@ -247,7 +247,8 @@ def play(down: int, up: int) -> None:
     """
     write, leave, untrace, unprofile = os.write, os._exit, sys.settrace, sys.setprofile
     no_memory, anything = MemoryError, BaseException
-    program, modules, password = receive(down)
+    source, load = os.fdopen(down, "rb"), marshal.load
+    program, modules, password = load(source)
     for name in modules:
         try:
             __import__(name)
@@ -273,7 +274,7 @@ def play(down: int, up: int) -> None:
         exec(code, names)
         restore()
         write(up, password.encode() + b"\n")
-        tests, password = receive(down)
+        tests, password = load(source)
         exec(compile(tests, "<tests>", "exec", dont_inherit=True), names)
         write(up, password.encode() + b"\n")
     except no_memory:  # no formatting, because that takes memory
@@ -292,41 +293,24 @@ def describe(error: BaseException, stage: str) -> bytes:
         if isinstance(error, SystemExit) and stage == "failed":
             stage = "exit"
         trace = error.__traceback__
-        line = 0
         while trace:
             if trace.tb_frame.f_code.co_filename == "<tests>":
-                line = trace.tb_lineno
+                text += f" (line {trace.tb_lineno} of the tests)"
+                break
             trace = trace.tb_next
-        text += f" (line {line} of the tests)" if line else ""
         return f"{stage} {text}".replace("\n", " ").encode(errors="replace")[:CLIP] + b"\n"
     except BaseException:  # the program may define __str__
         return stage.encode() + b" an exception that cannot be shown\n"
 
 
 def send(fd: int, message: tuple) -> None:
-    """Write a message: its length in 8 bytes, then its values by marshal."""
+    """Write a message for marshal.load."""
     data = marshal.dumps(message)
-    data = len(data).to_bytes(8, "big") + data
     try:
         while data:
             data = data[os.write(fd, data) :]
     except OSError:  # the program closed its end; the verdict will show it
         pass
-
-
-def receive(fd: int) -> tuple:
-    """Read one message of send() and no further byte."""
-    return marshal.loads(read_exactly(fd, int.from_bytes(read_exactly(fd, 8), "big")))
-
-
-def read_exactly(fd: int, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        chunk = os.read(fd, size - len(data))
-        if not chunk:
-            os._exit(1)  # the judge has ended
-        data += chunk
-    return data
 
 
 def write_file(path: str, text: str) -> None:
