@@ -111,9 +111,9 @@ def kill_during_a_write(trial: Trial) -> bool:
 
 
 def fill_the_disk(trial: Trial) -> bool:
-    """From some moment on no file may grow beyond a limit: an error like that of a full disk."""
+    """From some moment on no checkpoint can be written. The limit is above the output's size."""
     number = trial.choose.randrange(1, 12)
-    limit = (trial.choose.randrange(1_000, 60_000), resource.RLIM_INFINITY)
+    limit = (trial.choose.randrange(30_000, 90_000), resource.RLIM_INFINITY)
 
     def prepare():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
