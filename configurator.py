@@ -172,11 +172,12 @@ def _known_field(name: str, fields: dict, arg: str) -> dataclasses.Field:
 
 
 def _read_file(path: str) -> dict:
-    try:
-        names = runpy.run_path(os.path.expanduser(path))
-    except FileNotFoundError:
+    path = os.path.expanduser(path)
+    if not os.path.exists(path) or os.path.isdir(path):
         hint = "settings are given as --key=value"
-        raise ValueError(f"{path}: no such config file ({hint})") from None
+        raise ValueError(f"{path}: no such config file ({hint})")
+    try:
+        names = runpy.run_path(path)
     except Exception as error:  # whatever is wrong in the file, the user can fix it
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
     skipped = (type(os), type, Callable)  # what an import or a def leaves behind

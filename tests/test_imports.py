@@ -1,139 +1,109 @@
-"""Who imports whom, read from the source: a table to keep, and files that fit in a head."""
+"""Who imports whom: the core needs nothing optional, nothing needs eval/, and there is no cycle."""
 
 import ast
+import functools
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
+from processes import Child
 
 ROOT = Path(__file__).parent.parent
-# A module may import the modules named for it, and nothing else of ours. "data.*": the modules of that folder that have
-# no row of their own. Only runs/, eval.tables and tests/ may import anything. Nothing else imports them, but for
-# eval.check_results, which makes the tables again.
-MAY_IMPORT = {
-    # level 0
-    "configurator": "",
-    "atomic": "",
-    "draws": "",
-    "device": "",
-    "rope": "",
-    "recompute": "",
-    "attention": "",
-    "cross_entropy": "",
-    "data.objectives": "",
-    "data.syntax": "",
-    "data.tokenizer_json": "",
-    # level 1
-    "optimizers": "device",
-    "model": "attention rope",
-    "data.tokenizer": "data.tokenizer_json",
-    "families": "model",
-    "anneal": "draws",
-    "autoregressive": "cross_entropy device draws",
-    "fast": "model encdec",
-    "samplers": "draws",
-    "diffusion": "cross_entropy device draws samplers",
-    "encdec": "model rope",
-    "cost": "diffusion model encdec optimizers",
-    "plan": "attention configurator cost device model",
-    "data.loader": "data.objectives data.tokenizer",
-    "data.ahead": "data.objectives",
-    "sharded": "atomic configurator",
-    "checkpoint": "atomic configurator sharded model encdec data.tokenizer",
-    # level 2
-    "run_folder": "atomic",
-    "trouble": "atomic cost model",
-    "distributed": "device checkpoint sharded",
-    "heldout": "device draws autoregressive diffusion data.tokenizer",
-    "speculative": "device draws samplers diffusion",
-    "data.sources": "data.loader data.tokenizer",
-    "data.squad": "configurator data.sources data.text_file",
-    "data.mbpp": "configurator data.sources data.text_file",
-    "data.parallel": "configurator data.sources",
-    "data.wmt14": "configurator data.parallel data.sources",
-    "data.bpe": "configurator checkpoint data.tokenizer_json data.tokenizer data.python_code data.text_file",
-    "data.*": "configurator data.loader data.tokenizer data.syntax",
-    "pretrained": "data.tokenizer_json data.tokenizer encdec families model",
-    "ar2diff": "configurator draws model encdec autoregressive diffusion checkpoint pretrained "
-    "data.loader data.tokenizer data.objectives",
-    # level 3
-    "train": "configurator device draws model encdec anneal plan recompute cost autoregressive diffusion checkpoint "
-    "optimizers run_folder heldout trouble distributed data.ahead data.loader data.tokenizer data.objectives",
-    "view.cells": "data.tokenizer",
-    "view.record": "",
-    "view.terminal": "data.tokenizer view.cells view.record",
-    "view.page": "checkpoint data.tokenizer view.record",
-    "sample": "configurator device draws model autoregressive diffusion samplers speculative checkpoint "
-    "data.tokenizer data.objectives view.*",
-    "eval.metrics": "",
-    "eval.sandbox": "eval.sandbox_child",
-    "eval.sandbox_child": "",
-    "eval.common": "configurator device autoregressive diffusion speculative checkpoint sample "
-    "data.objectives data.loader data.mini data.text_file eval.metrics",
-    "eval.timing": "data.objectives",
-    "eval.limits": "cost diffusion draws eval.timing",
-    "eval.decoders": "ar2diff autoregressive checkpoint data.loader diffusion eval.limits eval.timing model",
-    "eval.speed_table": "eval.common eval.limits eval.timing",
-    "eval.peers": "autoregressive diffusion eval.decoders eval.timing model",
-    "eval.figures": "checkpoint",
-    "eval.plot_runs": "checkpoint eval.figures view.cells",
-    "eval.animate_canvas": "eval.figures view.cells",
-    "eval.plot_canvas": "checkpoint diffusion eval.animate_canvas eval.figures sample view.cells",
-    "eval.doc_figures": "configurator data.tokenizer diffusion draws eval.figures model samplers",
-    "eval.plots": "checkpoint configurator eval.figures eval.plot_canvas eval.plot_runs",
-    # level 4
-    "eval.*": "configurator device draws model cost autoregressive diffusion checkpoint ar2diff train sample data.* "
-    "eval.common eval.metrics eval.sandbox eval.python_code eval.exact_match",
-    "eval.faults": "configurator ar2diff atomic checkpoint data.* heldout run_folder train eval.common",
-    "eval.train_speed": "anneal configurator cost data.ahead data.loader data.objectives device draws eval.common "
-    "eval.timing model train",
-    "eval.harness": "configurator data.objectives draws eval.bound eval.common",
-    "eval.speed": "configurator device eval.plots eval.common eval.decoders eval.limits eval.peers eval.speed_table "
-    "eval.timing fast",
-    "eval.parity": "configurator encdec eval.common pretrained",
-    # level 5
-    "eval.tables": "*",
-    "eval.check_results": "configurator runs.tables",
-    "runs.*": "*",
-}
-CORE = ("model", "autoregressive", "diffusion", "ar2diff", "train")
+FOLDERS = ("infra", "data", "extras", "hf", "eval", "view")
 FILES = {
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
-    for pattern in ("*.py", "data/*.py", "view/*.py", "eval/*.py", "runs/*.py")
+    for pattern in ("*.py", *(f"{folder}/*.py" for folder in FOLDERS))
     for path in sorted(ROOT.glob(pattern))
     if path.name != "__init__.py"
 }
+CORE = [name for name in FILES if name.split(".")[0] not in ("extras", "hf", "eval", "view")]
+REQUIRED = {"torch", "numpy", "tiktoken", "tqdm"}
 
 
-def imported(path: Path) -> set[str]:
-    """Our modules that a file imports, anywhere in it."""
+@functools.cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports(name: str, inside_functions: bool) -> set[str]:
+    """Return all modules that a file imports when it is loaded, or inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    nodes = [tree(name)]
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, f"{name}: relative import"
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found & set(FILES)
+        if inside_functions or not isinstance(node, ast.FunctionDef | ast.Lambda):
+            nodes += ast.iter_child_nodes(node)
+    return found
 
 
-def allowed(name: str) -> list[str]:
-    folder = name.rpartition(".")[0]
-    return MAY_IMPORT[name if name in MAY_IMPORT else f"{folder}.*"].split()
+def ours(name: str, inside_functions: bool = False) -> set[str]:
+    return imports(name, inside_functions) & FILES.keys()
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_module_imports_only_what_its_level_allows(name):
-    may = allowed(name)
-    for other in imported(FILES[name]):
-        folder = other.rpartition(".")[0]
-        assert other in may or f"{folder}.*" in may or "*" in may, f"{name} imports {other}; it may import {may}"
+def folder_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
-def test_the_core_fits_in_a_head():
-    lines = {name: len(FILES[name].read_text(encoding="utf-8").splitlines()) for name in CORE if name in FILES}
-    assert max(lines.values()) <= 450 and sum(lines.values()) <= 1500, lines
+def test_the_core_loads_no_optional_folder_and_no_optional_package():
+    for name in CORE:
+        optional = {module for module in ours(name) if module not in CORE}
+        assert not optional, f"{name} loads {optional}"
+        packages = {module.split(".")[0] for module in imports(name, False)}
+        outside = packages - sys.stdlib_module_names - REQUIRED - {*FOLDERS, *FILES}
+        assert not outside, f"{name} loads {outside}"
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_opens_with_what_it_is_about(name):
-    assert ast.get_docstring(ast.parse(FILES[name].read_text(encoding="utf-8"))), f"{name} has no docstring"
+def test_requirements_are_the_four_packages():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    packages = {line.partition("=")[0] for line in lines if line and line[0] != "#"}
+    assert packages == REQUIRED
+
+
+def test_only_eval_imports_eval():
+    users = {name for name in FILES for other in ours(name, True) if folder_of(other) == "eval"}
+    assert {folder_of(name) for name in users} == {"eval"}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    finished = set()
+
+    def visit(name, path):
+        assert name not in path, f"cycle: {' -> '.join([*path, name])}"
+        if name not in finished:
+            for other in sorted(ours(name)):
+                visit(other, [*path, name])
+        finished.add(name)
+
+    for name in FILES:
+        visit(name, [])
+    assert len(finished) == len(FILES) > 50
+
+
+@pytest.mark.parametrize("program", ["train", "sample", "ar2diff"])
+def test_the_commands_load_without_optional_packages(program, tmp_path):
+    """In a fork that forgets our modules. train.py loads at most 16 of them."""
+
+    def load():
+        for name in [name for name in sys.modules if name.split(".")[0] in {*FOLDERS, *FILES}]:
+            del sys.modules[name]
+        for name in ("safetensors", "tokenizers", "transformers", "matplotlib", "gguf", "jinja2"):
+            sys.modules[name] = None  # then an import of it fails
+        importlib.import_module(program)
+        loaded = sorted(FILES.keys() & sys.modules.keys())
+        assert len(loaded) <= (16 if program == "train" else 22), loaded
+        assert not {"hf", "eval", "view"} & set(map(folder_of, loaded)), loaded
+
+    child = Child(load, tmp_path / "output")
+    assert child.wait() == 0, (tmp_path / "output").read_text()
+
+
+def test_every_file_says_what_it_is_for():
+    silent = [name for name in FILES if ast.get_docstring(tree(name)) is None]
+    assert not silent
