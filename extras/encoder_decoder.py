@@ -35,21 +35,11 @@ class CrossCache(KVCache):
             pairs += zip(layer, leaves)
         return other, pairs
 
-    def detach(self) -> tuple["CrossCache", list[tuple[Tensor, Tensor]]]:
-        other, pairs = super().detach()
-        other.cross = []
-        for keys_and_values in self.cross:
-            leaves = tuple(tensor.detach().requires_grad_() for tensor in keys_and_values)
-            pairs += zip(keys_and_values, leaves)
-            other.cross.append(leaves)
-        return other, pairs
-
 
 class CrossAttention(nn.Module):
     """Attention from target to prefix.
 
-    Differs from T5, which uses no positions here: queries and keys are rotated. So a position of a
-    canvas of pure noise can find its place in the prefix.
+    Differs from T5: queries and keys are rotated, so pure noise can find its place in the prefix.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -111,8 +101,7 @@ class EncoderDecoder(Transformer):
         cache = CrossCache(len(self.blocks), reserve)
         valid = prefix != self.cfg.pad_id
         valid = None if bool(valid.all()) else valid
-        if valid is not None:
-            cache.prefix_mask = valid[:, None, None]
+        cache.prefix_mask = None if valid is None else valid[:, None, None]
         x, rope, mask, causal = self.prepare_input(self.tok(prefix), None, "bidirectional", valid)
         memory = self.run_blocks(x, rope, mask, causal, None)  # (B, P, C)
         cache.cross = [block.cross.read(memory, rope) for block in self.blocks]

@@ -68,9 +68,7 @@ class FastDecoder:
     def encode(self, prefix: Tensor, reserve: int = 0) -> KVCache:
         """See Transformer.encode."""
         cache = self.model.encode(prefix, reserve)
-        if self.fixed_shapes and type(cache) is KVCache:
-            return FixedCache(cache)
-        return cache
+        return FixedCache(cache) if self.fixed_shapes and type(cache) is KVCache else cache
 
     @torch.no_grad()
     def decode(
@@ -173,10 +171,7 @@ def capture_cuda_graph(function: Callable, tensors: tuple) -> Callable:
 
 
 class FixedCache(KVCache):
-    """A KVCache of constant shape for CUDA graphs. Attention reads all slots, with a mask.
-
-    The last slot of the buffers always holds the newest token, in addition to its own slot.
-    """
+    """A KVCache of constant shape. Attention reads all slots; the last one repeats the new token."""
 
     def __init__(self, cache: KVCache):
         self.__dict__.update(cache.__dict__)
@@ -247,8 +242,7 @@ def attend_bf16(q, k, v, mask, causal) -> Tensor:
 def attend_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Return attention (B, H, 1, D) of one token. mask (B, 1, 1, S) bool or None.
 
-    Compiled it reads keys and values at the speed of the memory, four times as fast as the fused
-    kernel.
+    Compiled it reads keys and values four times as fast as the fused kernel.
     """
     scores = (k.float() * q.float()).sum(-1) * q.shape[-1] ** -0.5  # (B, H, S)
     if mask is not None:

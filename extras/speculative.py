@@ -63,13 +63,9 @@ def generate(
     active = torch.ones_like(rows, dtype=torch.bool)
     calls = torch.zeros_like(rows)
     loss = torch.zeros(len(rows), device=rows.device)
+    report = on_step or (lambda *_: None)
+    report(0, canvas, None, rows)
     step = 0
-
-    def report(logits):
-        if on_step is not None:
-            on_step(step, canvas, logits, torch.where(active, rows, -1))
-
-    report(None)
     for turn in range(S):
         turn_rng = rng.fold_in(turn)
         is_open = active[:, None] & (slot >= length[:, None])  # (B, S); a finished row is frozen
@@ -78,7 +74,7 @@ def generate(
             drawn = drafter.draft(canvas, turn_rng.uniform(SAMPLE, S, k)[0])
             canvas = torch.where(is_open, drawn, canvas)
             step += 1
-            report(drafter.logits)
+            report(step, canvas, drafter.logits, torch.where(active, rows, -1))
         logits = drafter.causal_logits(canvas)  # (B, S, V)
         verified, end = verify_draft(
             canvas, length, drafter.logits, logits, cfg.temperature, turn_rng
@@ -87,7 +83,7 @@ def generate(
         length = torch.where(active, end, length)
         calls += (drafts + 1) * active
         step += 1
-        report(logits)
+        report(step, canvas, logits, torch.where(active, rows, -1))
 
         is_pad = (canvas == model_cfg.pad_id) & (slot < length[:, None])
         pads_before = is_pad.cumsum(1) - is_pad.long()

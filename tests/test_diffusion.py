@@ -25,7 +25,7 @@ from diffusion import (
 )
 from infra.logits import draw_tokens
 from infra.rng import CANVAS, CORRUPT, RATE, SAMPLE, UNROLL, CounterRNG, make_rng
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, build_model
 
 ORDINARY, PAD, SEP, MASK, V, S = 10, 10, 11, 12, 15, 8  # S slots after slot 0
 SIZES = dict(vocab_size=V, n_ordinary=ORDINARY, pad_id=PAD, sep_id=SEP, mask_id=MASK)
@@ -40,6 +40,12 @@ NOISE = pytest.mark.parametrize("noise", ["uniform", "mask"])
 class Cache(SimpleNamespace):
     def select(self, index):
         return Cache(prefix=self.prefix[index])
+
+    def fork(self):
+        return self
+
+    def detach(self):
+        return self, []
 
 
 class Fake:
@@ -56,13 +62,10 @@ class Fake:
         self.read, self.hints = [], []
         self.shift = self.cfg.shift
 
-    def __call__(self, prefix, target, self_cond=None, extra_edges=None):
-        return self.decode(self.encode(prefix), target, self_cond)
-
     def encode(self, prefix, reserve=0):
         return Cache(prefix=prefix)
 
-    def decode(self, cache, target, self_cond=None):
+    def decode(self, cache, target, append=False, self_cond=None, attention=None, edges=None):
         self.read.append((cache.prefix.clone(), target.clone()))
         self.hints.append(self_cond)
         logits = self.answer(cache.prefix, target)
@@ -103,7 +106,7 @@ def batch(B: int = 4, seed: int = 0) -> Batch:
 
 def network(scale: float = 2.0, **settings) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SIZES | settings)).double().eval()
+    model = build_model(ModelConfig(**SIZES | settings)).double().eval()
     for p in model.parameters():
         p.data *= scale
     if model.cfg.self_conditioning:
@@ -228,6 +231,35 @@ def test_no_gradient_crosses_from_the_second_pass_to_the_first(self_conditioning
     two = gradient(term(answer, hint if self_conditioning else None)[1])
     for whole, a, b in zip(both, one, two):
         torch.testing.assert_close(whole, a + b)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(prefix_attention="causal"),
+        CACHED,
+        dict(arch="encoder_decoder", prefix_attention="bidirectional"),
+    ],
+    ids=["joint", "causal", "bidirectional", "encoder_decoder"],
+)
+def test_terms_that_are_backpropagated_one_by_one_give_the_gradient_of_their_sum(settings):
+    """Although the prefix is read once and its graph is used once, at the end."""
+    model, cfg = network(**settings), LossConfig(ar_loss_weight=0.5 if settings else 0.0)
+    data = batch()
+    data.prefix[1, 1:] = PAD
+    parameters = list(model.parameters())
+    total = loss(model, data, cfg, rng_of(4))
+    expected = torch.autograd.grad(total, parameters, materialize_grads=True)
+    terms = []
+    for term in losses(model, data, cfg, rng_of(4), scale=0.5):
+        term.backward()
+        terms.append(term.item())
+    assert sum(terms) == pytest.approx(0.5 * total.item())
+    for p, gradient in zip(parameters, expected):
+        torch.testing.assert_close(
+            torch.zeros_like(p) if p.grad is None else p.grad, 0.5 * gradient
+        )
 
 
 def test_a_kept_ar_loss_adds_the_gradient_of_an_ar_model_with_these_weights():
