@@ -17,6 +17,7 @@ import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ from infra.logits import GenerateOutput
 from model import ModelConfig, Transformer
 
 DEMO = Path(__file__).absolute().parent / "checkpoints"
-DEMO_PROMPT = "seven hundred and eighty-four"
+DEMO_PROMPT = "fr seven hundred eighty-four"
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 
 
@@ -44,6 +45,7 @@ class SampleConfig:
     init_from: str = setting(str(DEMO / "diffusion.pt"), "checkpoint", path=True)
     prompt: str = setting("", "the text to continue")
     prompt_file: str = setting("", "read the prompt from a UTF-8 file; - is stdin", path=True)
+    chat: bool = setting(False, "the prompt is a message; use the model's chat template")
     infill: str = setting("", "diffusion: the target, with [[n]] for n free slots")
     num_samples: int = setting(1, "samples of the same prompt", minimum=1)
     seed: int = setting(1337, "of all random numbers", minimum=0, maximum=2**62)
@@ -125,7 +127,7 @@ def main(argv: list[str]) -> None:
     decoder = open_decoder(cfg.init_from, given, pick_device(cfg.device))
     other = open_beside(decoder, cfg, given)
     for each in filter(None, (decoder, other)):
-        encode_prompt(text, each.tokenizer, each.model.cfg)  # raises if it does not fit
+        encode_prompt(text, each, cfg.chat)  # raises if it does not fit
     if decoder.module is not diffusion and cfg.num_samples > 1 and not decoder.sampler.temperature:
         print("temperature 0 is greedy: all samples are equal", file=sys.stderr)
     watch = nullcontext()
@@ -134,7 +136,7 @@ def main(argv: list[str]) -> None:
 
         watch = view.watch_for(decoder, cfg)
     out, seconds = generate(decoder, text, cfg, watch)
-    print_samples(decoder, out, seconds)
+    print_samples(decoder, out, seconds, cfg.chat)
     if cfg.html:
         tracks = [view.track_of(decoder, watch, out)]
         if other is not None:
@@ -162,7 +164,7 @@ def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple[Gen
     """Return cfg.num_samples samples and the seconds they took, drawing not counted."""
     n = cfg.num_samples
     device = decoder.model.tok.weight.device
-    prompt = encode_prompt(text, decoder.tokenizer, decoder.model.cfg)
+    prompt = encode_prompt(text, decoder, cfg.chat)
     prompt = torch.tensor(prompt, dtype=torch.long, device=device).repeat(n, 1)  # (n, P)
     options = {}
     if decoder.template is not None:
@@ -178,16 +180,21 @@ def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple[Gen
     return out, time.perf_counter() - start - getattr(watch, "seconds", 0.0)
 
 
-def print_samples(decoder: Decoder, out: GenerateOutput, seconds: float) -> None:
+def print_samples(decoder: Decoder, out: GenerateOutput, seconds: float, chat: bool) -> None:
     """Print texts to stdout; speed, calls and score (mean NLL per slot) to stderr."""
     from view.cells import printable
 
     pad_id = decoder.tokenizer.pad_id
+    ends = {pad_id}
+    if chat:
+        from hf.chat import end_ids
+
+        ends |= set(end_ids(decoder.tokenizer))
     n_tokens = 0
     for i, (row, score, calls) in enumerate(zip(*(part.tolist() for part in out))):
         # The first pad ends a text. In a template it is a free slot that was not needed.
-        if decoder.template is None and pad_id in row:
-            row = row[: row.index(pad_id)]
+        if decoder.template is None:
+            row = list(takewhile(lambda token: token not in ends, row))
         row = [token for token in row if token != pad_id]
         n_tokens += len(row)
         if len(out.calls) > 1:
@@ -221,10 +228,15 @@ def read_prompt(cfg: SampleConfig, given: dict) -> str:
     return text
 
 
-def encode_prompt(text: str, tokenizer: Tokenizer, model_cfg: ModelConfig) -> list[int]:
+def encode_prompt(text: str, decoder: Decoder, chat: bool) -> list[int]:
     """Return the token ids of the prompt. Raises ValueError if the target does not fit after it."""
-    ids = tokenizer.encode(text)
-    longest = model_cfg.block_size - model_cfg.target_length
+    if chat:
+        from hf.chat import chat_ids
+
+        ids = chat_ids(decoder.tokenizer, [{"role": "user", "content": text}])
+    else:
+        ids = decoder.tokenizer.encode_prompt(text)
+    longest = decoder.model.cfg.block_size - decoder.model.cfg.target_length
     if len(ids) > longest:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model reads at most {longest}")
     return ids
