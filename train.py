@@ -66,7 +66,7 @@ class TrainConfig:
     mask_schedule: str = setting("random", "how it opens", ("random", "blocks"))
     seed: int = setting(1337, "of all random numbers", minimum=0, maximum=2**62)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", may_change=True)
-    dtype: str = setting("float32", "of autocast", ("float32", "bfloat16"), may_change=True)
+    dtype: str = setting("float32", "of autocast", ("float32", "bfloat16", "auto"), may_change=True)
     compile: bool = setting(False, "torch.compile the blocks", may_change=True)
     activation_checkpointing: bool = setting(False, "less memory, more time", may_change=True)
     parallel: str = setting("ddp", "under torchrun", ("ddp", "fsdp"), may_change=True)
@@ -75,32 +75,25 @@ class TrainConfig:
     eval_batches: int = setting(8, "batches per evaluation", minimum=1, may_change=True)
     sample_interval: int = setting(200, "steps per sample; 0: none", minimum=0, may_change=True)
     save_interval: int = setting(200, "steps per checkpoint", minimum=1, may_change=True)
+    tensorboard: bool = setting(False, "log for TensorBoard too", may_change=True)
 
     def __post_init__(self):
         validate(self)
-        model, loss = (self.model, self.loss)
-        causal = model.target_attention == "causal"
+        model = self.model
         uncached = model.paradigm == "ar" or model.prefix_attention == "joint"
-        sizes = (self.batch_size, self.grad_accum_steps)
-        wrong = {
-            f"batch_size must be a multiple of grad_accum_steps, got {sizes}": sizes[0] % sizes[1],
-            "use compile or activation_checkpointing, not both": (
-                self.compile and self.activation_checkpointing
-            ),
-            "parallel=fsdp needs optimizer=adamw": (
-                self.parallel == "fsdp" and self.optimizer == "muon"
-            ),
-            "self_conditioning needs unroll_steps=2 or more": (
-                model.self_conditioning and loss.unroll_steps < 2
-            ),
-            "anneal_steps needs target_attention=bidirectional": self.anneal_steps and causal,
-            "ar_loss_weight needs paradigm=diffusion and a cached prefix": (
-                loss.ar_loss_weight and uncached
-            ),
-        }
-        for message, is_wrong in wrong.items():
-            if is_wrong:
-                raise ValueError(message)
+        if self.batch_size % self.grad_accum_steps:
+            sizes = f"{self.batch_size} and {self.grad_accum_steps}"
+            raise ValueError(f"batch_size must be a multiple of grad_accum_steps, got {sizes}")
+        if self.compile and self.activation_checkpointing:
+            raise ValueError("use compile or activation_checkpointing, not both")
+        if self.parallel == "fsdp" and self.optimizer == "muon":
+            raise ValueError("parallel=fsdp needs optimizer=adamw, got muon")
+        if model.self_conditioning and self.loss.unroll_steps < 2:
+            raise ValueError("self_conditioning needs unroll_steps=2 or more, got 1")
+        if self.anneal_steps and model.target_attention == "causal":
+            raise ValueError("anneal_steps needs target_attention=bidirectional, got causal")
+        if self.loss.ar_loss_weight and uncached:
+            raise ValueError("ar_loss_weight needs paradigm=diffusion and a cached prefix")
 
 
 class Run:
@@ -150,20 +143,15 @@ def train(run: Run) -> dict:
     """The loop. Returns the last log entry."""
     cfg = run.cfg
     ctx = run.ctx
-    log = run_dir.Log(run.out / "log.jsonl", run.first_step, enabled=ctx.is_main)
+    log = run_dir.Log(run.out / "log.jsonl", run.first_step, ctx.is_main, cfg.tensorboard)
     peak_flops = device.measured_flops(ctx.device, cfg.dtype) * ctx.world_size
     batches = prefetch(run.train_set.batch, batch_places(run), ctx.device)
     if run.first_step == 0:
         if ctx.is_main:
             run_dir.clear(run.out)
         run.checkpoint("ckpt.pt", 0)
-    bar = tqdm(
-        total=cfg.max_steps,
-        initial=run.first_step,
-        unit="step",
-        disable=None if ctx.is_main else True,
-        leave=False,
-    )
+    quiet = None if ctx.is_main else True
+    bar = tqdm(total=cfg.max_steps, initial=run.first_step, disable=quiet, leave=False)
     work = {"tokens": 0, "flops": 0}
     since = time.perf_counter()
     with bar, run_dir.StopSignals() as stop:
@@ -239,22 +227,18 @@ def train_step(run: Run, batches, step: int) -> dict:
             message = flops.out_of_memory_message(cfg, step, batch.prefix.shape[1])
             raise ValueError(message) from None
         (B, P), T = batch.prefix.shape, batch.target.shape[1]
+        passes = (cfg.loss.unroll_steps, cfg.loss.ar_loss_weight)
         tokens += ctx.world_size * B * (P + T)
-        n_flops += (
-            ctx.world_size
-            * B
-            * flops.train_flops(cfg.model, P, T, cfg.loss.unroll_steps, cfg.loss.ar_loss_weight)
-        )
+        n_flops += ctx.world_size * B * flops.train_flops(cfg.model, P, T, *passes)
     ctx.average_gradients(model)
     grad_norm = ctx.clip_gradients(model, cfg.grad_clip)
     terms = list(ctx.mean(dict(enumerate(terms))).values())
     terms = terms[: len(terms) - prefix_is_cached(cfg)]  # without the one of value 0
     loss = sum(terms)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise ValueError(
-            f"loss {loss}, gradient norm {grad_norm} at step {step}: try a lower --learning_rate "
-            f"or --dtype=float32; {run.out / 'ckpt.pt'} holds the last good step"
-        )
+        remedy = "try a lower --learning_rate or --dtype=float32"
+        kept = f"{run.out / 'ckpt.pt'} holds the last good step"
+        raise ValueError(f"loss {loss}, gradient norm {grad_norm} at step {step}: {remedy}; {kept}")
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -373,6 +357,8 @@ def main(argv: list[str]) -> dict:
 def start(ctx: DistributedContext, cfg: TrainConfig, weights: dict | None, state: dict | None):
     """Build the run, print what it is, and train."""
     device.disable_malloc_trim()
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16" if device.has_fast_bf16(ctx.device) else "float32"
     run = Run(ctx, cfg, init_model(cfg, weights))
     if state is not None:
         run.restore(state)

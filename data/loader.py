@@ -178,9 +178,14 @@ class Pairs(_Dataset):
         len % batch_size random pairs. If there are fewer pairs than batch_size, pairs repeat.
         Unless the objective is auto, a pair is one text, "prefix\\ntarget", that is cut anew.
         """
-        examples = step * batch_size + np.arange(batch_size)[rows]
         epoch, k = divmod(step, max(1, len(self) // batch_size))
-        pairs = [self._pair(i) for i in self._epoch(seed, epoch, batch_size)[k, rows]]
+        chosen = self._epoch(seed, epoch, batch_size)[k]  # (batch_size,)
+        place = np.arange(batch_size)
+        if len(place[rows]) < batch_size:  # micro-batches of like lengths need less padding
+            lengths = self.index[chosen, 1] - self.index[chosen, 0]
+            place = np.argsort(lengths, kind="stable")
+        examples = step * batch_size + place[rows]
+        pairs = [self._pair(i) for i in chosen[place[rows]]]
         if self.objective != "auto":
             line_end = np.array(self.tokenizer.encode("\n"), dtype=self.tokens.dtype)
             texts = [np.concatenate([prefix, line_end, target]) for prefix, target in pairs]

@@ -263,7 +263,7 @@ def _encode(examples: Iterable[dict], tokenizer: Tokenizer) -> list[tuple[array,
     for number, example in enumerate(examples, start=1):
         target = example["target"] if example.get("source") != "" else ""
         try:
-            sides = [tokenizer.encode(side) for side in (example["prefix"], target)]
+            sides = [tokenizer.encode_prompt(example["prefix"]), tokenizer.encode(target)]
         except ValueError as error:
             raise ValueError(f"{example.get('where', f'example {number}')}: {error}") from None
         pairs.append(tuple(array(typecode, side) for side in sides))

@@ -62,6 +62,7 @@ class Tokenizer:
         self.mask_id = self.n_ordinary + 2
         self.n_sentinels = vocab_size - self.mask_id - 1
         self.file = file
+        self.bos_ids: list[int] = []  # what imported weights read before every text
         self._encode_ordinary = encode_ordinary
         marks = ["", "", MASK_MARK, *(f"<{i}>" for i in range(self.n_sentinels))]
         self.pieces = [*pieces, *(mark.encode() for mark in marks)]
@@ -77,6 +78,10 @@ class Tokenizer:
             place = f"lone surrogate at character {error.start}"
             raise ValueError(f"text is not valid Unicode: {place}; pass UTF-8") from None
         return self._encode_ordinary(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a text that a sequence begins with."""
+        return self.bos_ids + self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids (list, array or 1-d tensor). Invalid UTF-8 becomes U+FFFD.

@@ -5,6 +5,7 @@ A result is written to --json=FILE before it is printed.
 
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -158,7 +159,7 @@ def finish(path: str, result: dict, text: str) -> dict:
     """Write the result to `path`, if given, then print the text for a reader. Return the result."""
     try:
         if path:
-            write_json(path, result)
+            write_text(path, json.dumps(result, indent=1) + "\n")
     finally:
         print(text)
     return result
@@ -198,12 +199,10 @@ def _commit() -> str:
 
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        info = Path("/proc/cpuinfo").read_text()
     except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    if not names:
-        return platform.processor() or platform.machine()
+        info = ""
+    names = re.findall(r"model name\s*: (.+)", info) or [platform.machine()]
     return f"{names[0]} x {len(names)}, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -223,10 +222,6 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [" | ".join(map(str.ljust, row, widths)) for row in table]
     lines.insert(1, " | ".join("-" * width for width in widths))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def write_json(path: str, result: dict) -> None:
-    write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def write_text(path: str, text: str) -> None:
@@ -328,7 +323,7 @@ class TaskRun:
         longest = model_cfg.block_size - model_cfg.target_length
         jobs = []
         for i, example in enumerate(self.examples):
-            prefix = self.generator.tokenizer.encode(example["prefix"])
+            prefix = self.generator.tokenizer.encode_prompt(example["prefix"])
             if len(prefix) <= longest:
                 jobs.append(Job(example["id"], prefix, i))
         total = len(self.examples)

@@ -45,12 +45,12 @@ class HFTokenizer(Tokenizer):
         self._no_token = {byte for byte, token in enumerate(single) if token not in vocab}
         self._backend = load_backend(_lossless(found))
         self._backend.encode_special_tokens = True
-        both = self._backend.encode("a")
-        leading = itertools.takewhile(lambda pair: pair[1], zip(both.ids, both.special_tokens_mask))
-        self.bos_ids = [i for i, _ in leading]
         vocab_size = 1 + max(token["id"] for token in found["added_tokens"])
         super().__init__(name, _pieces(found, self.byte_level), vocab_size, self._encode, text)
         self.sep_id = -1
+        both = self._backend.encode("a")
+        leading = itertools.takewhile(lambda pair: pair[1], zip(both.ids, both.special_tokens_mask))
+        self.bos_ids = [i for i, _ in leading]
         self._check_round_trip()
 
     def _encode(self, text: str) -> list[int]:

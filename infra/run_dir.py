@@ -96,10 +96,10 @@ def rounding_note(before: dict, now: dict) -> str:
 class Log:
     """JSON lines, one per step. A resumed run drops the lines after its checkpoint.
 
-    enabled: False in processes that must not write.
+    enabled: False in processes that must not write. tensorboard: write its event files too.
     """
 
-    def __init__(self, path: Path, first_step: int, enabled: bool = True):
+    def __init__(self, path: Path, first_step: int, enabled: bool = True, tensorboard=False):
         lines = path.read_bytes().splitlines() if first_step and path.exists() else []
         entries = [entry for entry in map(_parse, lines) if entry["step"] <= first_step]
         self.path = path
@@ -115,6 +115,8 @@ class Log:
         self.last = entry
         if self.file is None:
             return
+        if self.board is not None:
+            _show_on_board(self.board, entry)
         line = (json.dumps(entry) + "\n").encode()
         try:
             complete = self.file.write(line) == len(line)
@@ -145,6 +147,26 @@ def _parse(line: bytes) -> dict:
         return entry if isinstance(entry["step"], int) else {"step": math.inf}
     except (ValueError, TypeError, KeyError):
         return {"step": math.inf}
+
+
+def _open_board(folder: Path, first_step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs: python -m pip install tensorboard") from None
+    return SummaryWriter(str(folder), purge_step=first_step or None)
+
+
+def _show_on_board(board, entry: dict) -> None:
+    step = entry["step"]
+    for name, value in entry.items():
+        values = value.items() if isinstance(value, dict) else [("", value)]
+        for part, number in values:
+            if isinstance(number, int | float) and name != "step":
+                board.add_scalar(f"{name}/{part}" if part else name, number, step)
+    if "sample" in entry:
+        board.add_text("sample", entry["sample"], step)
+        board.flush()
 
 
 class StopSignals:
