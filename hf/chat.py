@@ -34,8 +34,8 @@ def folder_info(folder: Path, config: dict) -> dict:
 def chat_ids(tokenizer: HFTokenizer, messages: list[dict]) -> list[int]:
     """Return the ids of a conversation, up to where the assistant answers.
 
-    messages: [{"role": "user", "content": "..."}, ...]. As in transformers, a special token that a
-    message spells is parsed too. Raises ValueError if the model has no template or rejects messages.
+    messages: [{"role": "user", "content": "..."}, ...]. As in transformers, special tokens in a
+    message are parsed too. Raises ValueError if there is no template, or if it fails.
     """
     text = render(tokenizer, messages)
     return load_backend(tokenizer.source).encode(text, add_special_tokens=False).ids

@@ -107,7 +107,8 @@ def _common_config(
     weights: dict[str, Tensor], tokenizer: Tokenizer, m: ModelConfig, rows: int
 ) -> dict:
     """Return the settings that all families share, with ours under "ar2diff"."""
-    kept = {name: getattr(m, name) for name in KEPT} | {"tokenizer": tokenizer.name}
+    kept = {name: getattr(m, name) for name in (*KEPT, "target_length")}
+    kept["tokenizer"] = tokenizer.name
     kept["prefix_attention"] = m.prefix_attention if m.paradigm == "ar" else "causal"
     end = m.pad_id  # ends a text of ours
     if isinstance(tokenizer, HFTokenizer):

@@ -1,8 +1,8 @@
 """Read a GGUF file through the `gguf` package as if it were a Hugging Face folder.
 
-The package parses the file, dequantises (to float32) and knows llama.cpp's tensor names. Undone here
-is what llama.cpp changes: it reorders the rows of queries and keys of Llama for its form of RoPE,
-transposes GPT-2's matrices, and stores Llama 3's RoPE scaling as a tensor.
+The package parses the file, dequantises to float32 and knows llama.cpp's tensor names. Three
+changes of llama.cpp are undone here: the order of Llama's rows of queries and keys, GPT-2's
+transposed matrices, and Llama 3's RoPE scaling as a tensor.
 """
 
 import json
@@ -69,9 +69,8 @@ class GGUFFile:
             raise ValueError(f"{path}: truncated, or not a GGUF file ({reason})") from None
         self.arch = self._fields.get("general.architecture")
         if self.arch not in FIELDS:
-            raise ValueError(
-                f"{path}: architecture {self.arch!r} is not supported; supported: {', '.join(FIELDS)}"
-            )
+            known = ", ".join(FIELDS)
+            raise ValueError(f"{path}: architecture {self.arch!r} is not one of {known}")
         for name in ("split.count", f"{self.arch}.expert_count"):
             if self._fields.get(name, 0) > 1:
                 raise ValueError(f"{path}: {name}={self._fields[name]} is not supported")
@@ -95,9 +94,10 @@ class GGUFFile:
         )
         if self.arch == "gpt2":
             return values
-        values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-        head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-        values["head_dim"] = head_dim
+        c = Config(values, str(self.path))
+        heads = c.get("num_attention_heads", int)
+        head_dim = c.get("head_dim", int, c.get("hidden_size", int) // heads)
+        values = {"num_key_value_heads": heads} | values | {"head_dim": head_dim}
         values["partial_rotary_factor"] = self._field("rope.dimension_count", head_dim) / head_dim
         if self._field("rope.scaling.type", "none") != "none":
             values["rope_scaling"] = {"rope_type": self._field("rope.scaling.type")}
@@ -130,9 +130,7 @@ class GGUFFile:
                 n_bytes = gguf.GGML_QUANT_SIZES[kind][1]
                 gguf.dequantize(np.zeros((1, n_bytes), np.uint8), kind)
             except (KeyError, NotImplementedError):
-                raise ValueError(
-                    f"{self.path}: quantisation {kind.name} is not supported"
-                ) from None
+                raise ValueError(f"{self.path}: cannot dequantise {kind.name}") from None
         family = FAMILIES[self.config.values["model_type"]]
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
         n_layer = self._field("block_count", 0)
@@ -170,7 +168,7 @@ class GGUFFile:
         return heads.transpose(1, 2).reshape(-1, *rest)[start:end]
 
     def tokenizer_json(self, notes: list[str]) -> tuple[str, dict]:
-        """Return the text of a tokenizer.json, made from the fields of the file, and what a chat needs."""
+        """Return a tokenizer.json, made from the fields of the file, and what a chat needs."""
         fields = {n.removeprefix("tokenizer.ggml."): v for n, v in self._fields.items()}
         tokens = fields.get("tokens")
         if not tokens:
@@ -191,10 +189,7 @@ class GGUFFile:
         elif fields.get("model") == "llama":
             found = _byte_fallback(fields, vocab)
         else:
-            raise ValueError(
-                f"{self.path}: tokenizer {fields.get('model')!r} is not supported; supported: "
-                "gpt2 (byte-level BPE), llama (BPE with byte fallback)"
-            )
+            raise ValueError(f"{self.path}: tokenizer {fields.get('model')!r} is not gpt2 or llama")
         found |= {"version": "1.0", "added_tokens": added}
         names = dict(bos_token="bos", eos_token="eos", unk_token="unknown", pad_token="padding")
         ids = {name: fields.get(f"{short}_token_id") for name, short in names.items()}
@@ -211,10 +206,8 @@ class GGUFFile:
     def _byte_level(self, fields: dict, vocab: dict[str, int]) -> dict:
         kind = fields.get("pre", "gpt-2" if self.arch == "gpt2" else None)
         if kind not in WORDS:
-            raise ValueError(
-                f"{self.path}: unknown pre-tokenizer {kind!r} (tokenizer.ggml.pre); supported: "
-                f"{', '.join(WORDS)}"
-            )
+            known = ", ".join(WORDS)
+            raise ValueError(f"{self.path}: unknown pre-tokenizer {kind!r}; supported: {known}")
         words = WORDS[kind]
         if isinstance(words, str):
             split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated"}

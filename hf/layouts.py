@@ -81,34 +81,34 @@ class Family:
         return [f"{name}.{part}" for name in theirs]
 
 
-GPT2_MODULES = {
-    "tok": ["transformer.wte"],
-    "pos": ["transformer.wpe"],
-    "blocks.#.norm1": ["transformer.h.#.ln_1"],
-    "blocks.#.attn.qkv": ["transformer.h.#.attn.c_attn"],
-    "blocks.#.attn.proj": ["transformer.h.#.attn.c_proj"],
-    "blocks.#.norm2": ["transformer.h.#.ln_2"],
-    "blocks.#.mlp.up": ["transformer.h.#.mlp.c_fc"],
-    "blocks.#.mlp.down": ["transformer.h.#.mlp.c_proj"],
-    "norm": ["transformer.ln_f"],
-    "head": ["lm_head"],
+def _modules(whole: dict, layers: str, block: dict) -> dict[str, list[str]]:
+    """Return a table of modules from the names outside the blocks and those inside."""
+    inside = {
+        f"blocks.#.{ours}": [f"{layers}.#.{name}" for name in theirs.split()]
+        for ours, theirs in block.items()
+    }
+    return inside | {ours: [name] for ours, name in whole.items()}
+
+
+GPT2_BLOCK = {"norm1": "ln_1", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj"}
+GPT2_BLOCK |= {"norm2": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+GPT2_WHOLE = {"tok": "transformer.wte", "pos": "transformer.wpe", "norm": "transformer.ln_f"}
+GPT2_MODULES = _modules(GPT2_WHOLE | {"head": "lm_head"}, "transformer.h", GPT2_BLOCK)
+LLAMA_BLOCK = {
+    "norm1": "input_layernorm",
+    "attn.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "attn.proj": "self_attn.o_proj",
+    "norm2": "post_attention_layernorm",
+    "mlp.up": "mlp.gate_proj mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
 }
-LLAMA_MODULES = {
-    "tok": ["model.embed_tokens"],
-    "blocks.#.norm1": ["model.layers.#.input_layernorm"],
-    "blocks.#.attn.qkv": [f"model.layers.#.self_attn.{part}_proj" for part in "qkv"],
-    "blocks.#.attn.proj": ["model.layers.#.self_attn.o_proj"],
-    "blocks.#.norm2": ["model.layers.#.post_attention_layernorm"],
-    "blocks.#.mlp.up": ["model.layers.#.mlp.gate_proj", "model.layers.#.mlp.up_proj"],
-    "blocks.#.mlp.down": ["model.layers.#.mlp.down_proj"],
-    "norm": ["model.norm"],
-    "head": ["lm_head"],
-}
-QWEN3_MODULES = LLAMA_MODULES | {
-    "blocks.#.attn.q_norm": ["model.layers.#.self_attn.q_norm"],
-    "blocks.#.attn.k_norm": ["model.layers.#.self_attn.k_norm"],
-}
+QWEN3_BLOCK = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
+LLAMA_WHOLE = {"tok": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+LLAMA_MODULES = _modules(LLAMA_WHOLE, "model.layers", LLAMA_BLOCK)
+QWEN3_MODULES = _modules(LLAMA_WHOLE, "model.layers", LLAMA_BLOCK | QWEN3_BLOCK)
 GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+GPT2_ALIASES = dict(n_embd="hidden_size", n_layer="num_hidden_layers")
+GPT2_ALIASES |= dict(n_head="num_attention_heads", n_positions="max_position_embeddings")
 # What transformers assumes if the setting is missing.
 MISSING_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 
@@ -117,13 +117,9 @@ def _gpt2_settings(c: Config) -> tuple[dict, int]:
     c.only("scale_attn_weights", True)
     c.only("scale_attn_by_inverse_layer_idx", False)
     c.only("add_cross_attention", False)
-    newer = dict(n_embd="hidden_size", n_layer="num_hidden_layers", n_head="num_attention_heads")
-    newer |= dict(n_positions="max_position_embeddings")
-    sizes = {
-        name: c.agreed(name, c.values.get(name), c.values.get(other))
-        for name, other in newer.items()
-    }
-    c = Config(c.values | sizes, c.path)
+    for name, other in GPT2_ALIASES.items():
+        size = c.agreed(name, c.values.get(name), c.values.get(other))
+        c = Config(c.values | {name: size}, c.path)
     width = c.get("n_embd", int)
     hidden = c.get("n_inner", int, 4 * width)
     settings = dict(
@@ -183,9 +179,7 @@ def _llama_settings(c: Config) -> tuple[dict, int]:
     if kind == "llama":  # biases on all linear layers or on none
         settings["bias"] = c.get("attention_bias", bool, False)
         if c.get("mlp_bias", bool, False) != settings["bias"]:
-            raise ValueError(
-                f"{c.path}: attention_bias and mlp_bias differ, which is not supported"
-            )
+            raise ValueError(f"{c.path}: attention_bias and mlp_bias must be equal")
     elif kind != "qwen2":
         c.only("attention_bias", False)
     if hidden == ModelConfig(**settings | {"n_hidden": 0}).hidden_size:
@@ -194,7 +188,7 @@ def _llama_settings(c: Config) -> tuple[dict, int]:
 
 
 def _rope_settings(c: Config) -> dict:
-    """Read the RoPE settings of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
+    """Read the RoPE settings of transformers 4 (rope_scaling) or 5 (rope_parameters)."""
     groups = [c.get(name, dict, {}) for name in ("rope_parameters", "rope_scaling")]
     kinds = [part.get("rope_type", part.get("type", "default")) for part in groups if part]
     kind = c.agreed("the RoPE type", *kinds) or "default"
@@ -214,9 +208,7 @@ def _rope_settings(c: Config) -> dict:
             rope_trained_length=number("original_max_position_embeddings", int),
         )
     elif kind != "default":
-        raise ValueError(
-            f"{c.path}: RoPE scaling {kind!r} is not supported; supported: 'default', 'llama3'"
-        )
+        raise ValueError(f"{c.path}: RoPE scaling {kind!r} is not supported, only 'llama3'")
     return settings
 
 
@@ -250,31 +242,25 @@ def _llama_config(m: ModelConfig) -> dict:
     )
 
 
+GPT2_FITS = dict(norm="layernorm", position="learned", activation="gelu", bias=True, qk_norm=False)
+LLAMA_FITS = dict(norm="rmsnorm", position="rope", activation="swiglu")
+CAUSAL_MASK = r"(transformer\.)?h\.[0-9]+\.attn\.(bias|masked_bias)"
+FREQUENCIES = r"(model\.)?layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq"
 GPT2 = Family(
-    prefix="transformer.",
-    modules=GPT2_MODULES,
-    settings=_gpt2_settings,
-    config=_gpt2_config,
-    fits=dict(norm="layernorm", position="learned", activation="gelu", bias=True, qk_norm=False),
-    buffers=r"(transformer\.)?h\.[0-9]+\.attn\.(bias|masked_bias)",  # the causal mask
-    transposed=True,
+    "transformer.", GPT2_MODULES, _gpt2_settings, _gpt2_config, GPT2_FITS, CAUSAL_MASK, True
 )
 LLAMA = Family(
     prefix="model.",
     modules=LLAMA_MODULES,
     settings=_llama_settings,
     config=_llama_config,
-    fits=dict(norm="rmsnorm", position="rope", activation="swiglu", qk_norm=False, qkv_bias=False),
-    buffers=r"(model\.)?layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq",
+    fits=LLAMA_FITS | dict(qk_norm=False, qkv_bias=False),
+    buffers=FREQUENCIES,
 )
-QWEN3_FITS = LLAMA.fits | dict(qk_norm=True, bias=False)
-FAMILIES = {
-    "gpt2": GPT2,
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": replace(LLAMA, fits=LLAMA.fits | dict(qkv_bias=True, bias=False)),
-    "qwen3": replace(LLAMA, modules=QWEN3_MODULES, fits=QWEN3_FITS),
-}
+QWEN2 = replace(LLAMA, fits=LLAMA_FITS | dict(qk_norm=False, qkv_bias=True, bias=False))
+QWEN3_FITS = LLAMA_FITS | dict(qk_norm=True, qkv_bias=False, bias=False)
+QWEN3 = replace(LLAMA, modules=QWEN3_MODULES, fits=QWEN3_FITS)
+FAMILIES = dict(gpt2=GPT2, llama=LLAMA, mistral=LLAMA, qwen2=QWEN2, qwen3=QWEN3)
 
 
 def family_of(c: Config) -> Family:
@@ -296,18 +282,14 @@ def refuse_window(c: Config, block_size: int) -> None:
     slides = slides or "sliding_attention" in c.get("layer_types", list, [])
     window = c.values.get("sliding_window")
     if slides and window is not None and c.get("sliding_window", int) < block_size:
-        raise ValueError(
-            f"{c.path}: block_size={block_size} exceeds sliding_window={window}; "
-            f"use --block_size={window} or less"
-        )
+        remedy = f"use --block_size={window} or less"
+        raise ValueError(f"{c.path}: {block_size} tokens exceed sliding_window={window}; {remedy}")
 
 
 def family_name(m: ModelConfig) -> str:
     """Return the family of a network of ours. Raises ValueError with the settings that none has."""
     if m.arch != "decoder_only":
-        raise ValueError(
-            "an encoder-decoder belongs to no supported family, so it cannot be exported"
-        )
+        raise ValueError("an encoder-decoder cannot be exported: no family has one")
     different = {}
     for name, family in FAMILIES.items():
         values = {key: getattr(m, key) for key in family.fits}
@@ -318,8 +300,6 @@ def family_name(m: ModelConfig) -> str:
             different[name].append("grouped heads or heads of another width")
     best = min(different, key=lambda name: len(different[name]))
     if different[best]:
-        raise ValueError(
-            f"no family has this network, so it cannot be exported; different from {best}: "
-            f"{', '.join(different[best])}"
-        )
+        reasons = ", ".join(different[best])
+        raise ValueError(f"cannot be exported: no family fits; different from {best}: {reasons}")
     return best
