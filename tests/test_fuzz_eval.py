@@ -1,0 +1,113 @@
+"""Whatever is typed, or in a file of predictions: an evaluation ends well or with one line."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from configurator import all_fields, one_line
+from data.loader import write_pairs
+from data.tokenizer import get_tokenizer
+from eval import bound, code, exact_match, python_code, qa, translation
+from infra.checkpoint import save
+from model import ModelConfig, Transformer
+
+BYTES = get_tokenizer("bytes")
+COMMANDS = {
+    bound: bound.BoundEvalConfig,
+    code: code.CodeConfig,
+    exact_match: exact_match.ExactMatchConfig,
+    python_code: python_code.PythonCodeConfig,
+    qa: qa.QaConfig,
+    translation: translation.TranslationConfig,
+}
+TASKS = {qa: ".json", code: ".jsonl", translation: ".txt"}
+# Not drawn: they write where they please, read other files, or ask for hours of work.
+PATHS = {"json", "save", "init_from", "data", "source", "target_source", "predictions"}
+WORK = {"samples", "draws", "noise_steps", "steps", "candidates", "run_code", "device"}
+NUMBERS = [-(10**30), -7, -1, 0, 1, 2, 3, 64, 2**31, 2**63, 10**30]
+WORDS = [
+    "",
+    "ar",
+    "resample",
+    "speculative",
+    "mixture",
+    "all",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "1,2",
+]
+VALUES = st.one_of(st.sampled_from([*map(str, NUMBERS), *WORDS]), st.text(max_size=8))
+QUIET = dict(
+    deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz_eval")
+    texts = [("def f(x):\n    'T'\n", "    return x"), ("def g():\n    'T'\n", "    pass")]
+    pairs = [(BYTES.encode(prefix), BYTES.encode(target)) for prefix, target in texts]
+    write_pairs(folder / "pairs", {"train": pairs, "valid": pairs}, "bytes", 16, 48)
+    sizes = dict(n_layer=1, n_head=1, n_embd=8, block_size=48, target_length=16)
+    both = dict(prefix_attention="bidirectional", target_attention="bidirectional")
+    for kind in ("ar", "diffusion"):
+        model = Transformer(ModelConfig(**sizes, paradigm=kind, **(both if kind != "ar" else {})))
+        data = {"data": str(folder / "pairs")}
+        save(folder / f"{kind}.pt", model, 1, "bytes", train_config=data)
+    torch.set_num_threads(1)
+    return folder
+
+
+def ends_well(main, argv: list[str]) -> bool:
+    """Whether the command ends in good order. An error must be one line."""
+    try:
+        main(argv)
+        return True
+    except (ValueError, OSError) as error:
+        assert one_line(error) and "\n" not in one_line(error), argv
+        return False
+
+
+@settings(max_examples=60, **QUIET)
+@given(st.data())
+def test_flags(place, data):
+    module = data.draw(st.sampled_from(list(COMMANDS)))
+    names = sorted({*all_fields(COMMANDS[module]), "temperature", "sampler"} - PATHS - WORK)
+    kind = data.draw(st.sampled_from(["ar", "diffusion"]))
+    argv = [f"--init_from={place / kind}.pt", "--n=2"]
+    name = st.sampled_from(names) | st.text(max_size=6)
+    pairs = st.lists(st.tuples(name, VALUES), min_size=1, max_size=3)
+    argv += [f"--{name}={value}" for name, value in data.draw(pairs) if name not in PATHS | WORK]
+    argv += ["--steps=1", "--draws=1"][: data.draw(st.integers(0, 2))]
+    ends_well(module.main, argv)
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+VALUE = (
+    st.lists(PLAIN, max_size=2) | st.dictionaries(st.text(max_size=3), PLAIN, max_size=2) | PLAIN
+)
+ROW = st.fixed_dictionaries({"task_id": st.sampled_from([0, 1, "0", "1"]), "completion": PLAIN})
+HOSTILE = ["[" * 100_000, "1" * 5000, '{"0": "\\ud800", "1": ""}', "\0", "\ufeff{}", "\r\r\n"]
+ANSWERS = st.dictionaries(st.sampled_from(["0", "1", "2"]), PLAIN, max_size=3)
+LINE = st.one_of(
+    (ANSWERS | ROW | VALUE).map(json.dumps), st.sampled_from(HOSTILE), st.text(max_size=9)
+)
+
+
+@settings(max_examples=80, **QUIET)
+@given(st.data())
+def test_files_of_predictions(place, data):
+    """The result is written if and only if the command ends well."""
+    module = data.draw(st.sampled_from(list(TASKS)))
+    path = place / f"predictions{TASKS[module]}"
+    text = "\n".join(data.draw(st.lists(LINE, max_size=3)))
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    result = place / "result.json"
+    result.unlink(missing_ok=True)
+    argv = [f"--data={place / 'pairs'}", f"--predictions={path}", f"--json={result}"]
+    assert ends_well(module.main, argv) == result.exists()
