@@ -2,21 +2,18 @@
 
     python -m eval.bound --init_from=out/run/ckpt.pt --data=out/data/python_pairs --noise_steps=10
 
-The bound is that of D3PM's reverse process (arXiv 2107.03006, section 3) with T = noise_steps. A
-slot keeps its token until time t with probability 1 - t / T; at T all is noise. The bound is the
-sum over t = 1 .. T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)). It holds for this process,
-not for the samplers in diffusion.py. The prefix is clean and self-conditioning reads zeros. The
-result is an unbiased estimate from a few noisy canvases per pair.
-
-diffusion.loss, loss_by_rate and the score of a sampler are no bounds, neither upper nor lower.
+The bound is that of D3PM's reverse process (arXiv 2107.03006, section 3) with T = noise_steps: the
+sum over t of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)). A slot keeps its token until time t
+with probability 1 - t / T. It holds for this process, not for the samplers in diffusion.py. The
+prefix is clean and self-conditioning reads zeros. The result is an unbiased estimate from a few
+noisy canvases per pair. diffusion.loss, loss_by_rate and the score of a sampler are no bounds.
 
 Under uniform noise a slot holds a token that may be right. So its prediction has two readings
 (arXiv 2605.22765). a: the probability to keep a token at t, K: the number of tokens.
 
     mixture        p(x_0 | x_t), the slot's own token included. Cross-entropy trains this.
     leave_one_out  p(x_0 | the other slots of x_t). Adding log(1 + K a / (1 - a)) to the logit of
-                   the slot's token gives the first. Right for a network that is trained so, or that
-                   cannot see the slot's own token.
+                   the slot's token gives the first. Right for a network that cannot see this token.
 
 Our network is not told t, so finer steps may loosen the bound under uniform noise. Choose
 noise_steps on other data than you report.
