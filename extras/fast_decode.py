@@ -171,7 +171,7 @@ def capture_cuda_graph(function: Callable, tensors: tuple) -> Callable:
 
 
 class FixedCache(KVCache):
-    """A KVCache of constant shape. Attention reads all slots; the last one repeats the new token."""
+    """A KVCache of constant shape, which is read whole. Its last slot repeats the new token."""
 
     def __init__(self, cache: KVCache):
         self.__dict__.update(cache.__dict__)

@@ -1,15 +1,13 @@
 """extras/fast_decode.py changes no output: all is compared with the network it was made from."""
 
-import itertools
 import weakref
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import autoregressive
 import diffusion
-from extras import fast_decode, speculative
+from extras import speculative
 from extras.fast_decode import FastAttention, FastDecoder, gemv, speed_up
 from model import Attention, KVCache, ModelConfig, Transformer, build_model
 
@@ -114,17 +112,6 @@ def test_a_longer_text_is_not_compiled_again(fixed):
     assert fast.token_step.compiled is not None
 
 
-@pytest.mark.slow  # ten traces
-def test_more_networks_and_batch_sizes_than_torch_compiles_by_default(monkeypatch, capsys):
-    compile = torch.compile  # traced, but no code is generated, which takes half a minute
-    monkeypatch.setattr(torch, "compile", lambda f, **o: compile(f, **o | dict(backend="eager")))
-    torch._dynamo.reset()
-    for width, rows in itertools.product((16, 32), (1, 2, 3, 5, 8)):
-        model = network(n_embd=width, n_layer=1)
-        assert_same(model, FULL[:1].repeat(rows, 1), autoregressive, GREEDY)
-    assert not capsys.readouterr().out
-
-
 def test_without_a_compiler_the_texts_are_the_same_and_a_line_tells_why(monkeypatch, capsys):
     def no_compiler(f, **options):
         def run(*args):
@@ -181,14 +168,6 @@ def test_fast_attention_is_attention(prefix, T, kind, compiling, monkeypatch):
     torch.testing.assert_close(
         found, model.decode(cache, target, attention=kind), atol=1e-5, rtol=0
     )
-
-
-def test_large_scores_are_computed_by_heads():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, length, 8) for length in (600, 605, 605))
-    expected = F.scaled_dot_product_attention(q, k, v)
-    found = fast_decode.matmul_attention(q, k, v)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 # CUDA graphs, simulated

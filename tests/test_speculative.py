@@ -200,15 +200,6 @@ def test_a_token_is_accepted_with_probability_min_1_p_over_q():
     assert (found[~kept] == 2).all() and (end == 1).all()
 
 
-def test_the_hook_sees_the_noise_and_every_call():
-    model, seen = network(prefix_attention="causal", shift=True), []
-    found = generate(model, prompts(3), SamplerConfig(), on_step=lambda *args: seen.append(args))
-    assert [step for step, *_ in seen] == list(range(found.calls.max() + 1))
-    assert seen[0][2] is None and seen[1][2].shape == (3, S, V)
-    calls = sum((rows >= 0).long() for *_, rows in seen[1:])
-    assert torch.equal(calls, found.calls)
-
-
 @pytest.mark.parametrize(
     "settings", [dict(prefix_attention="joint"), dict(paradigm="ar", target_attention="causal")]
 )
