@@ -253,14 +253,16 @@ def run(main: Callable[[list[str]], object], *classes: type) -> None:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a fault of the program, not of what was typed
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
 def one_line(error: Exception) -> str:
     """Return the message of an error without line breaks."""
-    text = str(error)
+    text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
     return "\\n".join(text.splitlines())

@@ -57,7 +57,7 @@ class TrainConfig:
     batch_size: int = setting(32, "sequences per step", minimum=1)
     grad_accum_steps: int = setting(1, "micro-batches per step", minimum=1, may_change=True)
     optimizer: str = setting("muon", "muon: for the matrices of blocks", ("muon", "adamw"))
-    learning_rate: float = setting(1.5e-3, "of AdamW; Muon's is 5 times it", minimum=0)
+    learning_rate: float = setting(1.5e-3, "of AdamW; Muon's is 5 times it", minimum=0, maximum=1e3)
     warmup_steps: int = setting(20, "linear warm-up", minimum=0)
     schedule: str = setting("linear", "after the warm-up", ("constant", "linear", "cosine"))
     weight_decay: float = setting(0.1, "of matrices", minimum=0, maximum=10)
