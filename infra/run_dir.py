@@ -105,6 +105,9 @@ class Log:
         self.path = path
         self.last = entries[-1] if entries else {}
         self.file = None
+        self.board = None
+        if enabled and tensorboard:
+            self.board = _open_board(path.parent / "tensorboard", first_step)
         if enabled:
             text = "".join(json.dumps(entry) + "\n" for entry in entries)
             write_atomically(path, lambda file: file.write(text.encode()))
