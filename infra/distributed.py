@@ -57,10 +57,11 @@ class DistributedContext:
                 raise ValueError("--parallel=fsdp needs torchrun, which starts several processes")
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-            # A block that runs twice in a forward pass (prefix, then target) must not free its
-            # weights in between. Such a model is gathered and freed as a whole.
+            # If the prefix is cached, its backward pass comes last and needs all weights. Such a
+            # model is gathered and freed as a whole, once per step.
             for part in [*model.blocks, model] if model.cfg.single_pass else [model]:
                 fully_shard(part)
+            model.set_reshard_after_backward(model.cfg.single_pass)
             for name in ("encode", "decode"):  # the loss calls them instead of forward
                 register_fsdp_forward_method(model, name)
             self.sharded = True
@@ -68,10 +69,17 @@ class DistributedContext:
     def set_gradient_sync(self, model, last: bool) -> None:
         """fsdp: exchange gradients only in the last backward pass of a step."""
         if self.sharded:
-            model.set_requires_gradient_sync(last)
+            model.set_requires_gradient_sync(last and model.cfg.single_pass)
 
     def average_gradients(self, model: nn.Module) -> None:
-        """ddp: replace each gradient by its mean over the processes, in one exchange."""
+        """Replace each gradient by its mean over the processes, in one exchange."""
+        if self.sharded and not model.cfg.single_pass:
+            # FSDP sees backward passes through logits only, so this one of value 0 starts it.
+            model.set_requires_gradient_sync(True)
+            model.set_reshard_after_backward(True)
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            (model(token, token).sum() * 0).backward()
+            model.set_reshard_after_backward(False)
         if self.world_size == 1 or self.sharded:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
