@@ -136,11 +136,7 @@ def quick(scale: Scale) -> Scale:
         scale,
         tasks={task: f"{line} --n=10" for task, line in scale.tasks.items()},
         network=f"{scale.network} --n_layer=2 --n_head=2 --n_embd=32",
-        every="--batch_size=4 --eval_batches=1 --eval_interval=20 --sample_interval=0",
-        ar_steps=20,
-        adapt_steps=20,
-        tune_steps=20,
-        scratch_steps=20 if scale.scratch_steps else 0,
+        every="--max_steps=20 --batch_size=4 --eval_batches=1 --eval_interval=20",
         sampled_items=10,
     )
 

@@ -240,15 +240,16 @@ def faults_table(results: Path) -> str:
     return markdown(["fault", "runs", "kills", "lost or changed"], rows)
 
 
-def speed_table(results: Path, decode: bool = False, short: bool = False) -> str:
+def speed_table(results: Path, decode: bool) -> str:
     """Decoding speed by length, or every other measurement of eval.speed."""
     from eval import speed
 
     lines = speed.read_lines(results / "speed.jsonl")
-    lines = [line for line in lines if (line["what"] == "decode") == decode]
+    wanted = ("decode",) if decode else ("train", "unroll", "loop")
+    lines = [line for line in lines if line["what"] in wanted]
     if not lines:
         return "(not measured yet)"
-    table = speed.decode_table(lines, short) if decode else speed.lines_table(lines)
+    table = speed.decode_table(lines, short=True) if decode else speed.lines_table(lines)
     return f"{table}\n\n{speed.origins(lines)}"
 
 
@@ -269,8 +270,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "choices": of_files(choices_table, "few_steps", "study"),
     "faults": faults_table,
     "decode": lambda results: speed_table(results, decode=True),
-    "decode, short": lambda results: speed_table(results, decode=True, short=True),
-    "speed": lambda results: speed_table(results),
+    "speed": lambda results: speed_table(results, decode=False),
 }
 
 
