@@ -70,6 +70,12 @@ def validate(cfg) -> None:
         setattr(cfg, field.name, value)
 
 
+def require(holds, message: str) -> None:
+    """Raise ValueError with this message unless the condition holds."""
+    if not holds:
+        raise ValueError(message)
+
+
 def _typed(value, field):
     kind = type(field.default)
     if kind is float and type(value) is int:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from configurator import setting, validate
+from configurator import require, setting, validate
 
 # The only layers that a diffusion model may have and its AR source has not. They start at zero.
 NEW_MODULES = ("self_cond_proj",)
@@ -70,42 +70,29 @@ class ModelConfig:
 
     def __post_init__(self):
         validate(self)
-        heads = (self.n_head, self.kv_heads)
-        joint = self.prefix_attention == "joint"
-        causal = self.target_attention == "causal"
-        encoder = self.arch == "encoder_decoder"
+        C = self.n_embd
+        H = self.n_head
+        G = self.kv_heads
+        prefix = self.prefix_attention
+        target = self.target_attention
         largest_id = max(self.pad_id, self.sep_id, self.mask_id, self.n_ordinary - 1)
-        rules = [
-            (
-                self.head_dim or self.n_embd % self.n_head == 0,
-                "n_embd must be a multiple of n_head",
-            ),
-            (
-                self.head_size % 2 == 0 or self.position != "rope",
-                "rope needs an even n_embd / n_head",
-            ),
-            (heads[0] % heads[1] == 0, f"n_head must be a multiple of n_kv_head, got {heads}"),
-            (
-                self.rope_slow_turns < self.rope_fast_turns,
-                "rope_slow_turns must be the smaller one",
-            ),
-            (largest_id < self.vocab_size, f"an id is not below vocab_size {self.vocab_size}"),
-            (self.eos_id < self.n_ordinary, "eos_id must be an ordinary id"),
-            (not (joint and causal), "prefix_attention=joint needs target_attention=bidirectional"),
-            (
-                not encoder or self.prefix_attention == "bidirectional",
-                "arch=encoder_decoder needs prefix_attention=bidirectional",
-            ),
-        ]
+        slow = self.rope_slow_turns
+        fast = self.rope_fast_turns
+        even = self.position != "rope" or self.head_size % 2 == 0
+        require(self.head_dim or C % H == 0, f"n_embd {C} must be a multiple of n_head {H}")
+        require(even, f"rope needs an even n_embd / n_head, got {self.head_size}")
+        require(H % G == 0, f"n_head {H} must be a multiple of n_kv_head {G}")
+        require(slow < fast, f"rope_slow_turns {slow} must be below rope_fast_turns {fast}")
+        require(largest_id < self.vocab_size, f"id {largest_id} is not below {self.vocab_size}")
+        require(self.eos_id < self.n_ordinary, f"eos_id {self.eos_id} must be an ordinary id")
+        if prefix == "joint":
+            require(target == "bidirectional", "joint needs target_attention=bidirectional")
+        if self.arch == "encoder_decoder":
+            require(prefix == "bidirectional", "an encoder needs prefix_attention=bidirectional")
         if self.paradigm == "ar":
-            rules += [
-                (causal, "paradigm=ar needs target_attention=causal, or it sees the answer"),
-                (not self.shift, "shift needs paradigm=diffusion"),
-                (not self.self_conditioning, "self_conditioning needs paradigm=diffusion"),
-            ]
-        for holds, message in rules:
-            if not holds:
-                raise ValueError(message)
+            require(target == "causal", "paradigm=ar needs target_attention=causal")
+            require(not self.shift, "shift needs paradigm=diffusion")
+            require(not self.self_conditioning, "self_conditioning needs paradigm=diffusion")
 
     @property
     def head_size(self) -> int:
@@ -460,21 +447,18 @@ class Transformer(nn.Module):
 
     def forward(self, prefix, target, self_cond=None, attention=None, extra_edges=None) -> Tensor:
         """Return logits (B, T, V): decode(encode(prefix), target), in one pass if both are causal."""
-        settings = {self.cfg.prefix_attention, self.cfg.target_attention}
-        if settings != {"causal"} or attention or extra_edges is not None:
-            return self.decode(
-                self.encode(prefix), target, False, self_cond, attention, extra_edges
-            )
-        P = prefix.shape[1]
-        valid = torch.cat(
-            [prefix != self.cfg.pad_id, torch.ones_like(target, dtype=torch.bool)], dim=1
-        )
-        valid = None if bool(valid.all()) else valid
-        x = self.embed(torch.cat([prefix, target], dim=1), P, self_cond)
-        return self.head(self._read(x, None, "causal", valid)[:, P:])
+        kinds = {self.cfg.prefix_attention, self.cfg.target_attention}
+        if kinds != {"causal"} or attention or extra_edges is not None:
+            cache = self.encode(prefix)
+            return self.decode(cache, target, False, self_cond, attention, extra_edges)
+        cache = KVCache(0)
+        cache.prefix = prefix
+        valid = prefix != self.cfg.pad_id
+        cache.valid = None if bool(valid.all()) else valid
+        return self._decode_joint(cache, target, self_cond, "causal", None)
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
-        """Return the mean embedding (..., C) under softmax(logits) (..., V), for self-conditioning."""
+        """Return the mean embedding (..., C) under softmax(logits) (..., V)."""
         return logits.softmax(-1).to(self.tok.weight.dtype) @ self.tok.weight
 
     def compile_blocks(self) -> None:
@@ -482,7 +466,7 @@ class Transformer(nn.Module):
         self.run_blocks = torch.compile(self.run_blocks)
 
     def embed(self, tokens: Tensor, P: int, self_cond: Tensor | None) -> Tensor:
-        """Return embeddings (B, P + T, C) of P prefix tokens and a target, with its last prediction."""
+        """Return embeddings (B, P + T, C) of a prefix and a target, with its last prediction."""
         x = self.tok(tokens)
         if self_cond is None or not self.cfg.self_conditioning:
             return x

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import autoregressive
 import configurator
 import diffusion
-from configurator import flatten, group, setting, validate
+from configurator import flatten, group, require, setting, validate
 from data.loader import build_if_missing, open_dataset, prefetch
 from data.objectives import ObjectiveConfig
 from data.tokenizer import get_tokenizer
@@ -80,20 +80,21 @@ class TrainConfig:
     def __post_init__(self):
         validate(self)
         model = self.model
-        uncached = model.paradigm == "ar" or model.prefix_attention == "joint"
-        if self.batch_size % self.grad_accum_steps:
-            sizes = f"{self.batch_size} and {self.grad_accum_steps}"
-            raise ValueError(f"batch_size must be a multiple of grad_accum_steps, got {sizes}")
-        if self.compile and self.activation_checkpointing:
-            raise ValueError("use compile or activation_checkpointing, not both")
-        if self.parallel == "fsdp" and self.optimizer == "muon":
-            raise ValueError("parallel=fsdp needs optimizer=adamw, got muon")
-        if model.self_conditioning and self.loss.unroll_steps < 2:
-            raise ValueError("self_conditioning needs unroll_steps=2 or more, got 1")
-        if self.anneal_steps and model.target_attention == "causal":
-            raise ValueError("anneal_steps needs target_attention=bidirectional, got causal")
-        if self.loss.ar_loss_weight and uncached:
-            raise ValueError("ar_loss_weight needs paradigm=diffusion and a cached prefix")
+        loss = self.loss
+        B = self.batch_size
+        accum = self.grad_accum_steps
+        require(B % accum == 0, f"batch_size {B} must be a multiple of grad_accum_steps {accum}")
+        if self.compile:
+            require(not self.activation_checkpointing, "compile excludes activation_checkpointing")
+        if self.parallel == "fsdp":
+            require(self.optimizer == "adamw", "parallel=fsdp needs optimizer=adamw")
+        if model.self_conditioning:
+            require(loss.unroll_steps > 1, "self_conditioning needs unroll_steps=2 or more")
+        if self.anneal_steps:
+            opens = model.target_attention == "bidirectional"
+            require(opens, "anneal_steps needs target_attention=bidirectional")
+        if loss.ar_loss_weight:
+            require(prefix_is_cached(self), "ar_loss_weight needs diffusion and a cached prefix")
 
 
 class Run:
