@@ -96,7 +96,7 @@ def table() -> list[tuple[str, float, float]]:
     lines = code_lines()
     return [
         ("Python, without tests", n_lines(*python, "view/*.py", "config/*.py", "docs/**/*.py"), 10_500),
-        ("root files", n_lines("*.py"), 2_060),
+        ("root files", n_lines("*.py"), 2_160),
         ("number of root files", len(ROOT_FILES), 8),
         ("infra/", n_lines("infra/*.py"), 900),
         ("extras/", n_lines("extras/*.py"), 650),
