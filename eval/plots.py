@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -26,7 +26,6 @@ from diffusion import SAMPLERS, SamplerConfig, corrupt, generate
 from infra.checkpoint import load, load_model, write_atomically
 from infra.rng import make_rng
 from model import ModelConfig, attention_mask
-from sample import encode_prompt
 from view.cells import NEWLINE, PAD, UNPRINTABLE, spans
 from view.record import Frame, Recorder
 
@@ -150,15 +149,12 @@ def read_run(folder: Path) -> tuple[str, list[dict]]:
     path = folder / "log.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; name the out_dir of a training")
-    lines = path.read_text(encoding="utf-8").splitlines()
     entries = []
-    for number, line in enumerate(lines, start=1):
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            entry = json.loads(line)
-            entries.append(entry | {"step": int(entry["step"]), "loss": float(entry["loss"])})
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):  # the last line of a running training may be incomplete
-                raise ValueError(f"{path}, line {number} has no step and loss: {line}") from None
+            entries.append(json.loads(line))
+        except ValueError:  # the last line of a running training may be incomplete
+            break
     if not entries:
         raise ValueError(f"{path} is empty: the run has not finished a step")
     if any("val_loss" in entry for entry in entries):
@@ -260,7 +256,7 @@ def plot_canvas(cfg: PlotConfig) -> str:
     model, tokenizer, _ = load_model(cfg.canvas)
     if model.cfg.paradigm != "diffusion":
         raise ValueError(f"a canvas needs a diffusion checkpoint; {cfg.canvas} is an AR model")
-    prompt = torch.tensor([encode_prompt(cfg.prompt, tokenizer, model.cfg)])
+    prompt = torch.tensor([tokenizer.encode_prompt(cfg.prompt)])
     with Recorder(model.cfg.pad_id, growing=False, candidates=1) as recorder:
         out = generate(model, prompt, cfg.sampler, cfg.seed, on_step=recorder)
     frames = list(recorder.frames(out.tokens[0]))
@@ -356,6 +352,8 @@ def svg_text(text: str) -> str:
 
 BYTES = get_tokenizer("bytes")
 TEXT = "neuf cent quatre-vingt-un"
+SIZES = {"block_size": len(TEXT) + 2, "target_length": len(TEXT) + 1}
+DIFFUSION = ModelConfig(paradigm="diffusion", target_attention="bidirectional", **SIZES)
 PATTERNS = {  # name -> prefix_attention, target_attention
     "GPT": ("causal", "causal"),
     "prefix LM": ("bidirectional", "causal"),
@@ -422,9 +420,8 @@ def draw_noise():
     rng = make_rng(6, torch.zeros(1, dtype=torch.long))
     for panel, noise in zip(figure.subplots(1, 2), ("uniform", "mask")):
         style_grid(panel, [""] * len(TEXT), rates)
-        model_cfg = ModelConfig(paradigm="diffusion", target_attention="bidirectional", noise=noise)
         for y, rate in enumerate(rates):
-            noisy = corrupt(target, torch.tensor([[rate]]), model_cfg, rng)
+            noisy = corrupt(target, torch.tensor([[rate]]), replace(DIFFUSION, noise=noise), rng)
             for x, token in enumerate(noisy[0, 1:].tolist()):
                 text = chr(token) if 31 < token < 127 else UNPRINTABLE
                 text = "_" if token == BYTES.mask_id else text
@@ -441,9 +438,7 @@ class ToyNetwork:
     """
 
     def __init__(self):
-        sizes = {"block_size": len(TEXT) + 2, "target_length": len(TEXT) + 1}
-        settings = {"paradigm": "diffusion", "target_attention": "bidirectional"}
-        self.cfg = ModelConfig(**settings, **sizes)
+        self.cfg = DIFFUSION
         self.text = torch.tensor(BYTES.encode(TEXT))  # (S,)
         rng = make_rng(2, torch.zeros(1, dtype=torch.long))
         self.ease = rng.uniform(0, len(TEXT))[0][0]  # (S,)

@@ -263,7 +263,9 @@ def decode_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
     L = case["length"]
     calls = {}
     for kind, network in networks.items():
-        generate = generate_ar if kind == "AR" else generate_diffusion
+        generate = generate_diffusion
+        if kind == "AR":
+            generate = partial(autoregressive.generate, cfg=autoregressive.SamplerConfig())
         calls[kind, False] = partial(generate, at_length(network, L), prompt)
         calls[kind, True] = partial(generate, at_length(compiled(network), L), prompt)
     try:
@@ -299,10 +301,6 @@ def networks_of(cfg: SpeedConfig, case: dict, device: torch.device) -> dict[str,
         torch.compiler.reset()
     longest = max(1024, case["length"])
     return random_networks(case["shape"], case["dtype"], longest, device, cfg.seed)
-
-
-def generate_ar(decoder, prompt: Tensor) -> None:
-    autoregressive.generate(decoder, prompt, autoregressive.SamplerConfig())
 
 
 def generate_diffusion(decoder, prompt: Tensor) -> float:
@@ -479,10 +477,8 @@ def lines_table(lines: list[dict]) -> str:
             share = ""
             if "roofline" in entry:
                 share = f"{entry['roofline'] / median(entry['seconds']):.0%} of {entry['bound']}"
-            quality = ", ".join(f"{k} {v:.4g}" for k, v in entry.get("quality", {}).items())
-            rows.append([case, name, seconds, against, ratio, line.get("aim", ""), share, quality])
-    header = ["case", "system", "median", "baseline", "ratio: median (range)", "aim"]
-    header += ["share of roofline", "quality"]
+            rows.append([case, name, seconds, against, ratio, line.get("aim", ""), share])
+    header = ["case", "system", "median", "baseline", "ratio: median (range)", "aim", "roofline"]
     filled = [i for i in range(len(header)) if any(row[i] for row in rows)]
     return markdown([header[i] for i in filled], [[row[i] for i in filled] for row in rows])
 
@@ -523,12 +519,13 @@ def faster_forms(systems: dict[str, dict]) -> dict[str, dict]:
 
 def origins(lines: list[dict]) -> str:
     """Return the commands and machines of some lines, each once."""
-    texts = []
+    commits: dict[str, set] = {}
     for line in lines:
         o = line["origin"]
         machine = f"{o['hardware']}, {o['threads']} threads, torch {o['torch']}"
-        texts.append(f"`{o['command']}`, seed {o['seed']}; {machine}, commit {o['commit']}.")
-    return "\n\n".join(dict.fromkeys(texts))
+        text = f"`{o['command']}`, seed {o['seed']}; {machine}"
+        commits.setdefault(text, set()).update(o["commit"].split(", "))
+    return "\n\n".join(f"{k}, commit {', '.join(sorted(v))}." for k, v in commits.items())
 
 
 if __name__ == "__main__":
