@@ -12,6 +12,7 @@ eval/sandbox.py. pass@k is estimated from all samples (Codex, arXiv 2107.03374).
 """
 
 import json
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -194,7 +195,8 @@ def _check_run(cfg: CodeConfig, has_tests: bool) -> None:
         reason = "pass@k runs programs that a model wrote"
         raise ValueError(f"{reason}: allow it with --run_code; {sandbox.isolation()}")
     if has_tests and cfg.run_code:
-        common.warn(f"--run_code: each program has its own process; {sandbox.isolation()}")
+        note = f"--run_code: each program has its own process; {sandbox.isolation()}"
+        print(note, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -27,7 +28,6 @@ from data.mini import TAGS
 from eval.metrics import Metric, interval
 from infra.checkpoint import load, load_model, write_atomically
 from infra.device import pick_device
-from infra.logits import GenerateOutput
 
 RESAMPLES = 1000  # of a bootstrap
 LEFT_TO_RIGHT = ("ar", "speculative")  # values of --sampler besides those of diffusion.py
@@ -82,33 +82,33 @@ class Generator:
 
         A batch holds prefixes of one length, so it needs no padding mask.
         """
+        device = self.model.tok.weight.device
         texts = {}
         calls = 0  # of the network, summed over candidates
         start = time.perf_counter()
-        groups: dict[int, list[Job]] = {}
-        for job in jobs:
-            groups.setdefault(len(job.prefix), []).append(job)
         with tqdm(total=len(jobs), unit="text", disable=None, leave=False) as bar:
-            for length in sorted(groups):
-                for batch in batched(groups[length], self.run.batch_size):
-                    output = self._generate(batch)
-                    keys = [job.key for job in batch]
-                    texts |= zip(keys, map(self._decode, output.tokens.tolist()))
-                    calls += int(output.calls.sum())
-                    bar.update(len(batch))
-        seconds = time.perf_counter() - start
+            for batch in _batches(jobs, self.run.batch_size):
+                prefix = torch.tensor([job.prefix for job in batch], dtype=torch.long)
+                example = torch.tensor([job.example for job in batch])
+                rows = (prefix.to(device), self.sampler, self.run.seed, example.to(device))
+                output = self.decoder.generate(self.model, *rows)
+                for job, tokens in zip(batch, output.tokens.tolist()):
+                    texts[job.key] = self._decode(tokens)
+                calls += int(output.calls.sum())
+                bar.update(len(batch))
         n = len(jobs)
+        seconds = time.perf_counter() - start
         return texts, {"calls_per_sample": calls / n, "seconds_per_sample": seconds / n}
 
-    def _generate(self, jobs: list[Job]) -> GenerateOutput:
-        device = self.model.tok.weight.device
-        prefix = torch.tensor([job.prefix for job in jobs], dtype=torch.long, device=device)
-        example = torch.tensor([job.example for job in jobs], device=device)
-        return self.decoder.generate(self.model, prefix, self.sampler, self.run.seed, example)
-
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, tokens: list[int]) -> str:
         pad_id = self.model.cfg.pad_id
-        return self.tokenizer.decode(ids[: ids.index(pad_id)] if pad_id in ids else ids)
+        return self.tokenizer.decode(tokens[: [*tokens, pad_id].index(pad_id)])
+
+
+def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
+    by_length = sorted(jobs, key=lambda job: len(job.prefix))
+    for _, group in groupby(by_length, key=lambda job: len(job.prefix)):
+        yield from batched(list(group), size)
 
 
 def batched(items: Sequence, size: int) -> Iterator[Sequence]:
@@ -133,9 +133,10 @@ def open_checkpoint(argv: list[str], cls: type) -> tuple:
     run = build(EvalConfig, values)
     model, tokenizer, state = load_model(run.init_from, pick_device(run.device))
     sampler = values.get("sampler", "")
+    if sampler in LEFT_TO_RIGHT:
+        del values["sampler"]
     decoder = decoder_for(model.cfg, sampler)
-    known = [*all_fields(cls, decoder.SamplerConfig)]
-    known += ["sampler"] if sampler in LEFT_TO_RIGHT else []
+    known = all_fields(cls, decoder.SamplerConfig)
     for name in values:
         if name not in known:
             names = f"settings of this {model.cfg.paradigm} checkpoint: {', '.join(known)}"
@@ -209,10 +210,6 @@ def _cpu() -> str:
 def cost_line(cost: dict) -> str:
     calls = f"{cost['calls_per_sample']:.1f} network calls"
     return f"{calls}, {cost['seconds_per_sample']:.4f} s per sample"
-
-
-def warn(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -331,7 +328,10 @@ class TaskRun:
         if not jobs:
             raise ValueError(f"all {total} prompts are {limit}")
         if len(jobs) < total:
-            warn(f"{total - len(jobs)} of {total} prompts are {limit}; they count as empty answers")
+            note = (
+                f"{total - len(jobs)} of {total} prompts are {limit}; they count as empty answers"
+            )
+            print(note, file=sys.stderr)
         return jobs
 
     def texts(self, read: Callable) -> tuple[list[str], dict]:
@@ -371,12 +371,8 @@ class TaskRun:
 
 def check_ids(path: str, found: Collection[str], examples: list[dict]) -> None:
     """Raise ValueError unless a file has predictions for the examples and for nothing else."""
-    wanted = [example["id"] for example in examples]
-    missing = sorted(set(wanted) - set(found))
-    unknown = sorted(set(found) - set(wanted))
-    for problem, ids in (("none", missing), ("also one", unknown)):
-        if ids:
-            counts = f"{len(found)} predictions for {len(wanted)} examples"
-            raise ValueError(
-                f"{path}: {counts}; {problem} for {', '.join(ids[:3])} ({len(ids)} in all)"
-            )
+    wanted = {example["id"] for example in examples}
+    if wanted != set(found):
+        counts = f"{len(found)} predictions for {len(wanted)} examples"
+        some = ", ".join(sorted(wanted ^ set(found))[:3])
+        raise ValueError(f"{path}: {counts}; missing or unknown: {some}")

@@ -11,14 +11,14 @@ but does nothing (pass, a constant, return). The held-out bodies have the same s
 """
 
 import ast
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from configurator import flatten, group, run, setting, validate
 from data.python_code import parses
 from data.syntax import parse_python
 from eval import common
 from eval.bound import bits_per_byte, fitting_pairs, item_nats
-from eval.common import EvalConfig, cost_line, open_checkpoint, training_data
+from eval.common import EvalConfig
 from eval.metrics import wilson
 
 INVALID = "\ufffd"  # the tokenizer decodes an invalid byte to this
@@ -92,9 +92,9 @@ def parse_shares(prefixes: list[str], bodies: list[str]) -> dict:
 
 
 def main(argv: list[str]) -> dict:
-    cfg, generator, state = open_checkpoint(argv, PythonCodeConfig)
+    cfg, generator, state = common.open_checkpoint(argv, PythonCodeConfig)
     model_cfg = generator.model.cfg
-    data = cfg.data or training_data(state, cfg.run.init_from)
+    data = cfg.data or common.training_data(state, cfg.run.init_from)
     held_out = fitting_pairs(data, model_cfg, state["tokenizer"])
     chosen = common.choose(range(len(held_out)), cfg.n)
     pairs = [held_out.pair(i) for i in chosen]
@@ -109,24 +109,13 @@ def main(argv: list[str]) -> dict:
     folder = {"folder": str(data), "fingerprint": held_out.fingerprint, "items": chosen}
     result["dataset"] = folder | held_out.meta
     result |= common.origin("python_code", argv, flatten(cfg) | generator.settings(), state)
-    result["model"] = asdict(model_cfg)
-    return common.finish(cfg.run.json, result, _table(result))
-
-
-def _table(result: dict) -> str:
     loss = result["loss"]
-    error = "" if loss["standard_error"] is None else f" +- {loss['standard_error']:.3f}"
-    bits = f"{loss['bits_per_byte']:.3f}{error} bits per byte"
-    lines = [f"{bits}, of which pads {loss['of_which_pads']:.3f} ({loss['measure']})"]
-    if "by_rate" in loss:
-        rates = loss["by_rate"].items()
-        values = " ".join(f"{rate}:{row['bits_per_byte']:.3f}" for rate, row in rates)
-        lines.append(f"by rate: {values}")
-    names = ("parse", "parse_and_not_trivial", "trivial", "empty", "distinct")
-    columns = [result["generated"], result["held_out"]]
-    rows = [[name, *(f"{column[name]:.1%}" for column in columns)] for name in names]
-    header = [f"bodies, n = {columns[0]['n']}", "generated", "held out"]
-    return "\n".join([*lines, common.markdown(header, rows), cost_line(result)])
+    rows = []
+    for name in ("parse", "parse_and_not_trivial", "trivial", "empty", "distinct"):
+        rows.append([name, *(f"{result[key][name]:.1%}" for key in ("generated", "held_out"))])
+    text = f"{loss['bits_per_byte']:.3f} bits per byte: {loss['measure']}\n"
+    text += common.markdown([f"bodies, n = {len(chosen)}", "generated", "held out"], rows)
+    return common.finish(cfg.run.json, result, f"{text}\n{common.cost_line(cost)}")
 
 
 if __name__ == "__main__":

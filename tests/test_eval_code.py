@@ -263,8 +263,8 @@ ELEVEN = '{"task_id": 11, "completion": "a"}\n'
 @pytest.mark.parametrize(
     "text, says",
     [
-        (ELEVEN, "1 predictions for 2 examples; none for 12"),
-        ("".join(ELEVEN.replace("11", str(i)) for i in (11, 12, 13)), "also one for 13"),
+        (ELEVEN, "1 predictions for 2 examples; missing or unknown: 12"),
+        ("".join(ELEVEN.replace("11", str(i)) for i in (11, 12, 13)), "missing or unknown: 13"),
         (ELEVEN + '{"task_id": 12, "comple', "line 2: not readable as JSON"),
         ('{"task_id": ' + "1" * 5000 + "}", "line 1: not readable as JSON"),
         ('{"task_id": 11}\n', "line 1: must be"),

@@ -87,10 +87,10 @@ def test_a_model_answers_from_the_prompt_alone(place, tmp_path, kind):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ('{"q1": "a", "q2": "b"}', "2 predictions for 3 examples; none for q3 (1 in all)"),
+        ('{"q1": "a", "q2": "b"}', "2 predictions for 3 examples; missing or unknown: q3"),
         (
             '{"q1": "", "q2": "", "q3": "", "q4": ""}',
-            "4 predictions for 3 examples; also one for q4",
+            "4 predictions for 3 examples; missing or unknown: q4",
         ),
         ('{"q1": "a", "q2": "b", "q3": ', "not readable as JSON"),
         ('{"q1": ' + "1" * 5000 + "}", "not readable as JSON"),
