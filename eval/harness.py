@@ -98,7 +98,7 @@ class Model:
         return total
 
     def _prompt(self, text: str) -> list[int]:
-        ids = self.encode(text)
+        ids = self.generator.tokenizer.encode_prompt(text)
         self.shortened += len(ids) > self.longest_prefix
         return ids[max(0, len(ids) - self.longest_prefix) :]
 
@@ -110,14 +110,12 @@ class Model:
         return ids
 
     def _log_p(self, pairs: list) -> list[float]:
-        settings = self.generator.run
-        examples = list(range(len(pairs)))
-        parts = target_nats(
-            self.model, pairs, examples, self.bound, settings.batch_size, settings.seed
-        )
+        run = self.generator.run
+        examples = range(len(pairs))
+        sums = target_nats(self.model, pairs, examples, self.bound, run.batch_size, run.seed)
         if self.measure == EXACT:  # of the continuation only, as the harness defines it
-            return [-text for text in parts[0]]
-        return [-text - pads for text, pads in zip(*parts)]  # a bound is one number for the canvas
+            return [-text for text in sums[0]]
+        return [-text - pads for text, pads in zip(*sums)]  # a bound is one number for the canvas
 
 
 def until(text: str, stops: str | list[str] | None) -> str:
@@ -158,13 +156,10 @@ def load_tasks(names: str):
     manager_of = import_module("lm_eval.tasks").TaskManager
     tasks = [name.strip() for name in names.split(",") if name.strip()]
     files = [name for name in tasks if name.endswith((".yaml", ".yml"))]
-    for name in files:
-        if not Path(name).is_file():
-            raise ValueError(f"{name}: no such task file")
     manager = manager_of(include_defaults=len(files) < len(tasks))  # reading its own takes seconds
-    unknown = [name for name in set(tasks) - set(files) if not manager.match_tasks([name])]
-    if unknown:
-        raise ValueError(f"unknown task {', '.join(sorted(unknown))}; a task file ends with .yaml")
+    for name in tasks:
+        if not (Path(name).is_file() if name in files else manager.match_tasks([name])):
+            raise ValueError(f"{name}: no such task; a task file ends with .yaml")
     return manager, tasks
 
 

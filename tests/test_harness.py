@@ -234,7 +234,7 @@ def test_a_choice_is_the_likeliest_and_its_kind_is_said(task, checkpoint, capsys
 
 
 def test_what_is_missing_is_named(task, checkpoint, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="none.yaml: no such task file"):
+    with pytest.raises(ValueError, match="none.yaml: no such task"):
         harness.main([f"--init_from={checkpoint}", f"--tasks={tmp_path / 'none.yaml'}"])
     with pytest.raises(ValueError, match="name a task"):
         HarnessConfig()
