@@ -151,8 +151,12 @@ class GGUFFile:
 
     def _dequantize(self, short: str, start: int = 0, end: int | None = None) -> Tensor:
         tensor = self._tensors[short]
-        rows = require("gguf").dequantize(tensor.data[start:end], tensor.tensor_type)
-        return torch.from_numpy(np.array(rows))
+        shape = tensor.data[start:end].shape
+        offset = tensor.data_offset + start * tensor.data.strides[0]
+        # Not tensor.data itself: its pages, which are mapped, would stay in memory.
+        packed = np.fromfile(self.path, tensor.data.dtype, math.prod(shape), offset=int(offset))
+        packed = packed.reshape(shape)
+        return torch.from_numpy(require("gguf").dequantize(packed, tensor.tensor_type))
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
         """Return rows of a tensor in float32."""
