@@ -1,10 +1,12 @@
 """data/loader.py: a batch is a function of its place; a data set is whole or refused."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from data.loader import open_dataset, prefetch, write_pairs, write_stream
+from data.loader import SETS, build_if_missing, open_dataset, prefetch, write_pairs, write_stream
 from data.objectives import ObjectiveConfig, splice
 from data.tokenizer import get_tokenizer
 
@@ -67,19 +69,20 @@ def test_a_batch_depends_on_seed_and_step_only(folder, objective):
         used.batch(-1, 0, 8)
 
 
-def test_slices_of_rows_are_parts_of_the_whole_batch(folder, objective):
-    """Four processes or four micro-batches see what one sees. A part may need less padding."""
+def test_parts_of_a_batch_are_the_whole_batch_in_another_order(folder, objective):
+    """Four processes or micro-batches see what one sees. Short prefixes are together."""
     data = open_dataset(folder, "train", objective)
     for step in range(12):
         whole = data.batch(5, step, 8)
         parts = [data.batch(5, step, 8, slice(i, i + 2)) for i in range(0, 8, 2)]
-        assert torch.equal(torch.cat([p.target for p in parts]), whole.target)
-        assert torch.cat([p.example for p in parts]).tolist() == [8 * step + i for i in range(8)]
-        for i, part in enumerate(parts):
-            rows = whole.prefix[2 * i : 2 * i + 2]
+        examples = torch.cat([part.example for part in parts])
+        assert sorted(examples.tolist()) == [*range(8 * step, 8 * step + 8)]
+        for part in parts:
+            rows = part.example - 8 * step
             width = part.prefix.shape[1]
-            assert torch.equal(rows[:, :width], part.prefix)
-            assert (rows[:, width:] == BYTES.pad_id).all()
+            assert torch.equal(part.target, whole.target[rows])
+            assert torch.equal(part.prefix, whole.prefix[rows, :width])
+            assert (whole.prefix[rows, width:] == BYTES.pad_id).all()
 
 
 def test_prefetch_gives_the_same_batches_and_raises_errors_at_their_place(folder):
@@ -162,3 +165,107 @@ def test_ids_and_places_outside_their_limits_are_refused(pairs_folder):
     (tokens + 9999).tofile(pairs_folder / "train.bin")
     with pytest.raises(ValueError, match="train.bin: has ids outside the vocabulary of 'bytes'"):
         open_dataset(pairs_folder, "train").batch(0, 0, 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 99},
+        {"target_length": 13},
+        {"block_size": 10**30},
+        {"splits": {"train": {"tokens": 0, "pairs": 1}}},
+        {"sha256": None},
+    ],
+)
+def test_a_wrong_meta_is_refused_with_the_command_that_builds_the_set(pairs_folder, change):
+    path = pairs_folder / "meta.json"
+    for text in (json.dumps(json.loads(path.read_text()) | change), "{", "[]", "1" * 5000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="meta.json: missing, .*python -m data") as error:
+            open_dataset(pairs_folder, "train")
+        assert "\n" not in str(error.value)
+
+
+def test_a_failed_build_leaves_the_old_set_and_no_temporary_files(pairs_folder):
+    before = open_dataset(pairs_folder, "train").fingerprint
+    bad = {"train": [([1], [2])], "valid": [([1], [2]), ([1], [2] * 9)]}
+    with pytest.raises(ValueError, match="valid pair 1 has 1 and 9 tokens"):
+        write_pairs(pairs_folder, bad, "bytes", 5, 12)
+    assert open_dataset(pairs_folder, "train").fingerprint == before
+    assert [path.name for path in pairs_folder.parent.iterdir()] == ["set"]
+
+
+def test_a_set_is_replaced_whole_and_an_open_one_keeps_its_data(pairs_folder):
+    held = open_dataset(pairs_folder, "train")
+    first = held.batch(0, 0, 4)
+    make_pairs(pairs_folder, n=50)
+    assert len(open_dataset(pairs_folder, "train")) == 50
+    assert equal(held.batch(0, 0, 4), first)
+    assert [path.name for path in pairs_folder.parent.iterdir()] == ["set"]
+
+
+def test_a_folder_that_is_no_data_set_is_never_replaced(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="exists and is no data set"):
+        make_pairs(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "splits", "sizes", "message"),
+    [
+        (write_stream, {"train": [TEXT], "valid": [TEXT[:19]]}, (8, 20), "valid has 19 tokens"),
+        (write_stream, {"train": [TEXT]}, (20, 20), "target_length < block_size"),
+        (write_stream, {"train": [[3, BYTES.pad_id] * 20]}, (8, 20), "0 to 255, got 3 to 256"),
+        (write_pairs, {"train": []}, (5, 12), "train has no pairs"),
+        (write_pairs, {"train": [([1] * 8, [2])]}, (5, 12), "pair 0 has 8 and 1 tokens"),
+        (write_pairs, {"train": [([], [1]), ([1], [])]}, (5, 12), "pair 1 has 1 and 0 tokens"),
+    ],
+)
+def test_what_no_training_can_use_is_not_written(tmp_path, write, splits, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path / "set", splits, "bytes", *sizes)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow  # builds three sets
+def test_a_known_set_is_built_once(tmp_path, capfd):
+    folder = build_if_missing(tmp_path / "toy_copy")
+    assert f"python -m data.toy --out={tmp_path}" in capfd.readouterr().out
+    assert len(open_dataset(folder, "train")) > 10_000
+    assert build_if_missing(folder) == folder and capfd.readouterr().out == ""
+
+
+def test_an_unknown_set_or_split_is_refused_with_the_known_ones(tmp_path, folder):
+    with pytest.raises(ValueError, match="no such data set, did you mean 'squad'"):
+        build_if_missing(tmp_path / "squadd")
+    with pytest.raises(ValueError, match="no split 'test'; available: train, valid"):
+        open_dataset(folder, "test")
+    assert set(SETS.values()) >= {"data.mini", "data.squad", "data.parallel"}
+
+
+# Objectives
+
+
+def test_spans_of_a_stream_are_pieces_of_its_text(stream_folder):
+    data = open_dataset(stream_folder, "train", ObjectiveConfig(objective="span_corruption"))
+    batch = data.batch(0, 3, 6)
+    pieces = {spliced(batch, row) for row in range(6)}
+    assert len(pieces) > 1 and all(piece in BYTES.decode(TEXT * 2) for piece in pieces)
+    # 13 tokens make 2 hidden ones in 1 span: a prefix of 12 of 12. 14 tokens: a prefix of 13.
+    assert {len(piece) for piece in pieces} == {13}
+
+
+def test_pairs_under_another_objective_are_texts_cut_anew(tmp_path):
+    make_pairs(tmp_path / "set")
+    data = open_dataset(tmp_path / "set", "train", ObjectiveConfig(objective="prefix_lm"))
+    texts = {"\n".join(data.text(i)) for i in range(len(data))}
+    cuts = set()
+    for step in range(40):
+        prefix, target, _ = data.batch(0, step, 4)
+        for given, rest in zip(prefix, target):
+            text = BYTES.decode(given) + BYTES.decode(rest)
+            assert any(text in whole for whole in texts) and len(BYTES.decode(given)) >= 1
+            cuts.add(len(BYTES.decode(given)))
+    assert len(cuts) > 4
