@@ -8,26 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from eval_models import BYTES, JOINT, KINDS, save_model, save_pairs, tiny_model
 from torch import nn
 
 import autoregressive
 import diffusion
-from data.loader import open_dataset, write_pairs
+from data.loader import open_dataset
 from data.objectives import collate
-from data.tokenizer import get_tokenizer
 from eval import bound, common, exact_match, python_code
 from eval.common import EvalConfig, Generator, decoder_for
 from eval.metrics import wilson
-from infra.checkpoint import save
 from infra.logits import GenerateOutput
 from infra.rng import make_rng
-from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).parent.parent
-BYTES = get_tokenizer("bytes")
-TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=64, target_length=24)
-DIFFUSION = dict(paradigm="diffusion", prefix_attention="joint", target_attention="bidirectional")
-KINDS = {"ar": {}, "diffusion": DIFFUSION}
+SIZES = dict(block_size=64, target_length=24)
 PREFIX = 'def f(x):\n    """Text."""\n'
 ITEMS = [
     (PREFIX, "    return x"),
@@ -38,9 +33,8 @@ ITEMS = [
 ENCODED = [(BYTES.encode(prefix), BYTES.encode(target)) for prefix, target in ITEMS]
 
 
-def a_model(kind: str, uniform: bool = False) -> Transformer:
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(**TINY | KINDS[kind])).eval()
+def a_model(kind: str, uniform: bool = False):
+    model = tiny_model(**SIZES, **KINDS[kind])
     if uniform:
         model.head.weight = nn.Parameter(torch.zeros_like(model.head.weight))
     return model
@@ -57,15 +51,12 @@ def generator(kind: str, batch_size: int = 64, seed: int = 0, **sampler) -> Gene
 def place(tmp_path_factory):
     """A folder with a set of pairs, a checkpoint of each kind and one of another target length."""
     folder = tmp_path_factory.mktemp("eval")
-    splits = {"train": ENCODED, "valid": ENCODED}
-    write_pairs(folder / "pairs", splits, "bytes", 24, 64, source="tests")
-    fields = dict(train_config={"data": "elsewhere"}, fingerprint="abc")
-    for kind in KINDS:
-        save(folder / f"{kind}.pt", a_model(kind), 7, "bytes", **fields)
-    frozen = TINY | DIFFUSION | dict(prefix_attention="bidirectional", shift=True)
-    for name, settings in (("longer", TINY | dict(target_length=25)), ("frozen", frozen)):
-        torch.manual_seed(0)
-        save(folder / f"{name}.pt", Transformer(ModelConfig(**settings)), 0, "bytes")
+    save_pairs(folder / "pairs", ITEMS, 24, 64, source="tests")
+    for kind, config in KINDS.items():
+        save_model(folder / f"{kind}.pt", "elsewhere", **SIZES, **config)
+    save_model(folder / "longer.pt", block_size=64, target_length=25)
+    frozen = JOINT | dict(prefix_attention="bidirectional", shift=True)
+    save_model(folder / "frozen.pt", **SIZES, **frozen)
     return folder
 
 
@@ -166,9 +157,8 @@ def test_each_task_has_its_own_score(prediction, prefix, target, mini, right):
 
 
 def test_a_mini_set_is_known_under_any_name(place, tmp_path, monkeypatch):
-    pairs = [(BYTES.encode("fr nine"), BYTES.encode("neuf"))] * 2
-    command = "python -m data.mini --out=out"
-    write_pairs(tmp_path / "x", {"train": pairs, "valid": pairs}, "bytes", 24, 64, command=command)
+    items = [("fr nine", "neuf"), ("fr ten", "neuf")]
+    save_pairs(tmp_path / "x", items, 24, 64, command="python -m data.mini --out=out")
     fake_generate(monkeypatch, lambda prefix: BYTES.encode("neuf "))
     argv = [f"--init_from={place / 'ar.pt'}", f"--data={tmp_path / 'x'}"]
     assert exact_match.main(argv)["hits"] == 2
@@ -194,7 +184,7 @@ def test_a_model_that_knows_nothing_pays_log2_of_the_vocabulary_for_each_slot(ki
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_slot_nats_are_the_training_loss_of_the_paradigm(kind):
-    model, cfg = a_model(kind), ModelConfig(**TINY)
+    model, cfg = a_model(kind), a_model(kind).cfg
     batch = collate(ENCODED, range(4), cfg.pad_id, cfg.sep_id, cfg.target_length)
     rng = make_rng(3, batch.example)
     if kind == "ar":

@@ -5,20 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
+from eval_models import KINDS, save_model, save_pairs
 
 from data import mbpp, mini
-from data.loader import write_pairs
-from data.tokenizer import get_tokenizer
 from eval import code, sandbox
 from eval.common import TaskConfig
 from eval.metrics import pass_at_k
-from infra.checkpoint import save
-from model import ModelConfig, Transformer
 
-BYTES = get_tokenizer("bytes")
-TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=88, target_length=41)
-DIFFUSION = dict(paradigm="diffusion", prefix_attention="joint", target_attention="bidirectional")
 MBPP = Path(__file__).parent.parent.parent / "shared" / "data" / "mbpp" / "mbpp.jsonl"
 PROBLEMS = [
     ("Double it.", "def f(x):\r\n    return 2 * x", ["assert f(2) == 4", "assert f(0) == 0"]),
@@ -49,15 +42,11 @@ def place(tmp_path_factory):
     (folder / "human.jsonl").write_text(json.dumps(HUMANEVAL) + "\n")
     items = [(item["prefix"], item["target"]) for item in mini.examples("mini_code", "valid")[:3]]
     bodies = [(HEAD, "    return x"), (HEAD.replace("h", "k"), "    x += 1\n    return x")]
-    for name, texts, module in (("mini_code", items, "data.mini"), ("bodies", bodies, "x")):
-        pairs = [(BYTES.encode(prefix), BYTES.encode(target)) for prefix, target in texts]
-        splits = {"train": pairs, "valid": pairs}
-        write_pairs(folder / name, splits, "bytes", 41, 88, command=f"python -m {module}")
-    for kind, config in (("ar", {}), ("diffusion", DIFFUSION)):
-        torch.manual_seed(0)
-        model = Transformer(ModelConfig(**TINY | config)).eval()
-        data = {"data": str(folder / "bodies")}
-        save(folder / f"{kind}.pt", model, 7, "bytes", train_config=data)
+    save_pairs(folder / "mini_code", items, 41, 88, command="python -m data.mini")
+    save_pairs(folder / "bodies", bodies, 41, 88)
+    for kind, config in KINDS.items():
+        sizes = dict(block_size=88, target_length=41)
+        save_model(folder / f"{kind}.pt", folder / "bodies", **sizes, **config)
     return folder
 
 
@@ -264,11 +253,8 @@ ELEVEN = '{"task_id": 11, "completion": "a"}\n'
     "text, says",
     [
         (ELEVEN, "1 predictions for 2 examples; missing or unknown: 12"),
-        ("".join(ELEVEN.replace("11", str(i)) for i in (11, 12, 13)), "missing or unknown: 13"),
         (ELEVEN + '{"task_id": 12, "comple', "line 2: not readable as JSON"),
         ('{"task_id": ' + "1" * 5000 + "}", "line 1: not readable as JSON"),
-        ('{"task_id": 11}\n', "line 1: must be"),
-        ('["a"]\n', "line 1: must be"),
         ('{"task_id": 11, "completion": 3}\n', "line 1: must be"),
         (ELEVEN * 2 + ELEVEN.replace("11", "12"), "for each task; task 12 has 1, task 11 has 2"),
         (b'{"task_id": 11, "completion": "\xe9"}', "not UTF-8"),

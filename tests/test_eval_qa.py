@@ -4,17 +4,10 @@ import json
 import re
 
 import pytest
-import torch
+from eval_models import KINDS, save_model, save_pairs
 
-from data.loader import write_pairs
-from data.tokenizer import get_tokenizer
 from eval import qa
-from infra.checkpoint import save
-from model import ModelConfig, Transformer
 
-BYTES = get_tokenizer("bytes")
-TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=96, target_length=16)
-DIFFUSION = dict(paradigm="diffusion", prefix_attention="joint", target_attention="bidirectional")
 CONTEXT = "The red dog of Ann ran."
 ASKED = {
     "q1": ("Whose dog?", ["Ann", "Ann's"]),
@@ -39,16 +32,11 @@ def place(tmp_path_factory):
     articles = [{"title": "Dogs", "paragraphs": [{"context": CONTEXT, "qas": asked}]}]
     (folder / "dev.json").write_text(json.dumps({"version": "1.1", "data": articles}))
     (folder / "guess.json").write_text(json.dumps(GUESSED))
-    pairs = [
-        (BYTES.encode(f"{question} {CONTEXT}"), BYTES.encode(answers[0]))
-        for question, answers in ASKED.values()
-    ]
-    write_pairs(folder / "pairs", {"train": pairs, "valid": pairs}, "bytes", 16, 96)
-    for kind, config in (("ar", {}), ("diffusion", DIFFUSION)):
-        torch.manual_seed(0)
-        model = Transformer(ModelConfig(**TINY | config)).eval()
-        data = {"data": str(folder / "pairs")}
-        save(folder / f"{kind}.pt", model, 7, "bytes", train_config=data)
+    texts = [(f"{question} {CONTEXT}", answers[0]) for question, answers in ASKED.values()]
+    save_pairs(folder / "pairs", texts, 16, 96)
+    for kind, config in KINDS.items():
+        sizes = dict(block_size=96, target_length=16)
+        save_model(folder / f"{kind}.pt", folder / "pairs", **sizes, **config)
     return folder
 
 

@@ -7,18 +7,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
+from eval_models import BYTES, KINDS, save_model, save_pairs
 
-from data.loader import write_pairs, write_stream
+from data.loader import write_stream
 from data.mini import examples as mini_examples
-from data.tokenizer import get_tokenizer
 from eval import common, translation
-from infra.checkpoint import save
-from model import ModelConfig, Transformer
 
-BYTES = get_tokenizer("bytes")
-TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=48, target_length=16)
-DIFFUSION = dict(paradigm="diffusion", prefix_attention="joint", target_attention="bidirectional")
+SIZES = dict(block_size=48, target_length=16)
 SOURCE = ["one dog", "two cats", "a red book", "it rains", "", "two men talk to a woman"]
 WOMAN = "deux hommes parlent à une femme"
 TARGET = ["un chien", "deux chats", "un livre rouge", "il pleut", "", WOMAN]
@@ -35,15 +30,11 @@ def place(tmp_path_factory):
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     with gzip.open(folder / "test.en.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join(SOURCE) + "\n")
-    pairs = [(BYTES.encode(a), BYTES.encode(b)[:15]) for a, b in zip(SOURCE, TARGET) if b]
-    write_pairs(folder / "pairs", {"train": pairs, "valid": pairs}, "bytes", 16, 48)
+    save_pairs(folder / "pairs", [(a, b[:15]) for a, b in zip(SOURCE, TARGET) if b], 16, 48)
     text = {split: [BYTES.encode("text " * 20)] for split in ("train", "valid")}
     write_stream(folder / "stream", text, "bytes", 16, 48)
-    for kind, config in (("ar", {}), ("diffusion", DIFFUSION)):
-        torch.manual_seed(0)
-        model = Transformer(ModelConfig(**TINY | config)).eval()
-        fields = dict(train_config={"data": str(folder / "pairs")}, fingerprint="abc")
-        save(folder / f"{kind}.pt", model, 7, "bytes", **fields)
+    for kind, config in KINDS.items():
+        save_model(folder / f"{kind}.pt", folder / "pairs", **SIZES, **config)
     return folder
 
 
@@ -112,15 +103,12 @@ def test_a_model_is_scored_on_the_held_out_pairs_of_its_set_by_default(place, tm
 
 
 def test_of_the_mixed_set_each_evaluation_takes_its_task(tmp_path):
-    items = mini_examples("mini", "valid")[:9]
-    pairs = [(BYTES.encode(item["prefix"]), BYTES.encode(item["target"])) for item in items]
-    splits = {"train": pairs, "valid": pairs}
-    write_pairs(tmp_path / "x", splits, "bytes", 41, 88, command="python -m data.mini")
+    items = [(item["prefix"], item["target"]) for item in mini_examples("mini", "valid")[:9]]
+    save_pairs(tmp_path / "x", items, 41, 88, command="python -m data.mini")
     for task, tag in (("translation", "fr "), ("qa", "qa "), ("code", "py ")):
         found = common.held_out(str(tmp_path / "x"), task)
         assert len(found) == 3 and all(example["prefix"].startswith(tag) for example in found)
-    splits = {"train": pairs[:1], "valid": pairs[:1]}
-    write_pairs(tmp_path / "y", splits, "bytes", 41, 88, command="python -m data.mini")
+    save_pairs(tmp_path / "y", items[:1], 41, 88, command="python -m data.mini")
     with pytest.raises(ValueError, match="has no examples of the task code"):
         common.held_out(str(tmp_path / "y"), "code")
 
@@ -159,7 +147,7 @@ def test_bad_input_is_one_line(place, monkeypatch, argv, says):
 
 
 def test_a_set_or_checkpoint_without_questions_is_refused(place, tmp_path):
-    save(tmp_path / "bare.pt", Transformer(ModelConfig(**TINY)), 0, "bytes")
+    save_model(tmp_path / "bare.pt", **SIZES)
     cases = {
         f"--data={place / 'stream'}": "is a stream of text",
         f"--init_from={tmp_path / 'bare.pt'}": "does not name its training data",

@@ -4,17 +4,13 @@ import json
 
 import pytest
 import torch
+from eval_models import KINDS, save_model, save_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configurator import all_fields, one_line
-from data.loader import write_pairs
-from data.tokenizer import get_tokenizer
 from eval import bound, code, exact_match, python_code, qa, translation
-from infra.checkpoint import save
-from model import ModelConfig, Transformer
 
-BYTES = get_tokenizer("bytes")
 COMMANDS = {
     bound: bound.BoundEvalConfig,
     code: code.CodeConfig,
@@ -51,14 +47,10 @@ QUIET = dict(
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz_eval")
     texts = [("def f(x):\n    'T'\n", "    return x"), ("def g():\n    'T'\n", "    pass")]
-    pairs = [(BYTES.encode(prefix), BYTES.encode(target)) for prefix, target in texts]
-    write_pairs(folder / "pairs", {"train": pairs, "valid": pairs}, "bytes", 16, 48)
-    sizes = dict(n_layer=1, n_head=1, n_embd=8, block_size=48, target_length=16)
-    both = dict(prefix_attention="bidirectional", target_attention="bidirectional")
-    for kind in ("ar", "diffusion"):
-        model = Transformer(ModelConfig(**sizes, paradigm=kind, **(both if kind != "ar" else {})))
-        data = {"data": str(folder / "pairs")}
-        save(folder / f"{kind}.pt", model, 1, "bytes", train_config=data)
+    save_pairs(folder / "pairs", texts, 16, 48)
+    for kind, config in KINDS.items():
+        sizes = dict(block_size=48, target_length=16)
+        save_model(folder / f"{kind}.pt", folder / "pairs", **sizes, **config)
     torch.set_num_threads(1)
     return folder
 

@@ -1,0 +1,30 @@
+"""Tiny data sets and checkpoints for the tests of eval/."""
+
+import torch
+
+from data.loader import write_pairs
+from data.tokenizer import get_tokenizer
+from infra.checkpoint import save
+from model import ModelConfig, Transformer
+
+BYTES = get_tokenizer("bytes")
+TINY = dict(n_layer=1, n_head=2, n_embd=16)
+JOINT = dict(paradigm="diffusion", prefix_attention="joint", target_attention="bidirectional")
+KINDS = {"ar": {}, "diffusion": JOINT}
+
+
+def tiny_model(**settings) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(**TINY | settings)).eval()
+
+
+def save_model(path, data="", **settings) -> None:
+    """A random checkpoint at step 7 that was trained on `data`."""
+    fields = dict(train_config={"data": str(data)}, fingerprint="abc") if data else {}
+    save(path, tiny_model(**settings), 7, "bytes", **fields)
+
+
+def save_pairs(folder, texts, target_length: int, block_size: int, **meta) -> None:
+    pairs = [(BYTES.encode(prefix), BYTES.encode(target)) for prefix, target in texts]
+    splits = {"train": pairs, "valid": pairs}
+    write_pairs(folder, splits, "bytes", target_length, block_size, **meta)
