@@ -95,16 +95,15 @@ class GGUFFile:
         if self.arch == "gpt2":
             return values
         c = Config(values, str(self.path))
-        heads = c.get("num_attention_heads", int)
-        head_dim = c.get("head_dim", int, c.get("hidden_size", int) // heads)
+        heads = max(c.get("num_attention_heads", int), 1)
+        head_dim = max(c.get("head_dim", int, c.get("hidden_size", int) // heads), 1)
         values = {"num_key_value_heads": heads} | values | {"head_dim": head_dim}
         values["partial_rotary_factor"] = self._field("rope.dimension_count", head_dim) / head_dim
         if self._field("rope.scaling.type", "none") != "none":
             values["rope_scaling"] = {"rope_type": self._field("rope.scaling.type")}
         if "rope_freqs.weight" in self._tensors:
-            values["rope_scaling"] = self._llama3_scaling(
-                values.get("rope_theta", 10000.0), head_dim
-            )
+            base = c.get("rope_theta", float, 10000.0)
+            values["rope_scaling"] = self._llama3_scaling(base, head_dim)
         if self.arch == "llama":
             values["attention_bias"] = "blk.0.attn_q.bias" in self._tensors
             values["mlp_bias"] = "blk.0.ffn_up.bias" in self._tensors
@@ -177,9 +176,9 @@ class GGUFFile:
         tokens = fields.get("tokens")
         if not tokens:
             raise ValueError(f"{self.path}: has no tokenizer (tokenizer.ggml.tokens)")
-        types = fields.get("token_type") or [1] * len(tokens)
+        types = list(fields.get("token_type") or [1] * len(tokens))
         while types and types[-1] == UNUSED:  # filled up to the rows of the embedding
-            types = types[:-1]
+            types.pop()
         tokens = tokens[: len(types)]
         added = [
             dict(id=i, content=token, special=kind == CONTROL, normalized=False)

@@ -202,7 +202,6 @@ def load_hf(path: Path, block_size: int = 0, target_length: int = 0) -> LoadedMo
         source = Folder(path)
     config = source.config
     family = family_of(config)
-    source.open_weights()
     settings, context = family.settings(config)
     rows = config.get("vocab_size", int)
     kept = Config(config.get("ar2diff", dict, {}), config.path)
@@ -217,6 +216,7 @@ def load_hf(path: Path, block_size: int = 0, target_length: int = 0) -> LoadedMo
         cfg = ModelConfig(**settings)
     except ValueError as error:
         raise ValueError(f"{config.path}: {error}") from None
+    source.open_weights()
     places = _account(family, cfg, source, rows, context)
     weights = {name: _read(source, place) for name, place in places.items()}
     if not kept.values or rows < cfg.vocab_size:
