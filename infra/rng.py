@@ -16,7 +16,6 @@ from torch import Tensor
 RATE, CORRUPT, UNROLL, SELF_COND, CANVAS, SAMPLE, SELECT, RENOISE, EDGES, ACCEPT = range(10)
 
 MASK_32 = 0xFFFFFFFF
-MASK_64 = 0xFFFFFFFFFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class CounterRNG:
         step = torch.tensor(self.step, device=device)
         example = self.example[:, None] & MASK_32
         counter = torch.broadcast_tensors(position, example, step, self.candidate[:, None])
-        seed = self.seed & MASK_64
-        key = (seed & MASK_32, (seed >> 32) ^ (stream << 4 | index))
+        key = (self.seed & MASK_32, (self.seed >> 32) & MASK_32 ^ (stream << 4 | index))
         words = philox(counter, key)  # 4 x (B, length)
         u, v = ((word >> 8).float() * 2.0**-24 for word in words[:2])  # 24 bits: exact in float32
         return u, v
@@ -75,6 +73,4 @@ def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """Return the high and low 32 bits of a product of 32-bit numbers, within 63 bits."""
     bottom = a * (m & 0xFFFF)
     top = a * (m >> 16)
-    high = (top + (bottom >> 16)) >> 16
-    low = (bottom + ((top & 0xFFFF) << 16)) & MASK_32
-    return high, low
+    return (top + (bottom >> 16)) >> 16, (bottom + ((top & 0xFFFF) << 16)) & MASK_32

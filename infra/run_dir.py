@@ -161,15 +161,13 @@ def _open_board(folder: Path, first_step: int):
 
 
 def _show_on_board(board, entry: dict) -> None:
-    step = entry["step"]
     for name, value in entry.items():
-        values = value.items() if isinstance(value, dict) else [("", value)]
-        for part, number in values:
-            if isinstance(number, int | float) and name != "step":
-                board.add_scalar(f"{name}/{part}" if part else name, number, step)
-    if "sample" in entry:
-        board.add_text("sample", entry["sample"], step)
-        board.flush()
+        if isinstance(value, str):
+            board.add_text(name, value, entry["step"])
+        parts = value if isinstance(value, dict) else {"": value}
+        for part, number in parts.items():
+            if isinstance(number, int | float):
+                board.add_scalar(f"{name}/{part}".rstrip("/"), number, entry["step"])
 
 
 class StopSignals:

@@ -23,7 +23,7 @@ from processes import Child, make_copy_set, same
 import train
 from infra import device
 from infra.checkpoint import load, write_atomically
-from infra.run_dir import checkpoints, environment
+from infra.run_dir import checkpoints
 
 pytestmark = pytest.mark.slow
 SETTINGS = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4"]
@@ -67,7 +67,7 @@ class Trial:
 def kill_at_any_moment(trial: Trial) -> bool:
     """Return whether the run was disturbed, like every fault."""
     child = trial.start()
-    time.sleep(trial.choose.uniform(0, trial.duration))
+    time.sleep(trial.choose.uniform(0, trial.duration / 3))
     os.kill(child.pid, signal.SIGKILL)
     return child.wait() == -signal.SIGKILL
 
@@ -181,6 +181,8 @@ def test_a_disturbed_run_ends_like_an_undisturbed_one(fault, seed, expected):
 
 def main(path: str, trials: str = "25") -> None:
     """Write how many runs of each kind were lost or changed."""
+    from eval.common import environment  # commit, hardware, versions
+
     trials = int(trials)
     folder = Path(tempfile.mkdtemp())
     result = undisturbed(folder)
@@ -196,7 +198,10 @@ def main(path: str, trials: str = "25") -> None:
             row["kills"] += count * name.startswith("kill")
             row["lost_or_changed"] += not equal
         table.append(row)
-    text = json.dumps({"table": table} | environment(torch.device("cpu"), 1), indent=1) + "\n"
+    command = f"python tests/test_faults.py {path} {trials}"
+    text = (
+        json.dumps({"table": table, "command": command, "seed": 0} | environment(), indent=1) + "\n"
+    )
     write_atomically(path, lambda file: file.write(text.encode()))
     print(text)
 
