@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-from data.tokenizer import get_tokenizer
 from infra.checkpoint import (
     FORMAT,
     CorruptCheckpoint,
@@ -69,10 +68,11 @@ def test_two_checkpoints_stay_and_the_name_is_never_missing(path):
     assert len(list(path.parent.iterdir())) == 2
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.7, 0.99, 0.9999])
-def test_a_truncated_file_is_corrupt(path, share):
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.99, 0.9999, "noise", "text", "pickle"])
+def test_a_damaged_file_is_corrupt(path, share):
     whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * share)])
+    other = {"noise": random.Random(0).randbytes(2000), "text": b"{}\n", "pickle": b"\x80\x02."}
+    path.write_bytes(other[share] if share in other else whole[: int(len(whole) * share)])
     assert "use another checkpoint" in refusal(path, CorruptCheckpoint)
 
 
@@ -95,15 +95,6 @@ def test_a_flipped_bit_is_found_or_changes_nothing(path):
     assert found > 200
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"hello\n", b"PK\x03\x04 no more", b"{}", b"\x80\x02.", random.Random(0).randbytes(2000)],
-)
-def test_a_file_that_is_no_checkpoint_is_refused(path, content):
-    path.write_bytes(content)
-    assert "not a checkpoint" in refusal(path, CorruptCheckpoint)
-
-
 class Trap:
     def __reduce__(self):
         return open, ("trap_was_sprung", "w")
@@ -117,18 +108,13 @@ def test_code_in_a_pickle_is_not_run(path, write, monkeypatch):
     assert not (path.parent / "trap_was_sprung").exists()
 
 
-@pytest.mark.parametrize("content", [{"format": FORMAT + 1}, {}, [1, 2], {"format": True}])
-def test_another_format_is_refused(path, content):
-    torch.save(content, path)
-    assert f"this code reads {FORMAT}" in refusal(path)
-
-
 @pytest.mark.parametrize(
     "change",
     [
+        {"format": FORMAT + 1},
+        {"format": True},
         {"step": "7"},
         {"model": {}},
-        {"model_config": {}},
         {"model_config": {"n_layers": 2}},
         {"model_config": {"n_layer": "2"}},
         {"model_config": {"n_layer": -1}},
@@ -138,16 +124,15 @@ def test_another_format_is_refused(path, content):
 def test_wrong_fields_are_refused(path, change):
     torch.save(torch.load(path) | change, path)
     refusal(path)
+    torch.save([1, 2], path)
+    refusal(path)
 
 
-def test_weights_that_do_not_fit_are_refused(path):
+def test_unfit_weights_and_missing_files_are_refused(path):
     state = load(path)
     torch.save(state | {"model_config": state["model_config"] | {"n_embd": 32}}, path)
     with pytest.raises(ValueError, match="weights do not fit"):
         load_model(path)
-
-
-def test_a_missing_file_is_refused_with_the_available_ones(path):
     assert f"no such checkpoint; available: {path}" in refusal(path.with_name("chkpt.pt"))
 
 
@@ -178,20 +163,3 @@ def test_a_reader_never_sees_half_of_a_file(path):
     assert path.read_bytes() == b"new"
     expected = "11507a0e2f5e69d5dfa40a62a1bd7b6ee57e6bcd85c67c9b8431b36fff21c437"
     assert sha256_file(path) == expected  # sha256sum
-
-
-def test_a_tokenizer_file_stays_next_to_the_checkpoint(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator([], tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet))
-    made.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = get_tokenizer(str(tmp_path / "tokenizer.json"))
-    names = ("vocab_size", "n_ordinary", "pad_id", "sep_id", "mask_id")
-    model = build(**{name: getattr(tokenizer, name) for name in names})
-    (tmp_path / "run").mkdir()
-    save(tmp_path / "run" / "ckpt.pt", model, 0, tokenizer.name)
-    _, again, _ = load_model(tmp_path / "run" / "ckpt.pt")
-    assert again.name == tokenizer.name and again.decode(again.encode("so it is")) == "so it is"

@@ -61,9 +61,8 @@ CASES = {
     "joint": DIFFUSION | dict(prefix_attention="joint"),
     "cached": DIFFUSION | dict(prefix_attention="bidirectional"),
     "wide heads": dict(head_dim=8, n_kv_head=2),
-    "narrow heads, encoder-decoder": ENCODER_DECODER | dict(head_dim=2),
     "gelu": dict(activation="gelu", tie_weights=False),
-    "encoder-decoder": ENCODER_DECODER,
+    "encoder-decoder": ENCODER_DECODER | dict(head_dim=2),
     "encoder-decoder, diffusion": ENCODER_DECODER | DIFFUSION,
 }
 

@@ -64,18 +64,6 @@ def test_a_lock_leaves_nothing_behind_except_results(tmp_path):
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["log.jsonl"]
 
 
-def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
-    fcntl = pytest.importorskip("fcntl")
-
-    def unsupported(*_):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    with lock_dir(tmp_path / "a"):
-        pass
-    assert "this system cannot lock files" in capsys.readouterr().out
-
-
 @pytest.fixture
 def two(tmp_path):
     """ckpt.pt at step 20, ckpt.1.pt at step 10."""
@@ -103,17 +91,14 @@ def test_the_newest_intact_checkpoint_is_found(two, capsys):
     assert "renamed to ckpt.pt.damaged, resuming from" in capsys.readouterr().out
     assert [p.name for p in checkpoints(two)] == ["ckpt.1.pt"]
     assert step_of_latest(two) == 10
+    torch.save({"format": 99}, two / "ckpt.pt")  # a later format is no reason to go back
+    with pytest.raises(ValueError, match="ckpt.pt: checkpoint format 99"):
+        latest_checkpoint(two)
+    (two / "ckpt.pt").unlink()
     damage(two / "ckpt.1.pt")
     with pytest.raises(CorruptCheckpoint, match="ckpt.1.pt: damaged.*--overwrite"):
         latest_checkpoint(two)
     assert (two / "ckpt.1.pt").exists()
-
-
-def test_another_error_than_damage_is_not_skipped(two):
-    """A file of a later format is no reason to repeat two hundred steps."""
-    torch.save({"format": 99}, two / "ckpt.pt")
-    with pytest.raises(ValueError, match="ckpt.pt: checkpoint format 99"):
-        latest_checkpoint(two)
 
 
 def test_an_overwritten_run_leaves_only_what_is_overwritten_next(two):
@@ -123,9 +108,7 @@ def test_an_overwritten_run_leaves_only_what_is_overwritten_next(two):
     assert sorted(p.name for p in two.iterdir()) == ["ckpt.pt", "notes.txt"]
 
 
-@pytest.mark.parametrize(
-    "line", [b'{"step": 3, "lo', b"\xff\xfe", b"[1]", b"{}", b'{"step": "2"}', b"\x00", b"nul"]
-)
+@pytest.mark.parametrize("line", [b'{"step": 3, "lo', b"\xff\xfe", b"[1]", b'{"step": "2"}'])
 def test_a_resumed_log_keeps_the_whole_lines_up_to_its_step(tmp_path, line):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n{"step": 3}\n')
