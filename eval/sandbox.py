@@ -1,22 +1,18 @@
 """Run programs that a model wrote, with their tests, each in a process of its own.
 
-A program gets a fresh interpreter with the standard library, an empty folder, an empty environment,
-no input, no open descriptors except the pipes of its judge, no second process or thread, and
-Limits. As root it runs as an unused user. On Linux, if the system allows it, it has no network,
-sees no other process and writes only to its folder. isolation() tells what holds on this machine.
+A program gets a fresh interpreter with the standard library, an empty folder, no environment, no
+input, no second process or thread, and Limits. As root it runs as an unused user. On Linux, if the
+system allows it, it has no network, sees no other process and writes only to its folder.
+isolation() tells what holds on this machine.
 
 A program passes if its judge, another process, reads a random password that comes with the tests
-and is sent back after the last one. An exit status is no pass. Names in modules that the program
-replaced are restored before its tests run.
-
-This contains accidents and simple cheats. It is no wall against an attacker with a kernel bug, and
-everyone's files can be read. A program that shares a process with its tests can fool them by:
+and is sent back after the last one. Names in modules that the program replaced are restored before
+its tests run. This contains accidents and simple cheats, no attacker with a kernel bug, and it
+hides no file that everyone may read. A program can fool tests that share its process by:
 
 - an answer whose __eq__ says yes to all, or names that the tests use (its own abs)
 - code that runs during the tests or inspects its caller: it can read tests and password from frames
-  and the pipe, and replace what the tests use
-- a change inside a class or function of the standard library
-- ctypes, which can write anywhere in the process
+- a change inside a class or function of the standard library, or ctypes
 
 So look at the programs that passed before you believe a surprising number.
 """
@@ -25,7 +21,6 @@ import ast
 import marshal
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -139,47 +134,31 @@ def _run(program: str, tests: str, modules: list, limits: Limits) -> tuple[Outco
     """Return the outcome and the restrictions in force."""
     if not hasattr(os, "fork"):
         raise ValueError("programs can only be contained on Linux or macOS; use WSL on Windows")
+    command = [sys.executable, "-s", "-S", "-B", str(CHILD), *map(str, astuple(limits))]
+    # PYTHONHASHSEED: sets have one order, so a program has one verdict.
+    env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    env |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    job = marshal.dumps((program, tests, modules))
+    timeout = limits.seconds + START_SECONDS
     parent = tempfile.mkdtemp(prefix="program-")  # the program cannot replace a folder in it
     try:
         os.chmod(parent, 0o711)
         folder = os.path.join(parent, "folder")
         os.mkdir(folder)
-        job = marshal.dumps((program, tests, modules))
-        output, errors, late = _start_judge(job, limits, folder)
+        options = dict(cwd=folder, env=env, start_new_session=True, capture_output=True)
+        done = subprocess.run(command, input=job, timeout=timeout, **options)
+    except subprocess.TimeoutExpired as expired:  # the judge is dead
+        done = expired
     finally:
         _remove(parent)
-    first, _, rest = output.decode(errors="replace").partition("\n")
+    errors = (done.stderr or b"").decode(errors="replace").strip()
+    first, _, rest = (done.stdout or b"").decode(errors="replace").partition("\n")
     status, _, detail = rest.partition("\n")
     if errors or not first.startswith("ready"):  # the program cannot write there
-        reason = errors.decode(errors="replace").strip().rpartition("\n")[2]
-        reason = reason or f"no answer within {START_SECONDS} s"
+        reason = errors.rpartition("\n")[2] or f"no answer within {START_SECONDS} s"
         raise OSError(f"the sandbox does not work here: {_line(reason)}")
-    if not status:
-        status = "timeout" if late else "killed"
-        detail = "its judge was stopped or killed"
+    status = status or "killed"
     return Outcome(status == "passed", status, _line(detail)), first.split()[1:]
-
-
-def _start_judge(job: bytes, limits: Limits, folder: str) -> tuple[bytes, bytes, bool]:
-    """Return stdout and stderr of the judge, and whether it had to be stopped."""
-    command = [sys.executable, "-s", "-S", "-B", str(CHILD), *map(str, astuple(limits))]
-    # PYTHONHASHSEED: sets have one order, so a program has one verdict.
-    env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
-    if "LD_LIBRARY_PATH" in os.environ:
-        env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    late = False
-    with subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes) as child:
-        try:
-            output, errors = child.communicate(job, timeout=limits.seconds + START_SECONDS)
-        except subprocess.TimeoutExpired:
-            late = True
-        finally:
-            if child.returncode is None:
-                os.killpg(child.pid, signal.SIGKILL)
-        if late:
-            output, errors = child.communicate()
-    return output, errors, late
 
 
 def _remove(folder: str) -> None:

@@ -2,11 +2,10 @@
 
     python -s -S -B sandbox_child.py SECONDS CPU_SECONDS MEMORY_MB OUTPUT_BYTES FILE_BYTES < job
 
-It is a judge, which isolates itself and forks a player. Only then the judge reads the job, so the
-player's memory never holds the tests while the program runs. The player confines itself, runs the
-program, restores what the program may have replaced, and asks for the tests with a password. It
-reports success with a second password, which comes with the tests. The judge prints the
-restrictions in force, then the verdict. Imports that cost milliseconds are avoided.
+It is a judge, which isolates itself, forks a player, and only then reads the job: the player's
+memory never holds the tests while the program runs. The player confines itself, runs the program,
+restores what the program may have replaced, and asks for the tests with a password. A second
+password comes with the tests and reports success. Slow imports are avoided.
 """
 
 import marshal
