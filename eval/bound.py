@@ -23,7 +23,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from configurator import configure, flatten, group, run, setting, validate
 from data.loader import Pairs
 from data.objectives import Batch, collate
 from diffusion import align_logits, corrupt
-from eval.common import EvalConfig, batched, choose, finish, open_pairs, origin, training_data
+from eval.common import EvalConfig, batched, choose, finish, open_pairs, origin
 from infra.checkpoint import load_model
 from infra.device import pick_device
 from infra.logits import banned_token_ids
@@ -197,20 +196,14 @@ def rate_with_error(text: list[float], pads: list[float], counts: list[int], uni
     return {"value": value, "standard_error": error, "of_which_pads": sum(pads) / total}
 
 
-def bits_per_byte(text: list[float], pads: list[float], n_bytes: list[int]) -> dict:
-    return rate_with_error(text, pads, n_bytes, math.log(2))
-
-
-def fitting_pairs(data: str, model_cfg, tokenizer_name: str) -> Pairs:
+def fitting_pairs(data: str, model, state: dict) -> Pairs:
     """Return the held-out pairs of a set. Raises ValueError if they do not fit the model."""
-    pairs = open_pairs(data)
-    if pairs.tokenizer_name != tokenizer_name:
-        names = f"{pairs.tokenizer_name!r}; the model needs {tokenizer_name!r}"
-        raise ValueError(f"{data} was made with tokenizer {names}")
-    if pairs.target_length != model_cfg.target_length or pairs.block_size > model_cfg.block_size:
-        sizes = f"target_length={pairs.target_length} and block_size={pairs.block_size}"
-        limits = f"the model has {model_cfg.target_length} and {model_cfg.block_size}"
-        raise ValueError(f"{data} has {sizes}, but {limits}")
+    pairs = open_pairs(data, state)
+    ours = (state["tokenizer"], model.cfg.target_length, model.cfg.block_size)
+    theirs = (pairs.tokenizer_name, pairs.target_length, pairs.block_size)
+    if theirs[:2] != ours[:2] or theirs[2] > ours[2]:
+        names = "tokenizer, target_length and block_size"
+        raise ValueError(f"{names} of {pairs.folder} are {theirs}, those of the model {ours}")
     return pairs
 
 
@@ -223,8 +216,6 @@ def summary(text, pads, pairs: list, texts: list[str], target_length: int) -> di
     A slot is a token up to the first pad, which ends the text and counts. All slots cost nats.
     """
     n_bytes = [len(target.encode()) for target in texts]
-    if not sum(n_bytes):
-        raise ValueError("all targets are empty: there is no byte to count bits for")
     n_tokens = [min(len(target) + 1, target_length - 1) for _, target in pairs]
     n_slots = [target_length - 1] * len(pairs)
     return {
@@ -232,7 +223,7 @@ def summary(text, pads, pairs: list, texts: list[str], target_length: int) -> di
         "n_bytes": sum(n_bytes),
         "nats_per_slot": rate_with_error(text, pads, n_slots),
         "nats_per_token": rate_with_error(text, pads, n_tokens),
-        "bits_per_byte": bits_per_byte(text, pads, n_bytes),
+        "bits_per_byte": rate_with_error(text, pads, n_bytes, math.log(2)),
     }
 
 
@@ -240,13 +231,12 @@ def main(argv: list[str]) -> dict:
     cfg = configure(BoundEvalConfig, argv)
     model, _, state = load_model(cfg.run.init_from, pick_device(cfg.run.device))
     model_cfg = model.cfg
-    data = cfg.data or training_data(state, cfg.run.init_from)
-    held_out = fitting_pairs(data, model_cfg, state["tokenizer"])
+    held_out = fitting_pairs(cfg.data, model, state)
     chosen = choose(range(len(held_out)), cfg.n)
     pairs = [held_out.pair(i) for i in chosen]
     texts = [held_out.text(i)[1] for i in chosen]
     nats = target_nats(model, pairs, chosen, cfg.bound, cfg.run.batch_size, cfg.run.seed)
-    result = {"task": Path(data).name, "n": len(chosen)}
+    result = {"task": held_out.folder.name, "n": len(chosen)}
     if model_cfg.paradigm == "ar":
         result["measure"] = "exact negative log-likelihood"
     else:
@@ -258,7 +248,7 @@ def main(argv: list[str]) -> dict:
         if model_cfg.noise == "mask":  # it has one reading
             del result["reading"]
     result |= summary(*nats, pairs, texts, model_cfg.target_length)
-    result["dataset"] = {"folder": str(data), "fingerprint": held_out.fingerprint}
+    result["dataset"] = {"folder": str(held_out.folder), "fingerprint": held_out.fingerprint}
     result |= origin("bound", argv, flatten(cfg), state)
     return finish(cfg.run.json, result, _table(result))
 
@@ -268,8 +258,7 @@ def _table(result: dict) -> str:
     for name in ("nats_per_slot", "nats_per_token", "bits_per_byte"):
         value, error, pads = result[name].values()
         spread = "" if error is None else f" +- {error:.4f}"
-        label = name.replace("_", " ")
-        lines.append(f"    {label:15s} {value:.4f}{spread}, of which pads {pads:.4f}")
+        lines.append(f"    {name:15s} {value:.4f}{spread}, of which pads {pads:.4f}")
     return "\n".join(lines)
 
 

@@ -179,20 +179,20 @@ def origin(name: str, argv: list[str], settings: dict, state: dict | None = None
 
 def environment() -> dict:
     """Return what a number was measured on."""
+    cuda = torch.cuda.is_available()
     return {
         "commit": _commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "hardware": torch.cuda.get_device_name() if cuda else _cpu(),
         "threads": torch.get_num_threads(),
     }
 
 
 def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    folder = Path(__file__).parent
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):  # git may be missing
         return "unknown"
     return done.stdout.strip() or "unknown"
@@ -230,29 +230,30 @@ def write_text(path: str, text: str) -> None:
 # Data
 
 
-def open_pairs(data: str) -> Pairs:
-    """Open the held-out pairs of a set, which is built if it can be."""
+def open_pairs(data: str, state: dict | None = None) -> Pairs:
+    """Open the held-out pairs of a set, by default of the checkpoint's training set."""
+    data = data or training_data(state)
     pairs = open_dataset(build_if_missing(data), "valid")
     if not isinstance(pairs, Pairs):
         raise ValueError(f"{data} is a stream of text; give a set of pairs: --data=FOLDER")
     return pairs
 
 
-def training_data(state: dict, init_from: str) -> str:
-    """Return the data set that a checkpoint was trained on."""
+def training_data(state: dict) -> str:
     data = (state.get("train_config") or {}).get("data")
     if not data:
-        raise ValueError(f"{init_from} does not name its training data: give --data=FOLDER")
+        raise ValueError("the checkpoint does not name its training data: give --data=FOLDER")
     return data
 
 
 def held_out(data: str, task: str) -> list[dict]:
     """Return the held-out pairs of a set as examples; of data.mini those of the task."""
     pairs = open_pairs(data)
+    mini = is_mini(pairs)
     examples = []
     for i in range(len(pairs)):
         prefix, target = pairs.text(i)
-        if not is_mini(pairs) or TAGS.get(prefix[:2]) == task:
+        if not mini or TAGS.get(prefix[:2]) == task:
             examples.append({"id": str(i), "prefix": prefix, "target": target})
     if not examples:
         raise ValueError(f"{data} has no examples of the task {task}")
@@ -310,8 +311,7 @@ class TaskRun:
             self.cfg, self.generator, self.state = open_checkpoint(argv, cls)
         chosen = self.cfg.task
         if not chosen.source and not chosen.data:
-            init_from = self.cfg.run.init_from
-            chosen.data = training_data(self.state or load(init_from), init_from)
+            chosen.data = training_data(self.state or load(self.cfg.run.init_from))
         self.examples = choose(examples(self.cfg), chosen.n)
 
     def jobs(self) -> list[Job]:

@@ -6,7 +6,6 @@ The model is never told the length of the answer: every canvas is target_length 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from configurator import flatten, group, run, setting, validate
 from data.mini import TAGS, TASKS
@@ -35,9 +34,8 @@ def score(prediction: str, prefix: str, target: str, mini: bool) -> bool:
 
 def main(argv: list[str]) -> dict:
     cfg, generator, state = common.open_checkpoint(argv, ExactMatchConfig)
-    data = cfg.data or common.training_data(state, cfg.run.init_from)
-    name = Path(data).name
-    pairs = common.open_pairs(data)
+    pairs = common.open_pairs(cfg.data, state)
+    name = pairs.folder.name
     mini = common.is_mini(pairs)
     n = min(cfg.n, len(pairs))
     predictions, cost = generator.texts([list(pairs.pair(i)[0]) for i in range(n)])

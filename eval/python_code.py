@@ -11,13 +11,14 @@ but does nothing (pass, a constant, return). The held-out bodies have the same s
 """
 
 import ast
+import math
 from dataclasses import dataclass
 
 from configurator import flatten, group, run, setting, validate
 from data.python_code import parses
 from data.syntax import parse_python
 from eval import common
-from eval.bound import bits_per_byte, fitting_pairs, item_nats
+from eval.bound import fitting_pairs, item_nats, rate_with_error
 from eval.common import EvalConfig
 from eval.metrics import wilson
 
@@ -43,7 +44,7 @@ def held_out_loss(model, pairs: list, n_bytes: list[int], cfg: EvalConfig) -> di
     """Return bits per byte: one number for AR, for diffusion one per rate and their mean."""
 
     def bits(nats):
-        found = bits_per_byte(*nats, n_bytes)
+        found = rate_with_error(*nats, n_bytes, math.log(2))
         return {"bits_per_byte": found.pop("value")} | found
 
     loss = {"measure": MEASURE[model.cfg.paradigm]}
@@ -94,8 +95,7 @@ def parse_shares(prefixes: list[str], bodies: list[str]) -> dict:
 def main(argv: list[str]) -> dict:
     cfg, generator, state = common.open_checkpoint(argv, PythonCodeConfig)
     model_cfg = generator.model.cfg
-    data = cfg.data or common.training_data(state, cfg.run.init_from)
-    held_out = fitting_pairs(data, model_cfg, state["tokenizer"])
+    held_out = fitting_pairs(cfg.data, generator.model, state)
     chosen = common.choose(range(len(held_out)), cfg.n)
     pairs = [held_out.pair(i) for i in chosen]
     prefixes, targets = zip(*(held_out.text(i) for i in chosen))
@@ -106,8 +106,7 @@ def main(argv: list[str]) -> dict:
     result["generated"] = parse_shares(prefixes, bodies)
     result["held_out"] = parse_shares(prefixes, targets)
     result |= cost | {"examples": list(zip(prefixes[:3], bodies))}
-    folder = {"folder": str(data), "fingerprint": held_out.fingerprint, "items": chosen}
-    result["dataset"] = folder | held_out.meta
+    result["dataset"] = {"fingerprint": held_out.fingerprint, "items": chosen} | held_out.meta
     result |= common.origin("python_code", argv, flatten(cfg) | generator.settings(), state)
     loss = result["loss"]
     rows = []

@@ -354,7 +354,7 @@ def test_the_command_says_what_its_number_is(place, capsys, name):
     assert nats == pytest.approx(found["nats_per_token"]["value"] * counts[2])
     assert nats == pytest.approx(found["bits_per_byte"]["value"] * counts[3] * math.log(2))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and "bits per byte" in lines[3]
+    assert len(lines) == 4 and "bits_per_byte" in lines[3]
 
 
 def test_standard_errors_belong_to_their_pairs():

@@ -205,13 +205,13 @@ def test_batching_changes_no_item(kind, rate):
 
 def test_the_standard_error_is_that_of_a_mean_where_all_items_are_one_byte():
     bits = [1.0, 2.0, 4.0, 5.0]
-    found = bound.bits_per_byte([b * math.log(2) for b in bits], [0.0] * 4, [1] * 4)
+    found = bound.rate_with_error(bits, [0.0] * 4, [1] * 4)
     assert found["value"] == pytest.approx(3.0)
     assert found["standard_error"] == pytest.approx(torch.tensor(bits).std().item() / 2, rel=1e-6)
-    proportional = bound.bits_per_byte([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [10, 20, 30])
+    proportional = bound.rate_with_error([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [10, 20, 30])
     assert proportional["standard_error"] == pytest.approx(0.0, abs=1e-12)
     assert proportional["of_which_pads"] == pytest.approx(proportional["value"] / 2)
-    assert bound.bits_per_byte([1.0], [0.0], [1])["standard_error"] is None
+    assert bound.rate_with_error([1.0], [0.0], [1])["standard_error"] is None
 
 
 # python_code: parsing
@@ -280,7 +280,7 @@ def test_main_on_a_diffusion_checkpoint_says_that_it_is_no_likelihood(place, cap
 
 
 @pytest.mark.parametrize(
-    "name, flag, says", [("longer", "--n=1", "target_length=24"), ("ar", "--n=0", "at least 1")]
+    "name, flag, says", [("longer", "--n=1", "24, 64.*25, 64"), ("ar", "--n=0", "at least 1")]
 )
 def test_a_checkpoint_made_for_other_pairs_is_refused(place, name, flag, says):
     with pytest.raises(ValueError, match=says):
