@@ -21,19 +21,19 @@ import sysconfig
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from configurator import configure, run, setting
 from data.hashing import hash_number, percent
-from data.sources import OutConfig, SetConfig, write_set, write_texts
+from data.sources import SetConfig, write_set, write_texts
 from data.syntax import parse_python
 
 STREAM_SIZES = (128, 256)  # target_length and block_size of the stream, if they are 0
 PAIR_SIZES = (192, 384)  # the same for pairs
 HELD_OUT = 10  # percent of the files
 MAX_FILE = 400_000  # bytes; longer files are tables written by programs
-LICENCE = "each file keeps the licence of its package; for use here, not for passing on"
+LICENCE = "each file keeps the licence of its package"
 # Folders without code worth learning: tests, demos, generated tables, copies of other packages.
 SKIPPED = set(
     "__pycache__ test tests testing idle_test lib2to3 turtledemo ensurepip encodings "
@@ -44,13 +44,9 @@ TEST_FILE = r"test_|_?test\.py|conftest|.*_test\.py"
 
 
 @dataclass
-class PythonCodeConfig(OutConfig):
+class PythonCodeConfig(SetConfig):
     source: str = setting("stdlib", "stdlib, all (with packages), or a file or folder", path=True)
-    tokenizer: str = setting("bytes", "bytes, gpt2, or the path of a tokenizer.json")
-    target_length: int = setting(
-        0, "tokens with separator; 0: 128 in the stream, 192 in pairs", minimum=2, zero_ok=True
-    )
-    block_size: int = setting(0, "tokens in all; 0: 256 in the stream, 384 in pairs", minimum=0)
+    name: str = setting("python", "the data sets become the folders out/name_code and _pairs")
 
     def __post_init__(self):
         super().__post_init__()
@@ -215,10 +211,10 @@ def main(argv: list[str]) -> None:
         "files": {split: len(texts) for split, texts in corpus.files.items()},
         "dropped": dict(sorted(corpus.dropped.items())),
     }
-    common = {"out": cfg.out, "tokenizer": cfg.tokenizer}
-    write_set(SetConfig(name="python_pairs", **common, **cfg.sizes(PAIR_SIZES)), *pairs, **free)
-    stream = SetConfig(name="python_code", **common, **cfg.sizes(STREAM_SIZES))
-    write_texts(stream, corpus.files, **free)
+    pairs_cfg = replace(cfg, name=f"{cfg.name}_pairs", **cfg.sizes(PAIR_SIZES))
+    write_set(pairs_cfg, *pairs, **free)
+    stream_cfg = replace(cfg, name=f"{cfg.name}_code", **cfg.sizes(STREAM_SIZES))
+    write_texts(stream_cfg, corpus.files, **free)
     for reason, n in free["dropped"].items():
         print(f"left out: {n:6,} {reason}")
 

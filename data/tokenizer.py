@@ -53,7 +53,7 @@ class Tokenizer:
         encode_ordinary: Callable[[str], list[int]],
         file: str = "",
     ):
-        """pieces: the bytes of each ordinary id. The ids from len(pieces) on are reserved."""
+        """pieces: the bytes of each ordinary id."""
         self.name = name
         self.n_ordinary = len(pieces)
         self.vocab_size = vocab_size
