@@ -15,6 +15,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 from configurator import group, run, setting, validate
 from data import mbpp, mini
@@ -181,7 +182,7 @@ def main(argv: list[str]) -> dict:
     empty = sum(not text.strip() for texts in samples for text in texts)
     extra = {"samples": len(samples[0]), "empty": empty, "outcomes": statuses}
     notes = "".join(f"\n{status}: {n}" for status, n in statuses.items())
-    return task.report(items, metrics_of(items, cfg.ks), extra | cost, notes)
+    return task.report(items, partial(metrics_of, ks=cfg.ks), extra | cost, notes)
 
 
 def _check_k(ks: list[int], samples: int) -> None:

@@ -25,7 +25,8 @@ import diffusion
 from configurator import all_fields, build, flatten, read_settings, setting, validate
 from data.loader import Pairs, build_if_missing, open_dataset
 from data.mini import TAGS
-from eval.metrics import Metric, interval
+from data.sources import parse_json, read_text
+from eval.metrics import interval, paired
 from infra.checkpoint import load, load_model, write_atomically
 from infra.device import pick_device
 
@@ -286,7 +287,8 @@ class TaskConfig:
     predictions: str = setting("", "score the answers in this file, without a model", path=True)
     reference: bool = setting(False, "score the references, without a model")
     save: str = setting("", "write the answers to this file, as predictions reads it", path=True)
-    items: bool = setting(True, "keep every answer in the JSON file")
+    items: bool = setting(True, "keep every answer in the JSON file, for --against")
+    against: str = setting("", "compare item by item with this JSON of another run", path=True)
 
     def __post_init__(self):
         validate(self)
@@ -313,6 +315,21 @@ class TaskRun:
         if not chosen.source and not chosen.data:
             chosen.data = training_data(self.state or load(self.cfg.run.init_from))
         self.examples = choose(examples(self.cfg), chosen.n)
+        content = json.dumps(self.examples, sort_keys=True).encode()
+        self.fingerprint = sha256(content).hexdigest()[:16]
+        self.other = self._read_other(chosen.against) if chosen.against else []
+
+    def _read_other(self, path: str) -> list:
+        found = parse_json(read_text(path), path)
+        wanted = {"task": self.task, "examples": self.fingerprint}
+        if (
+            not isinstance(found, dict)
+            or not wanted.items() <= found.items()
+            or "items" not in found
+        ):
+            kind = f"the --json of eval.{self.task} on the same examples, with its items"
+            raise ValueError(f"{path}: must be {kind}")
+        return [found["items"][example["id"]] for example in self.examples]
 
     def jobs(self) -> list[Job]:
         """Return a job for each prompt that fits. The other examples count as empty answers."""
@@ -346,26 +363,47 @@ class TaskRun:
             return [example["target"] for example in self.examples], {}
         return read(self.cfg.task.predictions, self.examples), {}
 
-    def report(self, items: list, metrics: dict[str, Metric], extra: dict, notes: str = "") -> dict:
-        """Write and print the result. items: one JSON value per example, for the file."""
+    def report(self, items: list, score: Callable, extra: dict, notes: str = "") -> dict:
+        """Write and print the result.
+
+        items: one JSON value per example. score(items) -> {name: Metric}.
+        """
+        seed = self.cfg.run.seed
+        metrics = score(items)
         result = {"task": self.task, "n": len(self.examples)}
         rows = []
         for name, metric in metrics.items():
-            low, high, method = interval(metric, RESAMPLES, self.cfg.run.seed)
+            low, high, method = interval(metric, RESAMPLES, seed)
             result |= {name: metric.value, f"{name}_interval": [low, high]}
             result[f"{name}_interval_by"] = method
             value, low, high = map(metric.show, (metric.value, low, high))
             rows.append([name, value, f"{low} to {high}", method])
-        content = json.dumps(self.examples, sort_keys=True).encode()
-        result |= extra | {"examples": sha256(content).hexdigest()[:16], "resamples": RESAMPLES}
+        header = [f"{self.task}, n = {len(self.examples):,}", "value", "95% interval", "method"]
+        text = markdown(header, rows) + notes
+        if self.other:
+            result["against"] = {"file": self.cfg.task.against}
+            rows = []
+            for name, theirs in score(self.other).items():
+                pair = paired(metrics[name], theirs, RESAMPLES, seed)
+                result["against"][name] = {"theirs": theirs.value} | pair
+                low, high = map(theirs.show, pair["difference_interval"])
+                values = map(theirs.show, (theirs.value, pair["difference"]))
+                rows.append([name, *values, f"{low} to {high}", f"{pair['p']:.3g}"])
+            header = [
+                f"against {self.cfg.task.against}",
+                "theirs",
+                "difference",
+                "95% interval",
+                "p",
+            ]
+            text += f"\n\n{markdown(header, rows)}"
+        if "calls_per_sample" in extra:
+            text += f"\n{cost_line(extra)}"
+        result |= extra | {"examples": self.fingerprint, "resamples": RESAMPLES}
         settings = flatten(self.cfg) | (self.generator.settings() if self.generator else {})
         result |= origin(self.task, self.argv, settings, self.state)
         if self.cfg.task.items:
             result["items"] = {e["id"]: item for e, item in zip(self.examples, items)}
-        header = [f"{self.task}, n = {len(self.examples):,}", "value", "95% interval", "method"]
-        text = markdown(header, rows) + notes
-        if "calls_per_sample" in extra:
-            text += f"\n{cost_line(extra)}"
         return finish(self.cfg.run.json, result, text)
 
 

@@ -3,7 +3,7 @@
     answers   answer_exact_match, answer_f1     the two metrics of SQuAD v1.1
     text      translation_metrics               BLEU and chrF, by sacrebleu
     code      pass_at_k, edit_similarity
-    chance    wilson, interval
+    chance    wilson, interval, paired
 
 The score of a whole set is a Metric: one row of numbers per item, and the score of their sum.
 Means and BLEU both have this form, so one bootstrap serves all.
@@ -13,7 +13,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
@@ -85,6 +85,7 @@ class Metric(NamedTuple):
     rows: np.ndarray  # (N, K)
     score: Callable[[np.ndarray], float]  # of a sum (K,)
     percent: bool = True  # a number in [0, 1] that is shown as percent
+    signature: str = ""  # of sacrebleu
 
     @property
     def value(self) -> float:
@@ -111,10 +112,8 @@ def _ratio(total: np.ndarray) -> float:
     return float(total[0] / total[1])
 
 
-def translation_metrics(
-    predictions: list[str], references: list[str]
-) -> tuple[dict[str, Metric], dict[str, str]]:
-    """Return sacrebleu's BLEU and chrF, in points of 100, and the signature of each.
+def translation_metrics(predictions: list[str], references: list[str]) -> dict[str, Metric]:
+    """Return sacrebleu's BLEU and chrF, in points of 100.
 
     Post 2018 (arXiv 1804.08771), Popović 2015 (chrF2). The rows are sacrebleu's private counts per
     sentence, so requirements-dev.txt pins its version.
@@ -123,12 +122,11 @@ def translation_metrics(
         counts = f"{len(predictions)} and {len(references)}"
         raise ValueError(f"BLEU needs as many predictions as references, at least 1; got {counts}")
     metrics = {}
-    signatures = {}
     for name, scorer in sacrebleu_scorers().items():
         counts = scorer._extract_corpus_statistics(predictions, [references])
-        metrics[name] = Metric(np.array(counts, dtype=np.float64), _points(scorer), False)
-        signatures[name] = str(scorer.get_signature())
-    return metrics, signatures
+        rows = np.array(counts, dtype=np.float64)
+        metrics[name] = Metric(rows, _points(scorer), False, str(scorer.get_signature()))
+    return metrics
 
 
 def sacrebleu_scorers() -> dict:
@@ -167,7 +165,39 @@ def interval(metric: Metric, resamples: int, seed: int) -> tuple[float, float, s
     n = len(metric.rows)
     if metric.is_share:
         return *wilson(int(metric.rows[:, 0].sum()), n), "wilson"
-    rng = np.random.default_rng(seed)
-    counts = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples))
-    low, high = np.percentile([metric.score(count @ metric.rows) for count in counts], (2.5, 97.5))
+    scores = [metric.score(counts @ metric.rows) for counts in _resampled(n, resamples, seed)]
+    low, high = np.percentile(scores, (2.5, 97.5))
     return float(low), float(high), "bootstrap"
+
+
+def paired(ours: Metric, theirs: Metric, resamples: int, seed: int) -> dict:
+    """Compare two systems on the same items: difference, 95% interval (bootstrap), p, test.
+
+    p is two-sided. Shares: McNemar's exact test. Others: the share of bootstrap differences as far
+    from their mean as the difference is from 0 (Riezler and Maxwell 2005).
+    """
+    drawn = []
+    for counts in _resampled(len(ours.rows), resamples, seed):
+        drawn.append(ours.score(counts @ ours.rows) - theirs.score(counts @ theirs.rows))
+    difference = ours.value - theirs.value
+    if ours.is_share and theirs.is_share:
+        won = ours.rows[:, 0] - theirs.rows[:, 0]
+        p, test = mcnemar(int((won > 0).sum()), int((won < 0).sum())), "mcnemar"
+    else:
+        as_far = np.abs(drawn - np.mean(drawn)) >= abs(difference)
+        p, test = float(as_far.sum() + 1) / (resamples + 1), "bootstrap"
+    interval = np.percentile(drawn, (2.5, 97.5)).tolist()
+    return {"difference": difference, "difference_interval": interval, "p": p, "test": test}
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """Return the two-sided p of a fair coin, for the items that only one system has right."""
+    tail = sum(math.comb(won + lost, i) for i in range(min(won, lost) + 1))
+    return min(1.0, 2 * tail / 2 ** (won + lost))
+
+
+def _resampled(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each of n items is drawn (n,). It depends on the seed only."""
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield np.bincount(rng.integers(n, size=n), minlength=n)

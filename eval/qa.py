@@ -10,6 +10,7 @@ told the length of the answer.
 
 import json
 from dataclasses import dataclass
+from functools import partial
 
 from configurator import group, run
 from data import squad
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> dict:
         answers = {e["id"]: text.strip() for e, text in zip(task.examples, predictions)}
         write_text(task.cfg.task.save, json.dumps(answers) + "\n")
     extra = {"empty": sum(not text.strip() for text in predictions)} | cost
-    return task.report(predictions, score(predictions, task.examples), extra)
+    return task.report(predictions, partial(score, asked=task.examples), extra)
 
 
 if __name__ == "__main__":

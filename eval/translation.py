@@ -10,6 +10,7 @@ sacrebleu's own command gives the same BLEU for the saved file.
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 from configurator import group, run, setting, validate
 from data import parallel
@@ -44,13 +45,12 @@ def one_line(text: str) -> str:
     return re.sub(r"\r\n|\r|\n", " ", text).strip()
 
 
-def score(predictions: list[str], asked: list[dict]) -> tuple[dict[str, Metric], dict[str, str]]:
-    """Return BLEU, chrF (points) and exact match (share), and the signatures of sacrebleu."""
+def score(predictions: list[str], asked: list[dict]) -> dict[str, Metric]:
+    """Return BLEU, chrF (points) and exact match (share)."""
     ours = [one_line(text) for text in predictions]
     references = [one_line(example["target"]) for example in asked]
-    metrics, signatures = translation_metrics(ours, references)
-    metrics["exact_match"] = mean([a == b for a, b in zip(ours, references)])
-    return metrics, signatures
+    equal = [a == b for a, b in zip(ours, references)]
+    return translation_metrics(ours, references) | {"exact_match": mean(equal)}
 
 
 def read_predictions(path: str, asked: list[dict]) -> list[str]:
@@ -71,10 +71,12 @@ def main(argv: list[str]) -> dict:
     predictions, cost = task.texts(read_predictions)
     if task.cfg.task.save:
         write_predictions(task.cfg.task.save, predictions)
-    metrics, signatures = score(predictions, task.examples)
+    metrics = score(predictions, task.examples)
+    signatures = {name: m.signature for name, m in metrics.items() if m.signature}
     extra = {"signatures": signatures, "empty": sum(not text.strip() for text in predictions)}
     notes = "".join(f"\n{name}: {signature}" for name, signature in signatures.items())
-    return task.report(predictions, metrics, extra | cost, notes)
+    compare = partial(score, asked=task.examples)
+    return task.report(predictions, compare, extra | cost, notes)
 
 
 if __name__ == "__main__":
