@@ -85,14 +85,14 @@ def estimate(cfg, dataset) -> dict:
     flops = row * cfg.batch_size * cfg.max_steps
     rate = measured_flops(device, cfg.dtype)
     minutes = flops / rate / 60
-    details = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    details = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
+    mfu = f"(60% to 25% of {rate / 1e9:,.0f} GFLOP/s, measured on {device})"
     print(f"parameters  {parts['gradients'] // 4:,}")
-    print(f"memory      about {sum(parts.values()) / 1e9:.2f} GB ({details})")
+    print(f"memory      about {sum(parts.values()) / 1e6:,.0f} MB ({details})")
     print(f"FLOPs       {flops / cfg.max_steps:.2e} per step, {flops:.2e} in all")
     print(
-        f"time        {minutes / 0.6:,.1f} to {minutes / 0.25:,.1f} min without evaluations, at 60%"
+        f"time        {minutes / 0.6:,.1f} to {minutes / 0.25:,.1f} min without evaluations {mfu}"
     )
-    print(f"            to 25% of {rate / 1e9:,.0f} GFLOP/s, measured on {device}")
     return {"memory": parts, "flops": flops, "minutes": minutes}
 
 
