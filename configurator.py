@@ -8,6 +8,7 @@ or a value outside its limits stops the run with one line.
 
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import runpy
@@ -293,7 +294,10 @@ class _Output:
     def _or_discard(self, method, *args):
         try:
             return method(*args)
-        except BrokenPipeError:  # the work goes on, its output is dropped
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # The reader or the terminal is gone. The work continues, its output is dropped.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 

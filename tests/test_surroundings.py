@@ -1,0 +1,121 @@
+"""Any terminal, folder and environment: the work is done, and nothing is written elsewhere."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import Child
+from test_train import TINY
+
+import ar2diff
+import sample
+import train
+from configurator import run
+from data.loader import write_pairs
+from infra import device
+from infra.checkpoint import load
+
+ROOT = Path(__file__).parent.parent
+TEXTS = [f"é–✓{i} 日本".encode() for i in range(20)]  # no character set but Unicode has them all
+TRAIN = [*TINY, "--eval_interval=1", "--sample_interval=1", "--data=set é", "--overwrite"]
+COMMANDS = {
+    "train": (train.main, [*TRAIN, "--out_dir=made é"]),
+    "ar2diff": (ar2diff.main, ["--init_from=run/ckpt.pt", "--out_dir=made é", "--data=set é"]),
+    "sample": (sample.main, ["--init_from=run/ckpt.pt", "--prompt=✓", "--num_samples=4"]),
+}
+COMMANDS["show"] = (sample.main, [*COMMANDS["sample"][1], "--show", "--pause=0"])
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("Läufe und so")
+    pairs = [(list(text), list(text)) for text in TEXTS]
+    write_pairs(folder / "set é", {"train": pairs, "valid": pairs}, "bytes", 24, 48)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(device, "measured_flops", lambda *_: 1e12)
+        train.main([*TRAIN, "--out_dir=run"])
+        yield folder
+
+
+def replace_streams(how: str) -> None:
+    """Do what Python does at its start with the streams it is given."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if how == "closed":
+            os.close(number)
+            setattr(sys, name, None)
+            continue
+        encoding = "utf-8" if how == "left" else how
+        if how == "left":  # the reader of the pipe has gone
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, number)
+        raw = open(number, "wb", closefd=False)
+        setattr(sys, name, io.TextIOWrapper(raw, encoding=encoding, line_buffering=True))
+
+
+@pytest.mark.parametrize("how", ["ascii", "cp1252", "closed", "left"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_works_with_any_stream(name, how, desk, tmp_path):
+    main, argv = COMMANDS[name]
+    shutil.rmtree(desk / "made é", ignore_errors=True)
+
+    def work():
+        replace_streams(how)
+        sys.argv = [name, *argv]
+        run(main)
+
+    child = Child(work, tmp_path / "output")
+    assert child.wait() == 0, (tmp_path / "output").read_text()
+    assert "Traceback" not in (tmp_path / "output").read_text("utf-8", "replace")
+    if name in ("train", "ar2diff"):
+        assert load(desk / "made é" / "ckpt.pt")["step"] == (6 if name == "train" else 0)
+
+
+@pytest.mark.slow  # starts Python 15 times
+@pytest.mark.parametrize("how", ["", ">&-", "2>&-", "<&- >&- 2>&-", "2>&1 | head -1"])
+def test_a_command_works_in_a_shell(how, desk):
+    for name, (_, argv) in COMMANDS.items():
+        shutil.rmtree(desk / "made é", ignore_errors=True)
+        program = "sample" if name == "show" else name
+        words = " ".join(f"'{word}'" for word in [sys.executable, f"{ROOT}/{program}.py", *argv])
+        line = f"set -o pipefail; PYTHONIOENCODING=ascii {words} {how}"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr + done.stdout, done
+        if name in ("train", "ar2diff"):
+            assert load(desk / "made é" / "ckpt.pt")["step"] == (6 if name == "train" else 0)
+
+
+@pytest.mark.slow  # starts Python 5 times
+def test_without_home_and_git_the_checkout_stays_as_it_is(tmp_path):
+    """The checkout is read-only. The data set is built where the command runs."""
+    checkout = tmp_path / "checkout é"
+    for pattern in ("*.py", "infra/*.py", "data/*.py", "extras/*.py", "view/*"):
+        for path in ROOT.glob(pattern):
+            copy = checkout / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file():
+                shutil.copyfile(path, copy)
+    files = sorted(checkout.rglob("*"))
+    for path in [checkout, *files]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    here = tmp_path / "Läufe und so"
+    here.mkdir()
+    start = "--init_from=ein Lauf/ckpt.pt"
+    commands = [
+        ["train.py", *TINY, "--data=toy_copy", "--out_dir=ein Lauf"],
+        ["ar2diff.py", start, "--out_dir=Größe"],
+        ["train.py", *TINY, "--data=toy_copy", "--init_from=Größe/ckpt.pt", "--out_dir=zwei"],
+        ["sample.py", "--init_from=zwei/ckpt.pt", "--prompt=abc"],
+    ]
+    env = {"PATH": "/nowhere", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    for program, *argv in commands:
+        command = [sys.executable, checkout / program, *argv]
+        done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert load(here / "zwei" / "ckpt.pt")["step"] == 6
+    assert sorted(checkout.rglob("*")) == files
