@@ -107,14 +107,14 @@ def measure(case: str, seed: int = 0) -> dict:
     positions = (seen.cumsum(1) - 1).clamp(min=0)
     expected = theirs(tokens, attention_mask=seen.long(), position_ids=positions).logits
     expected = expected[:, max(LENGTHS) :]
-    prompts = [row[:n][None] for row, n in zip(prefix, LENGTHS)]
+    prompts = [row[:n] for row, n in zip(prefix, LENGTHS)]
     difference = (ours - expected).abs()
     largest = expected.abs().max().item()
     return {
         "max": difference.max().item(),
         "mean": difference.mean().item(),
         "relative": difference.max().item() / largest,
-        "greedy_same": min(same_greedy_tokens(model, theirs, p, GREEDY) for p in prompts),
+        "greedy_same": min(same_greedy_tokens(model, theirs, prompts, GREEDY)),
         "weights": sum(p.numel() for p in model.parameters()),
     }
 
@@ -151,8 +151,8 @@ def measure_real(path: Path, folder: Path, n: int) -> dict:
     theirs = reference_model(path)
     cases = {}
     for kind, prompts in real_prompts(loaded.tokenizer, folder, n).items():
-        ids = [torch.tensor([prompt]) for prompt in prompts]
-        same = [same_greedy_tokens(loaded.model, theirs, prompt, GREEDY) for prompt in ids]
+        ids = [torch.tensor(prompt) for prompt in prompts]
+        same = same_greedy_tokens(loaded.model, theirs, ids, GREEDY)
         equal = sum(count == GREEDY for count in same)
         cases[kind] = {"prompts": len(same), "equal": equal, "tokens": same}
     return cases

@@ -9,8 +9,10 @@ is the mean of the ordinary rows: its logit is their mean logit, so its probabil
 1 / n_ordinary. Pad ends a text, so its row starts as a copy of the source's end-of-text row.
 """
 
+import contextlib
 import functools
 import importlib.util
+import io
 import json
 import re
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import autoregressive
 from data.tokenizer import FILE, Tokenizer, get_tokenizer, padded_size, tokenizer_from_json
@@ -381,8 +384,8 @@ def parity(path: Path, model: Transformer, tokens: Tensor) -> list[tuple[str, st
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         return [(claim, f"not compared: {reason}. Names and shapes all fit", True)]
     n = min(GREEDY, m.target_length - 1)
-    prompts = [tokens[:1, :4], tokens[-1:, :9], tokens[:1, : m.block_size - m.target_length]]
-    same = [same_greedy_tokens(model, theirs, prompt, n) for prompt in prompts]
+    prompts = [tokens[0, :4], tokens[-1, :9], tokens[0, : m.block_size - m.target_length]]
+    same = same_greedy_tokens(model, theirs, prompts, n)
     measured = f"max difference {error:.1e}, logits up to {size:.3g}"
     greedy = f"{', '.join(map(str, same))} of {n} tokens equal"
     return [
@@ -391,21 +394,28 @@ def parity(path: Path, model: Transformer, tokens: Tensor) -> list[tuple[str, st
     ]
 
 
-def same_greedy_tokens(model: Transformer, theirs, prompt: Tensor, n: int) -> int:
-    """Return how many of the first n greedy tokens after a prompt (1, P) are those of transformers.
+@torch.no_grad()
+def same_greedy_tokens(model: Transformer, theirs, prompts: list[Tensor], n: int) -> list[int]:
+    """Return how many of the first n greedy tokens after each prompt (P,) equal transformers'.
 
     Our pad and the source's end of text are the same token here.
     """
     m = model.cfg
-    ours = autoregressive.generate(model, prompt, autoregressive.SamplerConfig()).tokens[0, :n]
+    tokens = torch.full((len(prompts), max(map(len, prompts))), m.pad_id)
+    for row, prompt in zip(tokens, prompts):
+        row[-len(prompt) :] = prompt
+    valid = tokens != m.pad_id
+    ours = autoregressive.generate(model, tokens, autoregressive.SamplerConfig()).tokens[:, :n]
     unused = [*range(m.n_ordinary, theirs.config.vocab_size)]
     settings = dict(max_new_tokens=n, do_sample=False, pad_token_id=0, suppress_tokens=unused)
     settings |= dict(eos_token_id=m.eos_id if m.eos_id >= 0 else None)
-    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
-    expected = expected[0, prompt.shape[1] :]
-    expected = torch.where(expected == m.eos_id, m.pad_id, expected)
-    expected = torch.cat([expected, expected.new_full((n - len(expected),), m.pad_id)])
-    return int((ours == expected).cumprod(0).sum())
+    tokens = tokens.masked_fill(~valid, 0)
+    expected = theirs.generate(tokens, attention_mask=valid.long(), **settings)
+    expected = expected[:, tokens.shape[1] :]
+    expected = F.pad(expected, (0, n - expected.shape[1]))
+    ended = (expected == m.eos_id).cumsum(1) > 0
+    expected = expected.masked_fill(ended, m.pad_id)
+    return (ours == expected).cumprod(1).sum(1).tolist()
 
 
 def as_float32(model: Transformer) -> Transformer:
@@ -425,4 +435,5 @@ def reference_model(path: Path):
     if path.suffix == ".gguf":
         settings["gguf_file"] = path.name
         path = path.parent
-    return transformers.AutoModelForCausalLM.from_pretrained(path, **settings).eval()
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        return transformers.AutoModelForCausalLM.from_pretrained(path, **settings).eval()
