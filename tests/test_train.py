@@ -16,6 +16,7 @@ import train
 from data.loader import open_dataset
 from infra import device
 from infra.checkpoint import load
+from infra.distributed import DistributedContext
 from infra.flops import train_flops
 from model import ModelConfig
 from train import main
@@ -23,8 +24,7 @@ from train import main
 ROOT = Path(__file__).parent.parent
 TINY = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4"]
 TINY += ["--max_steps=6", "--learning_rate=0.01", "--warmup_steps=2", "--log_interval=1"]
-TINY += ["--eval_interval=100", "--eval_batches=1", "--save_interval=100"]
-TINY += ["--sample_interval=0"]
+TINY += ["--eval_interval=100", "--eval_batches=1", "--save_interval=100", "--sample_interval=0"]
 DIFFUSION = ["--paradigm=diffusion", "--prefix_attention=joint", "--target_attention=bidirectional"]
 CACHED = [*DIFFUSION, "--prefix_attention=bidirectional"]
 CASES = {
@@ -77,10 +77,9 @@ def watch_losses(monkeypatch, module, watch):
     """Call watch(batch, rng, extra_edges) before each training loss. It may return a factor."""
     losses = module.losses
 
-    def watched(model, batch, cfg, rng, rate=None, extra_edges=None):
-        factor = watch(batch, rng, extra_edges) if model.training else None
-        more = {"rate": rate} if module is diffusion else {}
-        for term in losses(model, batch, cfg, rng, extra_edges=extra_edges, **more):
+    def watched(model, batch, cfg, rng, *rest, **named):
+        factor = watch(batch, rng, named.get("extra_edges")) if model.training else None
+        for term in losses(model, batch, cfg, rng, *rest, **named):
             yield term if factor is None else term * factor
 
     monkeypatch.setattr(module, "losses", watched)
@@ -159,13 +158,6 @@ def test_the_loss_falls(case, run):
     assert log[-1]["val_loss"] < 1.6
 
 
-def test_another_seed_or_number_format_is_another_run(run):
-    first, log = run(out="a")
-    assert largest_difference(first, run("--seed=2", out="b")[0]) > 1e-3
-    half = run("--dtype=bfloat16", out="c")[1][0]["loss"]
-    assert half != log[0]["loss"] and half == pytest.approx(log[0]["loss"], rel=0.01)
-
-
 # The log and the checkpoints
 
 
@@ -184,14 +176,11 @@ def test_the_log_holds_terms_flops_speed_validation_and_samples(run, capsys):
     by_rate = log[2]["val_loss_by_rate"]
     assert list(by_rate) == ["0.1", "0.3", "0.5", "0.7", "0.9"]
     assert log[2]["val_loss"] == pytest.approx(sum(by_rate.values()) / 5)
-    assert 0 < log[2]["val_ar_loss"] < 6 and "val_ar_loss" not in log[0]
-    assert log[2]["sample"].startswith("step 3 sample: ")
+    assert 0 < log[2]["val_ar_loss"] < 6
     assert log[2]["sample"] in capsys.readouterr().out
 
 
-def test_the_best_checkpoint_has_the_lowest_validation_loss_also_after_resuming(
-    run, monkeypatch, tmp_path
-):
+def test_best_pt_has_the_lowest_validation_loss_of_all_parts(run, monkeypatch, tmp_path):
     values = iter([3.0, 1.0, 2.0, 2.5, 1.5, 0.5])
     monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(values)})
     flags = ["--eval_interval=1", "--schedule=constant", "--init_from=resume"]
@@ -225,22 +214,16 @@ def test_nan_stops_the_run_and_spares_the_checkpoint(case, run, monkeypatch, tmp
 # How a run starts
 
 
-def test_resume_starts_an_absent_run_and_leaves_a_finished_one(run, capsys):
-    first, log = run("--init_from=resume")
-    assert first["step"] == 6 and "starting at step 0" in capsys.readouterr().out
-    again, log_again = run("--init_from=resume")
-    assert "nothing to do" in capsys.readouterr().out
-    assert same(first, again) and log == log_again
-    assert same(first["model"], run(out="b")[0]["model"])
-
-
-def test_a_run_continues_with_more_steps_and_needs_only_its_folder(run, copy_set, tmp_path):
-    run("--schedule=constant", "--block_size=0", "--target_length=0")
-    main([f"--out_dir={tmp_path / 'a'}", "--init_from=resume", "--max_steps=8", "--block_size=0"])
-    state = load(tmp_path / "a" / "ckpt.pt")
-    assert state["step"] == 8 and state["train_config"]["data"] == str(copy_set)
+def test_resume_starts_an_absent_run_continues_one_and_leaves_a_finished_one(run, tmp_path, capsys):
+    flags = ["--schedule=constant", "--init_from=resume"]
+    run(*flags)
+    assert "starting at step 0" in capsys.readouterr().out
+    folder = f"--out_dir={tmp_path / 'a'}"
+    main([folder, "--init_from=resume", "--max_steps=8", "--block_size=0"])  # 0: from the data
+    longer, log = run(*flags, "--max_steps=8")
+    assert "nothing to do" in capsys.readouterr().out and len(log) == 8
     whole, _ = run("--schedule=constant", "--max_steps=8", out="whole")
-    assert same(state["model"], whole["model"])
+    assert same(longer["model"], whole["model"])
 
 
 def test_data_and_runs_may_move(monkeypatch, tmp_path):
@@ -252,12 +235,11 @@ def test_data_and_runs_may_move(monkeypatch, tmp_path):
     main([*flags, "--data=toy_copy", "--out_dir=~/ein Lauf", "--max_steps=1"])
     run_folder = tmp_path / "Läufe von mir" / "ein Lauf"
     moved = data.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match="toy_copy|data.toy"):
-        monkeypatch.setattr("data.loader.SETS", {})
-        main([*flags, f"--out_dir={run_folder}", "--max_steps=2"])
+    monkeypatch.setattr("data.loader.SETS", {})  # or the missing set would be built
+    refused("toy_copy: no such data set", *flags, f"--out_dir={run_folder}")
     Path("link").symlink_to(moved)
     Path("Läufe von mir/set").symlink_to(moved)
-    places = ["moved", str(moved), "link", "~/set", "../" + tmp_path.name + "/moved/"]
+    places = ["moved", str(moved), "link", "~/set", f"../{tmp_path.name}/moved/"]
     for step, place in enumerate(places, 2):
         main([*flags, f"--data={place}", "--out_dir=~/ein Lauf", f"--max_steps={step}"])
     assert load(run_folder / "ckpt.pt")["step"] == 6 and not Path("~").exists()
@@ -268,7 +250,7 @@ def test_a_run_starts_from_the_weights_of_another(run, monkeypatch, tmp_path):
     path = tmp_path / "source" / "ckpt.pt"
     at_step(monkeypatch, autoregressive, 0, kill)
     with pytest.raises(Killed):
-        run(f"--init_from={path}", "--dropout=0.5", out="next")
+        run(f"--init_from={path}", "--dropout=0.5", "--init_from=resume", out="next")
     start = load(tmp_path / "next" / "ckpt.pt")
     assert start["step"] == 0 and same(start["model"], source["model"])
     assert start["model_config"] == source["model_config"] | {"dropout": 0.5}
@@ -281,92 +263,70 @@ def refused(message: str, *flags):
     assert "\n" not in str(error.value)
 
 
-def test_a_run_is_not_overwritten_by_accident(run, copy_set, tmp_path):
+def test_a_run_keeps_its_files_settings_and_data(run, copy_set, tmp_path):
     before, _ = run()
-    refused("already holds a run", f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}")
+    out = f"--out_dir={tmp_path / 'a'}"
+    refused("already holds a run", f"--data={copy_set}", out)
     assert same(load(tmp_path / "a" / "ckpt.pt"), before)
+    changes = "n_embd=32 learning_rate=0.5 seed=0 batch_size=8 warmup_steps=0 objective=prefix_lm"
+    for change in changes.split():
+        message = f"cannot set {change}: .* was trained with"
+        refused(message, out, "--init_from=resume", f"--{change}")
+    other = make_copy_set(tmp_path / "other", n=50)
+    refused("differs from the data of", out, "--init_from=resume", f"--data={other}")
+    del before["optimizer"]
+    torch.save(before, tmp_path / "a" / "ckpt.pt")
+    refused("cannot be resumed, it has no optimizer", out, "--init_from=resume")
     assert run("--overwrite", "--max_steps=2")[0]["step"] == 2
 
 
-def test_a_resumed_run_keeps_its_settings_and_its_data(run, copy_set, tmp_path):
-    run()
-    resume = [f"--out_dir={tmp_path / 'a'}", "--init_from=resume"]
-    changes = "n_embd=32 learning_rate=0.5 seed=0 batch_size=8 warmup_steps=0 objective=prefix_lm"
-    for change in changes.split():
-        refused(f"cannot set {change}: .* was trained with", *resume, f"--{change}")
-    other = make_copy_set(tmp_path / "other", n=50)
-    refused("differs from the data of", *resume, f"--data={other}")
-    weights = load(tmp_path / "a" / "ckpt.pt")
-    torch.save({k: v for k, v in weights.items() if k != "optimizer"}, tmp_path / "a" / "ckpt.pt")
-    refused("cannot be resumed, it has no optimizer", *resume)
+@pytest.fixture(scope="module")
+def sources(copy_set, tmp_path_factory):
+    """The checkpoint ar.pt, gpt2.pt with another tokenizer, and a data set of longer texts."""
+    folder = tmp_path_factory.mktemp("sources")
+    main([*TINY, f"--data={copy_set}", f"--out_dir={folder}", "--max_steps=1"])
+    torch.save(load(folder / "ckpt.pt") | {"tokenizer": "gpt2"}, folder / "gpt2.pt")
+    make_copy_set(folder / "longer", target_length=10)
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        (
-            "--n_layer=2",
-            "cannot set n_layer=2: .* has n_layer=1; convert it with python ar2diff.py",
-        ),
-        ("--paradigm=diffusion", "paradigm=ar; convert it with"),
-        ("--anneal_steps=5", "is an AR model, anneal_steps needs a diffusion model; convert it"),
-        ("--block_size=64", "has block_size=11"),
-    ],
-)
-def test_a_setting_that_contradicts_the_source_is_refused(flag, message, run, copy_set, tmp_path):
-    run()
-    source = f"--init_from={tmp_path / 'a' / 'ckpt.pt'}"
-    refused(message, f"--data={copy_set}", f"--out_dir={tmp_path / 'b'}", source, flag)
-    assert not (tmp_path / "b").exists()
-
-
-def test_a_source_must_fit_the_data(run, copy_set, tmp_path):
-    state, _ = run()
-    longer = make_copy_set(tmp_path / "longer", target_length=10)
-    out = f"--out_dir={tmp_path / 'b'}"
-    source = f"--init_from={tmp_path / 'a' / 'ckpt.pt'}"
-    refused("needs 15 tokens, .* block_size is 11", f"--data={longer}", out, source)
-    torch.save(state | {"tokenizer": "gpt2"}, tmp_path / "other.pt")
-    source = f"--init_from={tmp_path / 'other.pt'}"
-    refused("trained with tokenizer 'gpt2', .*'bytes'", f"--data={copy_set}", out, source)
-
-
-@pytest.mark.parametrize(
-    ("flag", "message"),
+    ("flags", "message"),
     [
         ("--target_length=9", "cannot set target_length=9: .* has target_length=6"),
         ("--block_size=8", "needs 11 tokens, the model's block_size is 8"),
         ("--data=nowhere", "nowhere: no such data set.*mini"),
-        ("--init_from=nowhere.pt", "nowhere.pt: no such checkpoint"),
+        ("--init_from=nowhere.pt", "nowhere.pt: no such checkpoint; available: .*ckpt.pt"),
         ("--device=tpu", "device must be one of auto, .*cpu"),
-        ("--grad_accum_steps=3", "batch_size must be a multiple of grad_accum_steps"),
+        ("--grad_accum_steps=3", "batch_size 4 must be a multiple of grad_accum"),
         ("--anneal_steps=3", "anneal_steps needs target_attention=bidirectional"),
-        ("--ar_loss_weight=1", "ar_loss_weight needs paradigm=diffusion"),
+        ("--ar_loss_weight=1", "ar_loss_weight needs"),
         ("--parallel=fsdp", "fsdp needs optimizer=adamw"),
+        ("--init_from=ckpt.pt --n_layer=2", "cannot set n_layer=2: .* has n_layer=1; convert it"),
+        ("--init_from=ckpt.pt --paradigm=diffusion", "paradigm=ar; convert it with python ar2diff"),
+        ("--init_from=ckpt.pt --anneal_steps=5", "is an AR model, anneal_steps needs a diffusion"),
+        ("--init_from=ckpt.pt --data=longer", "needs 15 tokens, .* block_size is 11"),
+        ("--init_from=gpt2.pt", "trained with tokenizer 'gpt2', .*'bytes'"),
     ],
 )
-def test_a_mistake_is_one_line_before_the_first_step(flag, message, copy_set, tmp_path):
-    refused(message, f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}", flag)
-    assert not (tmp_path / "a").exists()
+def test_a_mistake_is_one_line_before_the_first_step(
+    flags, message, copy_set, sources, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(sources)
+    refused(message, f"--data={copy_set}", f"--out_dir={tmp_path / 'b'}", *flags.split())
+    assert not (tmp_path / "b").exists()
 
 
 # Parts
 
 
-def test_clipping_bounds_the_gradient_and_0_turns_it_off(run, monkeypatch):
-    norms = []
-    step = torch.optim.AdamW.step
-
-    def watched(self, *args):
-        gradients = [p.grad.norm() for group in self.param_groups for p in group["params"]]
-        norms.append(torch.stack(gradients).norm().item())
-        return step(self, *args)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    run("--optimizer=adamw", "--grad_clip=0.01", "--max_steps=2", out="clipped")
-    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
-    _, log = run("--optimizer=adamw", "--grad_clip=0", "--max_steps=2", out="free")
-    assert norms[2:] == pytest.approx([entry["grad_norm"] for entry in log], rel=1e-5)
+def test_clipping_bounds_the_gradient_and_0_turns_it_off():
+    layer = torch.nn.Linear(3, 1, bias=False)
+    context = DistributedContext(torch.device("cpu"))
+    for largest, left in ((0, 5.0), (7, 5.0), (0.5, 0.5)):
+        layer.weight.grad = torch.tensor([[0.0, 3.0, 4.0]])
+        assert context.clip_gradients(layer, largest) == 5
+        assert layer.weight.grad.norm().item() == pytest.approx(left, rel=1e-4)
 
 
 def test_annealing_opens_the_mask_linearly(run, monkeypatch):
