@@ -132,7 +132,7 @@ class GGUFFile:
                 raise ValueError(f"{self.path}: cannot dequantise {kind.name}") from None
         family = FAMILIES[self.config.values["model_type"]]
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
-        n_layer = self._field("block_count", 0)
+        n_layer = min(self._field("block_count", 0), 1000)  # ModelConfig refuses more
         short = gguf.get_tensor_name_map(arch, n_layer)
         self._short = {}
         for names in family.modules.values():

@@ -206,7 +206,8 @@ def load_hf(path: Path, block_size: int = 0, target_length: int = 0) -> LoadedMo
     config = source.config
     family = family_of(config)
     settings, context = family.settings(config)
-    rows = config.get("vocab_size", int)
+    source.open_weights()
+    rows = _embedding_rows(family, source)
     kept = Config(config.get("ar2diff", dict, {}), config.path)
     notes = []
     tokenizer = _tokenizer(source, kept, rows, notes)
@@ -219,7 +220,6 @@ def load_hf(path: Path, block_size: int = 0, target_length: int = 0) -> LoadedMo
         cfg = ModelConfig(**settings)
     except ValueError as error:
         raise ValueError(f"{config.path}: {error}") from None
-    source.open_weights()
     places = _account(family, cfg, source, rows, context)
     weights = {name: _read(source, place) for name, place in places.items()}
     if not kept.values or rows < cfg.vocab_size:
@@ -228,6 +228,17 @@ def load_hf(path: Path, block_size: int = 0, target_length: int = 0) -> LoadedMo
     if cfg.tie_weights:
         weights["head.weight"] = weights["tok.weight"]
     return LoadedModel(model_from_state_dict(cfg, weights), tokenizer, notes)
+
+
+def _embedding_rows(family: Family, source) -> int:
+    """Return vocab_size, which must be the number of rows of the embedding."""
+    rows = source.config.get("vocab_size", int)
+    name = f"{family.modules['tok'][0]}.weight"
+    name = name if name in source.file else name.removeprefix(family.prefix)
+    found = source.shape.get(name, (0,))[0]
+    if found != rows:
+        raise ValueError(f"{source.path}: {name} has {found} rows, vocab_size is {rows}")
+    return rows
 
 
 def _tokenizer(source, kept: Config, rows: int, notes: list[str]) -> Tokenizer:

@@ -102,8 +102,9 @@ def parse(text: str) -> dict:
         found = json.loads(text)
         added = found.setdefault("added_tokens", [])
         ids = [*found["model"]["vocab"].values(), *(token["id"] for token in added)]
-        good = all(type(i) is int and 0 <= i < MAX_ID for i in ids)
+        good = all(type(i) is int and 0 <= i < MAX_ID for i in ids) and type(added) is list
         good = good and all(type(token["content"]) is str for token in added)
+        _lossless(found)  # fails if another part has the wrong type
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good = False
     if not good:

@@ -429,7 +429,7 @@ REFUSED = {
     "shape": (dict(intermediate_size=40), r"has shape \(48, 32\), expected \(40, 32\)"),
     "more layers": (dict(num_hidden_layers=4), r"lacks the tensor model.layers.3\..* and 6 more"),
     "fewer layers": (dict(num_hidden_layers=2), r"has model.layers.2\..* and 6 more, which config"),
-    "rows": (dict(vocab_size=299), r"has shape \(300, 32\), expected \(299, 32\)"),
+    "rows": (dict(vocab_size=2**70), "embed_tokens.weight has 300 rows, vocab_size is 118"),
 }
 
 
