@@ -73,6 +73,12 @@ def largest_difference(a: dict, b: dict) -> float:
     return max((a["model"][k] - b["model"][k]).abs().max().item() for k in a["model"])
 
 
+def assert_close(log: list[dict], other: list[dict]) -> None:
+    for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-3)):
+        expected = [entry[name] for entry in log]
+        assert [entry[name] for entry in other] == pytest.approx(expected, rel=tolerance)
+
+
 def watch_losses(monkeypatch, module, watch):
     """Call watch(batch, rng, extra_edges) before each training loss. It may return a factor."""
     losses = module.losses
@@ -89,14 +95,6 @@ def at_step(monkeypatch, module, step: int, action):
     watch_losses(monkeypatch, module, lambda batch, rng, _: action() if rng.step == step else None)
 
 
-class Killed(Exception):
-    pass
-
-
-def kill():
-    raise Killed
-
-
 # One run, however it is cut
 
 
@@ -106,8 +104,8 @@ def test_three_steps_and_three_more_equal_six(case, run, monkeypatch, tmp_path):
     flags = [*CASES[case], "--save_interval=3", "--eval_interval=2"]
     whole, whole_log = run(*flags, out="whole")
     with monkeypatch.context() as patch:
-        at_step(patch, autoregressive if case.startswith("ar") else diffusion, 4, kill)
-        with pytest.raises(Killed):
+        at_step(patch, autoregressive if case.startswith("ar") else diffusion, 4, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
             run(*flags, out="parts")
     assert load(tmp_path / "parts" / "ckpt.pt")["step"] == 3
     assert len(read_log(tmp_path / "parts")) == 4
@@ -124,10 +122,8 @@ def test_micro_batches_equal_one_batch(case, run):
     flags = [*CASES[case], "--optimizer=adamw"]
     one, one_log = run(*flags, out="one")
     four, four_log = run(*flags, "--grad_accum_steps=4", out="four")
+    assert_close(one_log, four_log)
     assert largest_difference(one, four) < 1e-4
-    for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-3)):
-        expected = [entry[name] for entry in one_log]
-        assert [entry[name] for entry in four_log] == pytest.approx(expected, rel=tolerance)
 
 
 @pytest.mark.parametrize("case", ["ar_dropout", "modern"])
@@ -147,15 +143,6 @@ def test_the_loss_after_20_steps_is_the_known_one(case, run):
     flags = ["--max_steps=20", "--optimizer=adamw", "--dropout=0"]  # Muon multiplies in bfloat16
     _, log = run(*CASES[case], *flags)
     assert log[-1]["loss"] == pytest.approx(GOLDEN[case], abs=1e-3)
-
-
-@pytest.mark.parametrize("case", ["ar", "modern"])
-def test_the_loss_falls(case, run):
-    """It starts at that of guessing, ln 288 = 5.7 nats, and beats the entropy of 1 letter in 5."""
-    _, log = run(*CASES[case], "--max_steps=60", "--batch_size=16")
-    terms = 1 if case == "ar" else 2
-    assert log[0]["loss"] > 5.0 * terms and log[-1]["loss"] < 1.6 * terms
-    assert log[-1]["val_loss"] < 1.6
 
 
 # The log and the checkpoints
@@ -248,8 +235,8 @@ def test_data_and_runs_may_move(monkeypatch, tmp_path):
 def test_a_run_starts_from_the_weights_of_another(run, monkeypatch, tmp_path):
     source, _ = run(out="source")
     path = tmp_path / "source" / "ckpt.pt"
-    at_step(monkeypatch, autoregressive, 0, kill)
-    with pytest.raises(Killed):
+    at_step(monkeypatch, autoregressive, 0, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         run(f"--init_from={path}", "--dropout=0.5", "--init_from=resume", out="next")
     start = load(tmp_path / "next" / "ckpt.pt")
     assert start["step"] == 0 and same(start["model"], source["model"])
@@ -355,7 +342,5 @@ def test_a_compiled_run_equals_the_eager_one(case, run, capsys):
     compiled, log = run(*flags, "--compile", out="b")
     if "running eagerly" in capsys.readouterr().out:
         pytest.skip("no compiler works here")
-    for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
-        expected = [entry[name] for entry in eager_log]
-        assert [entry[name] for entry in log] == pytest.approx(expected, rel=tolerance)
+    assert_close(eager_log, log)
     assert largest_difference(eager, compiled) < 1e-4
