@@ -1,21 +1,21 @@
-"""Settings: a dataclass lists them, a flat Python file changes some, the command line more.
+"""Settings: a dataclass lists them, a Python file changes some, flags more.
 
     python train.py config/toy_copy_ar.py --learning_rate=1e-3 --compile
 
-Later arguments win. A config file holds plain assignments. An unknown name, a wrong type
-or a value outside its limits stops the run with one line.
+Later arguments win. A config file holds plain assignments. An unknown name,
+a wrong type or a value outside its limits stops the run with one line.
 """
 
 import dataclasses
 import difflib
-import errno
 import math
 import os
 import runpy
 import sys
 from collections.abc import Callable
+from functools import partial
 
-# Settings of earlier versions: the new name, or "" if there is none.
+# Settings of earlier versions.
 RENAMED = {
     "anneal_form": "mask_schedule",
     "ar_weight": "ar_loss_weight",
@@ -25,13 +25,12 @@ RENAMED = {
     "ramp_to": "temperature_end",
     "resume": "init_from=resume",
     "settle_entropy": "stop_entropy",
-} | dict.fromkeys(
-    (
-        "beta1 beta2 block_length bucket keep lookahead max_new_tokens mean_span "
-        "min_lr_ratio muon_lr_ratio patience rate_exponent self_conditioning_prob span_density"
-    ).split(),
-    "",
-)
+}
+REMOVED = (
+    "beta1 beta2 block_length bucket keep lookahead max_new_tokens mean_span "
+    "min_lr_ratio muon_lr_ratio patience rate_exponent self_conditioning_prob span_density"
+).split()
+BOOLEANS = {None: True, "true": True, "1": True, "false": False, "0": False}
 
 
 def setting(default, help: str, choices: tuple = (), **limits):
@@ -59,8 +58,14 @@ def all_fields(*classes: type) -> dict[str, dataclasses.Field]:
     return found
 
 
+def require(holds, message: str) -> None:
+    """Raise ValueError with this message unless the condition holds."""
+    if not holds:
+        raise ValueError(message)
+
+
 def validate(cfg) -> None:
-    """Check all values of a settings dataclass. Raises ValueError with name, value and limit."""
+    """Check all values. Raises ValueError with name, value and limit."""
     for field in dataclasses.fields(cfg):
         if "group" in field.metadata:
             continue
@@ -71,45 +76,36 @@ def validate(cfg) -> None:
         setattr(cfg, field.name, value)
 
 
-def require(holds, message: str) -> None:
-    """Raise ValueError with this message unless the condition holds."""
-    if not holds:
-        raise ValueError(message)
-
-
 def _typed(value, field):
     kind = type(field.default)
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
+    fits = type(value) is kind
+    require(fits, f"{field.name} must be of type {kind.__name__}, got {value!r}")
     return value
 
 
 def _check_limits(value, field) -> None:
     limits = field.metadata
-    if limits["choices"] and value not in limits["choices"]:
-        options = ", ".join(limits["choices"])
-        raise ValueError(f"{field.name} must be one of {options}; got {value!r}")
+    if options := limits["choices"]:
+        known = ", ".join(options)
+        require(value in options, f"{field.name} must be one of {known}; got {value!r}")
     zero_ok = limits.get("zero_ok", False)
     if isinstance(value, bool | str) or (zero_ok and value == 0):
         return
-    largest = 2**31 - 1 if isinstance(value, int) else math.inf
+    whole = isinstance(value, int)
     minimum = limits.get("minimum", -math.inf)
-    maximum = limits.get("maximum", largest)
     above = limits.get("above", -math.inf)
-    limit = None
-    if isinstance(value, float) and not math.isfinite(value):
-        limit = "a finite number"
-    elif value < minimum:
-        limit = f"at least {minimum}"
-    elif value <= above:
-        limit = f"above {above}"
-    elif value > maximum:
-        limit = f"at most {maximum}"
-    if limit is not None:
+    maximum = limits.get("maximum", 2**31 - 1 if whole else math.inf)
+    rules = {
+        "a finite number": whole or math.isfinite(value),
+        f"at least {minimum}": value >= minimum,
+        f"above {above}": value > above,
+        f"at most {maximum}": value <= maximum,
+    }
+    for rule, holds in rules.items():
         zero = "0 or " if zero_ok else ""
-        raise ValueError(f"{field.name} must be {zero}{limit}, got {value}")
+        require(holds, f"{field.name} must be {zero}{rule}, got {value}")
 
 
 def configure(cls: type, argv: list[str]):
@@ -141,13 +137,13 @@ def from_stored(cls: type, stored: dict, source: str):
     """Build a `cls` from the settings in a file. Raises ValueError if one is unknown."""
     fields = all_fields(cls)
     for name in stored:
-        if name not in fields:
-            raise ValueError(f"{source}: unknown setting {name!r}{suggest(name, fields)}")
+        known = name in fields
+        require(known, f"{source}: unknown setting {name!r}{suggest(name, fields)}")
     return build(cls, stored)
 
 
 def read_settings(classes, argv: list[str]) -> dict:
-    """Read the settings in argv as a flat dict. Limits are checked later, by validate()."""
+    """Read the settings in argv as a flat dict. validate() checks limits later."""
     fields = typed_fields(*classes)
     values = {}
     for arg in argv:
@@ -170,46 +166,41 @@ def typed_fields(*classes: type) -> dict[str, dataclasses.Field]:
 def _known_field(name: str, fields: dict, arg: str) -> dataclasses.Field:
     if name in fields:
         return fields[name]
-    if RENAMED.get(name):
-        raise ValueError(f"{arg}: {name!r} is now --{RENAMED[name]}")
     if name in RENAMED:
+        raise ValueError(f"{arg}: {name!r} is now --{RENAMED[name]}")
+    if name in REMOVED:
         raise ValueError(f"{arg}: the setting {name!r} was removed; drop it")
-    hint = suggest(name, fields) if close_names(name, fields) else "; see --help"
+    hint = suggest(name, fields, "; see --help")
     raise ValueError(f"{arg}: unknown setting {name!r}{hint}")
 
 
 def _read_file(path: str) -> dict:
     path = os.path.expanduser(path)
-    if not os.path.exists(path) or os.path.isdir(path):
-        hint = "settings are given as --key=value"
-        raise ValueError(f"{path}: no such config file ({hint})")
+    hint = "settings are given as --key=value"
+    is_file = os.path.exists(path) and not os.path.isdir(path)
+    require(is_file, f"{path}: no such config file ({hint})")
     try:
         names = runpy.run_path(path)
     except Exception as error:  # whatever is wrong in the file, the user can fix it
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
     skipped = (type(os), type, Callable)  # what an import or a def leaves behind
-    return {
-        name: value
-        for name, value in names.items()
-        if not name.startswith("_") and not isinstance(value, skipped)
-    }
+    public = {name: value for name, value in names.items() if name[0] != "_"}
+    return {k: v for k, v in public.items() if not isinstance(v, skipped)}
 
 
 def _parse(text: str | None, field, arg: str):
     kind = type(field.default)
-    booleans = {None: True, "true": True, "1": True, "false": False, "0": False}
-    key = text if text is None else text.lower()
-    if kind is bool and key in booleans:
-        return booleans[key]
     try:
-        if kind is bool or text is None:
-            raise ValueError
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{arg}: expected --{field.name}=VALUE ({kind.__name__})") from None
+        if kind is bool:
+            return BOOLEANS[text and text.lower()]
+        if text is not None:
+            return kind(text)
+    except (KeyError, ValueError):
+        pass
+    raise ValueError(f"{arg}: expected --{field.name}=VALUE ({kind.__name__})")
 
 
-def refuse_changes(given: dict, fixed: dict, context: str, hint="drop the setting", allowed=()):
+def refuse_changes(given: dict, fixed: dict, context, hint="drop the setting", allowed=()):
     """Raise ValueError if a given setting differs from a fixed one."""
     for name, value in given.items():
         if name in fixed and name not in allowed and value != fixed[name]:
@@ -219,24 +210,21 @@ def refuse_changes(given: dict, fixed: dict, context: str, hint="drop the settin
 def describe(cfg) -> str:
     """Return the settings that differ from their defaults as flags."""
     fields = all_fields(type(cfg))
-    changed = [f"--{k}={v}" for k, v in flatten(cfg).items() if v != fields[k].default]
+    flat = flatten(cfg).items()
+    changed = [f"--{name}={v}" for name, v in flat if v != fields[name].default]
     return " ".join(changed) or "(all defaults)"
 
 
-def close_names(name: str, known) -> list[str]:
-    return difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-
-
-def suggest(name: str, known) -> str:
-    """Return ", did you mean 'x'?" for a mistyped name, else the list of known names."""
-    close = close_names(name, known)
-    return (
-        f", did you mean {close[0]!r}?" if close else f"; available: {', '.join(map(str, known))}"
-    )
+def suggest(name: str, known, otherwise="") -> str:
+    """Return ", did you mean 'x'?" for a mistyped name, else the known names."""
+    names = list(map(str, known))
+    if close := difflib.get_close_matches(str(name), names, n=1):
+        return f", did you mean {close[0]!r}?"
+    return otherwise or f"; available: {', '.join(names)}"
 
 
 def help_text(*classes: type) -> str:
-    """Return one line for each setting that can be typed: name, default, comment, choices."""
+    """Return one line for each setting: name, default, comment, choices."""
     lines = []
     for name, field in typed_fields(*classes).items():
         choices = " | ".join(field.metadata["choices"])
@@ -247,7 +235,7 @@ def help_text(*classes: type) -> str:
 
 
 def run(main: Callable[[list[str]], object], *classes: type) -> None:
-    """Call main(sys.argv[1:]) as a command. An error is one line on stderr and status 2.
+    """Call main(sys.argv[1:]). An error is one line on stderr and status 2.
 
     classes: the settings that --help lists.
     """
@@ -276,28 +264,20 @@ def one_line(error: Exception) -> str:
 
 
 class _Output:
-    """A text stream that survives unknown characters and a reader that has left (`| head`)."""
+    """A text stream that drops its text once the reader has left (`| head`)."""
 
     def __init__(self, stream):
         self.stream = stream
         stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
-        return getattr(self.stream, name)
+        method = getattr(self.stream, name)
+        return partial(self._call, method) if name in ("write", "flush") else method
 
-    def write(self, text):
-        return self._or_discard(self.stream.write, text)
-
-    def flush(self):
-        return self._or_discard(self.stream.flush)
-
-    def _or_discard(self, method, *args):
+    def _call(self, method, *args):
         try:
             return method(*args)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            # The reader or the terminal is gone. The work continues, its output is dropped.
+        except BrokenPipeError:  # the work goes on, its output is dropped
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
@@ -308,8 +288,8 @@ def _secure_streams() -> None:
         except OSError:  # closed by the caller: no file of ours may get this number
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
-            mode = "r" if number == 0 else "w"
-            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
         stream = getattr(sys, name)
         if number and hasattr(stream, "reconfigure"):
             setattr(sys, name, _Output(stream))
