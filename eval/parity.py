@@ -166,9 +166,7 @@ def import_cost(path: Path) -> dict:
     code = "import sys, eval.parity; eval.parity.print_cost(sys.argv[1])"
     command = [sys.executable, "-c", code, str(path.absolute())]
     root = Path(__file__).absolute().parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    if done.returncode:
-        raise ValueError(f"{path}: {done.stderr.strip().splitlines()[-1]}")
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=root, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

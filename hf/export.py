@@ -34,9 +34,7 @@ def export_folder(
     m = ModelConfig(**state["model_config"])
     family = FAMILIES[family_name(m)]
     if folder.exists() and not (overwrite and (folder / "config.json").is_file()):
-        raise ValueError(
-            f"{folder} exists; choose another --export, or add --overwrite if it is an export"
-        )
+        raise ValueError(f"{folder} exists; use another --export, or --overwrite an older export")
     weights = {n: t for n, t in state["model"].items() if n.split(".")[0] not in NEW_MODULES}
     rows = _rows_without_reserved(weights, m)
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -62,9 +60,7 @@ def export_folder(
         names = ", ".join(left_out) or "nothing"
         notes.append(f"a diffusion model; other programs read it left to right; left out: {names}")
     elif m.prefix_attention != "causal":
-        notes.append(
-            f"this model reads its prefix {m.prefix_attention}; others read it left to right"
-        )
+        notes.append(f"other programs read the prefix left to right, not {m.prefix_attention}")
     return notes
 
 
@@ -162,9 +158,8 @@ def _byte_level_json(tokenizer: Tokenizer) -> dict:
     added = reserved_tokens(tokenizer.n_ordinary, tokenizer.vocab_size)
     added = [added[0] | {"id": i, "content": content} for i, content in end.items()] + added
     split = BYTE_LEVEL | {"use_regex": tokenizer.name == "gpt2"}
-    merges = [
-        [visible(part) for part in _halves(piece, ranks)] for piece in ranks if len(piece) > 1
-    ]
+    merged = [piece for piece in ranks if len(piece) > 1]
+    merges = [[visible(part) for part in _halves(piece, ranks)] for piece in merged]
     model = {"type": "BPE", "vocab": {visible(p): i for p, i in ranks.items()}, "merges": merges}
     parts = {"pre_tokenizer": split, "decoder": BYTE_LEVEL, "model": model}
     return {"version": "1.0", "added_tokens": added} | parts

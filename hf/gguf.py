@@ -19,26 +19,15 @@ from hf.layouts import FAMILIES, Config
 from hf.tokenizer import BYTE_FALLBACK, SPACE
 
 # config.json -> the field after the name of the architecture.
-GPT2_FIELDS = dict(
-    n_layer="block_count",
-    n_head="attention.head_count",
-    n_embd="embedding_length",
-    n_inner="feed_forward_length",
-    n_positions="context_length",
-    layer_norm_epsilon="attention.layer_norm_epsilon",
-)
-LLAMA_FIELDS = dict(
-    num_hidden_layers="block_count",
-    num_attention_heads="attention.head_count",
-    num_key_value_heads="attention.head_count_kv",
-    head_dim="attention.key_length",
-    hidden_size="embedding_length",
-    intermediate_size="feed_forward_length",
-    max_position_embeddings="context_length",
-    rms_norm_eps="attention.layer_norm_rms_epsilon",
-    rope_theta="rope.freq_base",
-    sliding_window="attention.sliding_window",
-)
+GPT2_FIELDS = dict(n_layer="block_count", n_head="attention.head_count", n_embd="embedding_length")
+GPT2_FIELDS |= dict(n_inner="feed_forward_length", n_positions="context_length")
+GPT2_FIELDS |= dict(layer_norm_epsilon="attention.layer_norm_epsilon")
+LLAMA_FIELDS = dict(num_hidden_layers="block_count", num_attention_heads="attention.head_count")
+LLAMA_FIELDS |= dict(num_key_value_heads="attention.head_count_kv", head_dim="attention.key_length")
+LLAMA_FIELDS |= dict(hidden_size="embedding_length", intermediate_size="feed_forward_length")
+LLAMA_FIELDS |= dict(max_position_embeddings="context_length", rope_theta="rope.freq_base")
+LLAMA_FIELDS |= dict(rms_norm_eps="attention.layer_norm_rms_epsilon")
+LLAMA_FIELDS |= dict(sliding_window="attention.sliding_window")
 FIELDS = {"gpt2": GPT2_FIELDS} | dict.fromkeys(("llama", "qwen2", "qwen3"), LLAMA_FIELDS)
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
 

@@ -138,17 +138,16 @@ def _gpt2_settings(c: Config) -> tuple[dict, int]:
 
 
 def _gpt2_config(m: ModelConfig) -> dict:
+    sizes = dict(n_layer=m.n_layer, n_head=m.n_head, n_embd=m.n_embd, n_inner=m.hidden_size)
+    dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), m.dropout)
     return dict(
         model_type="gpt2",
         architectures=["GPT2LMHeadModel"],
-        n_layer=m.n_layer,
-        n_head=m.n_head,
-        n_embd=m.n_embd,
-        n_inner=m.hidden_size,
         n_positions=m.block_size,
         layer_norm_epsilon=m.norm_eps,
         activation_function="gelu" if m.activation == "gelu" else "gelu_new",
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), m.dropout),
+        **sizes,
+        **dropout,
     )
 
 
