@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shlex
-import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -108,11 +107,6 @@ def test_the_commands_for_your_own_weights_run(desk, capsys):
         if "smol" in command:
             run_command(command)
     assert "Paris" in capsys.readouterr().out
-
-
-def test_quickstart_and_ci_are_valid_bash():
-    for script in ("quickstart.sh", ".ci/run"):
-        assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0
 
 
 def test_the_tree_names_every_file_of_the_root():
