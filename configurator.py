@@ -64,6 +64,13 @@ def require(holds, message: str) -> None:
         raise ValueError(message)
 
 
+def needs(cfg, reason: str, **settings) -> None:
+    """Raise ValueError unless cfg has these settings."""
+    for name, value in settings.items():
+        got = getattr(cfg, name)
+        require(got == value, f"{reason} needs {name}={value}, got {got}")
+
+
 def validate(cfg) -> None:
     """Check all values. Raises ValueError with name, value and limit."""
     for field in dataclasses.fields(cfg):

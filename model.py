@@ -1,13 +1,14 @@
-"""The network: a decoder-only Transformer, its attention masks and its KV cache.
+"""The network: a decoder-only Transformer, its attention masks, its KV cache.
 
-An autoregressive model and a text diffusion model are the same class with two different settings,
-`prefix_attention` and `target_attention`. Callers use three methods: `encode` reads the prefix,
-`decode` reads a target after it, `forward` does both.
+An autoregressive and a text diffusion model are the same class with two
+different settings, `prefix_attention` and `target_attention`. `encode` reads
+the prefix, `decode` reads a target after it, `forward` does both.
 """
 
 import copy
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -16,83 +17,84 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from configurator import require, setting, validate
+from configurator import needs, require, setting, validate
 
-# The only layers that a diffusion model may have and its AR source has not. They start at zero.
+# The only layers that a diffusion model may add to its AR source. They start at zero.
 NEW_MODULES = ("self_cond_proj",)
 
 
 @dataclass
 class ModelConfig:
-    """Every choice that fixes what the network computes. Each checkpoint stores it."""
+    """Every choice that fixes what the network computes. Checkpoints store it."""
 
-    paradigm: str = setting("ar", "the loss and the way to decode", ("ar", "diffusion"))
+    paradigm: str = setting("ar", "the loss and the decoding", ("ar", "diffusion"))
     arch: str = setting("decoder_only", "see extras/", ("decoder_only", "encoder_decoder"))
     n_layer: int = setting(4, "blocks (in each half)", minimum=1, maximum=1000)
     n_head: int = setting(4, "attention heads", minimum=1)
     n_embd: int = setting(128, "width", minimum=1)
     n_hidden: int = setting(0, "width of the MLP; 0: 8/3 or 4 n_embd", minimum=0)
-    block_size: int = setting(0, "longest prefix + target; 0: from the data", minimum=0)
-    target_length: int = setting(0, "slots of a target; 0: from the data", minimum=0)
-    dropout: float = setting(0.0, "share of activations set to 0", minimum=0, maximum=0.99)
+    block_size: int = setting(0, "prefix + target; 0: from the data", minimum=0)
+    target_length: int = setting(0, "0: from the data", minimum=0)
+    dropout: float = setting(0.0, "share set to 0", minimum=0, maximum=0.99)
     tie_weights: bool = setting(True, "the output layer is the embedding")
     prefix_attention: str = setting(
         "causal", "joint: it reads the target too", ("causal", "bidirectional", "joint")
     )
-    target_attention: str = setting("causal", "among the target", ("causal", "bidirectional"))
+    target_attention: str = setting("causal", "in the target", ("causal", "bidirectional"))
     noise: str = setting("uniform", "uniform is the paper's", ("uniform", "mask"))
-    shift: bool = setting(False, "diffusion: position i - 1 predicts slot i, as in AR models")
-    self_conditioning: bool = setting(False, "diffusion: read the last prediction too")
+    shift: bool = setting(False, "diffusion: position i - 1 predicts slot i, as in AR")
+    self_conditioning: bool = setting(False, "diffusion: read the last prediction")
 
     # Set by the tokenizer.
-    vocab_size: int = setting(288, "rows of the embedding", minimum=1, hidden=True)
-    n_ordinary: int = setting(256, "ids below this are text", minimum=1, hidden=True)
-    pad_id: int = setting(256, "ends a text; ignored in a prefix", minimum=0, hidden=True)
-    sep_id: int = setting(257, "slot 0; -1: the prompt's last token", minimum=-1, hidden=True)
-    mask_id: int = setting(258, "the token of noise='mask'", minimum=0, hidden=True)
-    eos_id: int = setting(-1, "end of text of imported weights", minimum=-1, hidden=True)
+    vocab_size: int = setting(288, "", minimum=1, hidden=True)
+    n_ordinary: int = setting(256, "ids below it are text", minimum=1, hidden=True)
+    pad_id: int = setting(256, "ends a text", minimum=0, hidden=True)
+    sep_id: int = setting(257, "slot 0; -1: the last of the prompt", minimum=-1, hidden=True)
+    mask_id: int = setting(258, "of noise='mask'", minimum=0, hidden=True)
+    eos_id: int = setting(-1, "of imported weights; -1: none", minimum=-1, hidden=True)
 
     # Set by hf/ for imported weights.
-    n_kv_head: int = setting(0, "key and value heads; 0: n_head", minimum=0, hidden=True)
-    head_dim: int = setting(0, "width of a head; 0: n_embd / n_head", minimum=0, hidden=True)
-    norm: str = setting("rmsnorm", "kind of norm", ("rmsnorm", "layernorm"), hidden=True)
-    norm_eps: float = setting(1e-5, "epsilon of every norm", above=0, hidden=True)
-    activation: str = setting("swiglu", "of the MLP", ("swiglu", "gelu", "gelu_tanh"), hidden=True)
-    position: str = setting("rope", "encoding", ("rope", "learned"), hidden=True)
-    qk_norm: bool = setting(False, "norm queries and keys (arXiv 2302.05442)", hidden=True)
-    bias: bool = setting(False, "on every linear layer and layernorm", hidden=True)
-    qkv_bias: bool = setting(False, "on queries, keys and values (Qwen 2)", hidden=True)
-    rope_base: float = setting(10000.0, "base of the frequencies", above=0, hidden=True)
-    rope_factor: float = setting(1.0, "Llama 3: slow pairs turn slower", above=0, hidden=True)
-    rope_slow_turns: float = setting(1.0, "Llama 3: fewer are slow", minimum=0, hidden=True)
-    rope_fast_turns: float = setting(4.0, "Llama 3: more are fast", above=0, hidden=True)
-    rope_trained_length: int = setting(8192, "Llama 3: old context", minimum=1, hidden=True)
+    n_kv_head: int = setting(0, "0: n_head", minimum=0, hidden=True)
+    head_dim: int = setting(0, "0: n_embd / n_head", minimum=0, hidden=True)
+    norm: str = setting("rmsnorm", "", ("rmsnorm", "layernorm"), hidden=True)
+    norm_eps: float = setting(1e-5, "of every norm", above=0, hidden=True)
+    activation: str = setting("swiglu", "", ("swiglu", "gelu", "gelu_tanh"), hidden=True)
+    position: str = setting("rope", "", ("rope", "learned"), hidden=True)
+    qk_norm: bool = setting(False, "of queries and keys, arXiv 2302.05442", hidden=True)
+    bias: bool = setting(False, "of all linear layers and layernorms", hidden=True)
+    qkv_bias: bool = setting(False, "of queries, keys, values: Qwen 2", hidden=True)
+    rope_base: float = setting(10000.0, "", above=0, hidden=True)
+    rope_factor: float = setting(1.0, "slow pairs turn slower", above=0, hidden=True)
+    rope_slow_turns: float = setting(1.0, "fewer are slow", minimum=0, hidden=True)
+    rope_fast_turns: float = setting(4.0, "more are fast", above=0, hidden=True)
+    rope_trained_length: int = setting(8192, "before scaling", minimum=1, hidden=True)
 
     def __post_init__(self):
         validate(self)
         C = self.n_embd
         H = self.n_head
         G = self.kv_heads
-        prefix = self.prefix_attention
-        target = self.target_attention
-        largest_id = max(self.pad_id, self.sep_id, self.mask_id, self.n_ordinary - 1)
+        V = self.vocab_size
+        D = self.head_size
         slow = self.rope_slow_turns
         fast = self.rope_fast_turns
-        even = self.position != "rope" or self.head_size % 2 == 0
+        top = max(self.pad_id, self.sep_id, self.mask_id, self.n_ordinary - 1)
         require(self.head_dim or C % H == 0, f"n_embd {C} must be a multiple of n_head {H}")
-        require(even, f"rope needs an even n_embd / n_head, got {self.head_size}")
+        require(self.position != "rope" or D % 2 == 0, f"rope needs an even head_size, got {D}")
         require(H % G == 0, f"n_head {H} must be a multiple of n_kv_head {G}")
         require(slow < fast, f"rope_slow_turns {slow} must be below rope_fast_turns {fast}")
-        require(largest_id < self.vocab_size, f"id {largest_id} is not below {self.vocab_size}")
+        require(top < V, f"token id {top} must be below vocab_size {V}")
         require(self.eos_id < self.n_ordinary, f"eos_id {self.eos_id} must be an ordinary id")
-        if prefix == "joint":
-            require(target == "bidirectional", "joint needs target_attention=bidirectional")
+        if self.prefix_attention == "joint":
+            needs(self, "prefix_attention=joint", target_attention="bidirectional")
         if self.arch == "encoder_decoder":
-            require(prefix == "bidirectional", "an encoder needs prefix_attention=bidirectional")
+            needs(self, "arch=encoder_decoder", prefix_attention="bidirectional")
         if self.paradigm == "ar":
-            require(target == "causal", "paradigm=ar needs target_attention=causal")
-            require(not self.shift, "shift needs paradigm=diffusion")
-            require(not self.self_conditioning, "self_conditioning needs paradigm=diffusion")
+            needs(self, "paradigm=ar", target_attention="causal")
+        if self.shift:
+            needs(self, "shift", paradigm="diffusion")
+        if self.self_conditioning:
+            needs(self, "self_conditioning", paradigm="diffusion")
 
     @property
     def head_size(self) -> int:
@@ -104,11 +106,8 @@ class ModelConfig:
 
     @property
     def hidden_size(self) -> int:
-        if self.n_hidden:
-            return self.n_hidden
-        if self.activation == "swiglu":
-            return 32 * math.ceil(self.n_embd / 12)  # 8/3 n_embd, rounded up to a multiple of 32
-        return 4 * self.n_embd
+        gated = 32 * math.ceil(self.n_embd / 12)  # 8/3 n_embd, a multiple of 32
+        return self.n_hidden or (gated if self.activation == "swiglu" else 4 * self.n_embd)
 
     @property
     def single_pass(self) -> bool:
@@ -117,15 +116,10 @@ class ModelConfig:
         return self.arch == "decoder_only" and (causal or self.prefix_attention == "joint")
 
 
-def model_settings(settings: dict) -> dict:
-    """Return the part of a flat dict of settings that belongs to ModelConfig."""
-    return {f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings}
-
-
 def rope_table(cfg: ModelConfig) -> Tensor:
-    """Return cos and sin of the rotary position embedding, (2, block_size, D), halves repeated.
+    """Return cos and sin of the rotary position embedding, (2, block_size, D).
 
-    RoFormer, arXiv 2104.09864, section 3.2. rope_factor: the rule of Llama 3's published code.
+    RoFormer, arXiv 2104.09864, section 3.2. rope_factor: Llama 3's published code.
     """
     D = cfg.head_size
     frequency = cfg.rope_base ** (-torch.arange(0, D, 2).float() / D)  # (D / 2,)
@@ -145,12 +139,10 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
-def attention_mask(
-    kind: str, past: Tensor, new: Tensor, extra_edges: Tensor | None = None
-) -> Tensor:
-    """Return which keys each of T new tokens may attend to: (B, 1, T, S + T) bool.
+def attention_mask(kind, past: Tensor, new: Tensor, extra_edges=None) -> Tensor:
+    """Return which keys each of T new tokens attends to: (B, 1, T, S + T) bool.
 
-    past (B, S) and new (B, T) are True for tokens and False for padding. Example with two cached
+    past (B, S) and new (B, T) are False for padding. Example with two cached
     tokens, the second one padding, and three new tokens:
 
         causal        bidirectional
@@ -158,7 +150,8 @@ def attention_mask(
         x . x x .     x . x x x
         x . x x x     x . x x x
 
-    Two settings give the five patterns of the literature. p: prefix, t: target; rows attend to columns.
+    Two settings give the five patterns of the literature: rows attend to columns,
+    p is the prefix, t the target.
 
         prefix causal    bidirectional    joint            bidirectional    causal
         target causal    causal           bidirectional    bidirectional    bidirectional
@@ -170,9 +163,10 @@ def attention_mask(
         t    x x x x x   x x x x x        x x x x x        x x x x x        x x x x x
              GPT         prefix LM        AR2Diff          cached prefix    AR-readable prompt
 
-    extra_edges (T, T) bool: edges between new tokens in addition to the causal ones (mask annealing).
+    extra_edges (T, T) bool: open in addition to the causal ones (mask annealing).
     """
-    (B, S), T = past.shape, new.shape[1]
+    B, S = past.shape
+    T = new.shape[1]
     square = torch.ones(T, T, dtype=torch.bool, device=new.device)
     if extra_edges is not None:
         square = square.tril() | extra_edges
@@ -181,30 +175,15 @@ def attention_mask(
     diagonal = torch.eye(T, dtype=torch.bool, device=new.device)
     # A padding token attends to itself, because softmax over an empty row is NaN.
     among_new = (square & new[:, None]) | diagonal  # (B, T, T)
-    return torch.cat([past[:, None].expand(B, T, S), among_new], dim=2)[:, None]
-
-
-def sdpa_mask(kind, past, new, extra_edges, S, T, device):
-    """Return (mask, is_causal) for scaled_dot_product_attention.
-
-    A dense mask turns off the flash kernel, so it is built only if padding or edges need it.
-    """
-    if past is None and extra_edges is None:
-        if kind == "bidirectional" or T == 1:
-            return None, False
-        if S == 0:
-            return None, True
-    # Causal tokens after a cache need a mask: is_causal aligns queries and keys at the start.
-    past = torch.ones(1, S, dtype=torch.bool, device=device) if past is None else past
-    new = torch.ones(1, T, dtype=torch.bool, device=device) if new is None else new
-    return attention_mask(kind, past, new, extra_edges), False
+    before = past[:, None].expand(B, T, S)
+    return torch.cat([before, among_new], dim=2)[:, None]
 
 
 def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Split a prompt (B, P), padded anywhere, into the prefix and slot 0 of the target (B, 1).
+    """Split a prompt (B, P) into the prefix and slot 0 of the target (B, 1).
 
-    Slot 0 is the separator. With sep_id=-1 it is the prompt's last token, which leaves the prefix; a
-    pad, which stands for the end of a text, if the prompt is empty.
+    Slot 0 is the separator. With sep_id=-1 it is the prompt's last token, which
+    leaves the prefix, or a pad if the prompt is empty.
     """
     if cfg.sep_id >= 0 or not prompt.shape[1]:
         first = cfg.sep_id if cfg.sep_id >= 0 else cfg.pad_id
@@ -216,10 +195,10 @@ def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 class KVCache:
-    """Keys and values k[l], v[l] (B, H, capacity, D) of the tokens read so far, `length` of them valid.
+    """Keys and values k[l], v[l] (B, H, capacity, D) of the `length` tokens read so far.
 
-    New tokens are written after `length`. AR decoding then increases `length`. Diffusion does not, so
-    the next canvas overwrites the last one and no step copies or allocates anything.
+    New tokens are written after `length`. AR decoding then increases `length`.
+    Diffusion does not, so the next canvas overwrites the last one.
     """
 
     def __init__(self, n_layer: int, reserve: int = 0):
@@ -227,11 +206,11 @@ class KVCache:
         self.v: list[Tensor | None] = [None] * n_layer
         self.length = 0
         self.reserve = reserve
-        self.valid: Tensor | None = None  # (B, length) bool, False for padding; None: no padding
-        self.prefix: Tensor | None = None  # (B, P) token ids; only for prefix_attention='joint'
+        self.valid: Tensor | None = None  # (B, length), False: padding
+        self.prefix: Tensor | None = None  # (B, P) ids, if joint
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, H, T, D) and return all valid ones, 2 x (B, H, length + T, D)."""
+        """Append k and v (B, H, T, D); return all so far, 2 x (B, H, length + T, D)."""
         self.k[layer], k = self._write(self.k[layer], k)
         self.v[layer], v = self._write(self.v[layer], v)
         return k, v
@@ -240,7 +219,7 @@ class KVCache:
         B, H, T, D = new.shape
         start = self.length
         end = start + T
-        if torch.is_grad_enabled():  # autograd may need the old content: do not overwrite it
+        if torch.is_grad_enabled():  # autograd may need the old buffer
             joined = torch.cat([buffer[:, :, :start], new], dim=2) if start else new
             return joined, joined
         if buffer is None or buffer.shape[2] < end or buffer.dtype != new.dtype:
@@ -251,42 +230,39 @@ class KVCache:
         buffer[:, :, start:end] = new
         return buffer, buffer[:, :, :end]
 
+    def map(self, change: Callable) -> "KVCache":
+        """Return a cache with change(tensor) of all keys and values."""
+        other = copy.copy(self)
+        other.k = [None if k is None else change(k) for k in self.k]
+        other.v = [None if v is None else change(v) for v in self.v]
+        return other
+
+    def fork(self) -> "KVCache":
+        """Return a cache that shares the tokens read, but no later ones."""
+        return self.map(lambda tensor: tensor)
+
     def select(self, index: Tensor) -> "KVCache":
         """Return the cache of some rows, in the order of index. Rows may repeat."""
-        other = copy.copy(self)
-        other.k = [None if k is None else k[index] for k in self.k]
-        other.v = [None if v is None else v[index] for v in self.v]
+        other = self.map(lambda tensor: tensor[index])
         other.valid = None if self.valid is None else self.valid[index]
         other.prefix = None if self.prefix is None else self.prefix[index]
         return other
 
-    def fork(self) -> "KVCache":
-        """Return a cache that shares what was read. What is written to it stays in it."""
-        other = copy.copy(self)
-        other.k = list(self.k)
-        other.v = list(self.v)
-        return other
-
     def detach(self) -> tuple["KVCache", list[tuple[Tensor, Tensor]]]:
-        """Return a fork without a graph, and its tensors: pairs (original, detached leaf)."""
-        other = self.fork()
-        pairs = []
-        for tensors in (other.k, other.v):
-            for layer, tensor in enumerate(tensors):
-                if tensor is not None:
-                    tensors[layer] = tensor.detach().requires_grad_()
-                    pairs.append((tensor, tensors[layer]))
-        return other, pairs
+        """Return a fork without a graph, and pairs (original, detached leaf)."""
+        other = self.map(lambda tensor: tensor.detach().requires_grad_())
+        pairs = zip(self.k + self.v, other.k + other.v)
+        return other, [pair for pair in pairs if pair[0] is not None]
 
     def append_valid(self, tokens: Tensor) -> None:
-        """Count tokens (B, T), already written, as part of what was read."""
+        """Count tokens (B, T) that were written as read."""
         self.length += tokens.shape[1]
         if self.valid is not None:
-            self.valid = torch.cat([self.valid, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
+            self.valid = F.pad(self.valid, (0, tokens.shape[1]), value=True)
 
 
 def attend(q, k, v, mask, dropout, causal) -> Tensor:
-    """Attention (B, H, T, D). Each head of k and v serves as many query heads as needed."""
+    """Attention (B, H, T, D). A head of k and v may serve several query heads."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k = k.repeat_interleave(groups, dim=1)
@@ -295,7 +271,7 @@ def attend(q, k, v, mask, dropout, causal) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, with the weight in the dtype of x: under autocast a mixed call is slow and warns."""
+    """torch's, but the weight has the dtype of x: autocast is slow if they differ."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -315,13 +291,16 @@ class Attention(nn.Module):
         kv_width = cfg.kv_heads * cfg.head_size
         self.qkv = nn.Linear(cfg.n_embd, width + 2 * kv_width, bias=cfg.bias or cfg.qkv_bias)
         self.proj = nn.Linear(width, cfg.n_embd, bias=cfg.bias)
-        self.q_norm = RMSNorm(cfg.head_size, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.head_size, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        norm = RMSNorm if cfg.qk_norm else nn.Identity
+        self.q_norm = norm(cfg.head_size, eps=cfg.norm_eps)
+        self.k_norm = norm(cfg.head_size, eps=cfg.norm_eps)
 
     # fmt: off
     def forward(self, x, rope, mask, causal, cache, layer):
         B, T, _ = x.shape
-        H, G, D = self.cfg.n_head, self.cfg.kv_heads, self.cfg.head_size
+        H = self.cfg.n_head
+        G = self.cfg.kv_heads
+        D = self.cfg.head_size
         q, k, v = self.qkv(x).split((H * D, G * D, G * D), dim=2)    # (B, T, HD), 2 x (B, T, GD)
         q = self.q_norm(q.view(B, T, H, D)).transpose(1, 2)          # (B, H, T, D)
         k = self.k_norm(k.view(B, T, G, D)).transpose(1, 2)          # (B, G, T, D)
@@ -368,14 +347,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Maps (prefix, target) to logits over the target. Slot 0 of a target is given, not predicted."""
+    """Maps (prefix, target) to logits over the target. Slot 0 is given, not predicted."""
 
     block = Block
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        if cfg.block_size < 2:
-            raise ValueError(f"block_size must be at least 2, got {cfg.block_size}")
+        require(cfg.block_size > 1, f"block_size must be at least 2, got {cfg.block_size}")
         self.cfg = cfg
         self.activation_checkpointing = False
         self.tok = nn.Embedding(cfg.vocab_size, cfg.n_embd)
@@ -396,83 +374,69 @@ class Transformer(nn.Module):
     def encode(self, prefix: Tensor, reserve: int = 0) -> KVCache:
         """Read the prefix (B, P) and keep what later calls can reuse.
 
-        reserve: tokens that will be decoded after it, so that buffers are allocated once.
+        reserve: tokens that will follow, so that buffers are allocated once.
         """
         P = prefix.shape[1]
         cache = KVCache(len(self.blocks), P + reserve)
-        valid = prefix != self.cfg.pad_id
-        valid = None if bool(valid.all()) else valid
         if self.cfg.prefix_attention == "joint":
-            cache.prefix = prefix  # it attends to the target, so nothing can be computed yet
-            cache.valid = valid
+            cache.prefix = prefix  # it attends to the target: nothing can be computed yet
         elif P:
+            valid = find_padding(prefix, self.cfg)
             self._read(self.tok(prefix), cache, self.cfg.prefix_attention, valid)
             cache.length = P
             cache.valid = valid
         return cache
 
     def decode(
-        self,
-        cache: KVCache,
-        target: Tensor,
-        append: bool = False,
-        self_cond: Tensor | None = None,
-        attention: str | None = None,
-        extra_edges: Tensor | None = None,
+        self, cache, target, append=False, self_cond=None, attention=None, extra_edges=None
     ) -> Tensor:
-        """Return logits (B, T, V) for target (B, T). append=True also adds the target to the cache.
+        """Return logits (B, T, V) for target (B, T). append: keep it in the cache too.
 
-        self_cond (B, T, C): expected embedding of the last prediction of each slot, zeros if none.
-        attention: "causal" or "bidirectional" in place of cfg.target_attention.
-        extra_edges: see attention_mask. Raises ValueError if a joint prefix is to be appended to.
+        self_cond (B, T, C): expected embedding of the last prediction of each slot.
+        attention: "causal" or "bidirectional" instead of cfg.target_attention.
+        extra_edges: see attention_mask. Raises ValueError for append with a joint prefix.
         """
         kind = attention or self.cfg.target_attention
         if cache.prefix is not None:
-            if append:
-                raise ValueError("prefix_attention='joint' has no cache to append to")
-            return self._decode_joint(cache, target, self_cond, kind, extra_edges)
+            require(not append, "prefix_attention='joint' has no cache to append to")
+            return self._decode_joint(cache.prefix, target, self_cond, kind, extra_edges)
         x = self.embed(target, 0, self_cond)  # (B, T, C)
         x = self._read(x, cache, kind, None, extra_edges)
         if append:
             cache.append_valid(target)
         return self.head(x)
 
-    def _decode_joint(self, cache, target, self_cond, kind, extra_edges) -> Tensor:
-        P = cache.prefix.shape[1]
-        valid = None
-        if cache.valid is not None:
-            valid = torch.cat([cache.valid, torch.ones_like(target, dtype=torch.bool)], dim=1)
-        x = self.embed(torch.cat([cache.prefix, target], dim=1), P, self_cond)  # (B, P + T, C)
+    def _decode_joint(self, prefix, target, self_cond, kind, extra_edges=None) -> Tensor:
+        P = prefix.shape[1]
+        valid = find_padding(prefix, self.cfg)
+        if valid is not None:
+            valid = F.pad(valid, (0, target.shape[1]), value=True)
+        x = self.embed(torch.cat([prefix, target], dim=1), P, self_cond)  # (B, P + T, C)
         return self.head(self._read(x, None, kind, valid, extra_edges)[:, P:])
 
-    def forward(self, prefix, target, self_cond=None, attention=None, extra_edges=None) -> Tensor:
-        """Return logits (B, T, V): decode(encode(prefix), target), in one pass if both are causal."""
-        kinds = {self.cfg.prefix_attention, self.cfg.target_attention}
-        if kinds != {"causal"} or attention or extra_edges is not None:
-            cache = self.encode(prefix)
-            return self.decode(cache, target, False, self_cond, attention, extra_edges)
-        cache = KVCache(0)
-        cache.prefix = prefix
-        valid = prefix != self.cfg.pad_id
-        cache.valid = None if bool(valid.all()) else valid
-        return self._decode_joint(cache, target, self_cond, "causal", None)
+    def forward(self, prefix, target, self_cond=None, attention=None, extra_edges=None):
+        """Return logits (B, T, V): decode(encode(prefix), target), in one pass if possible."""
+        if self.cfg.single_pass and not attention and extra_edges is None:
+            return self._decode_joint(prefix, target, self_cond, self.cfg.target_attention)
+        cache = self.encode(prefix)
+        return self.decode(cache, target, False, self_cond, attention, extra_edges)
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
         """Return the mean embedding (..., C) under softmax(logits) (..., V)."""
         return logits.softmax(-1).to(self.tok.weight.dtype) @ self.tok.weight
 
     def compile_blocks(self) -> None:
-        """Compile the stack of blocks with torch.compile. Checkpoint keys do not change."""
+        """Compile the stack of blocks. Checkpoint keys do not change."""
         self.run_blocks = torch.compile(self.run_blocks)
 
     def embed(self, tokens: Tensor, P: int, self_cond: Tensor | None) -> Tensor:
-        """Return embeddings (B, P + T, C) of a prefix and a target, with its last prediction."""
+        """Return embeddings (B, P + T, C). self_cond belongs to the last T tokens."""
         x = self.tok(tokens)
         if self_cond is None or not self.cfg.self_conditioning:
             return x
         normed = F.rms_norm(self_cond, self_cond.shape[-1:], eps=1e-5)  # zeros stay zeros
         hint = self.self_cond_proj(normed)  # (B, T, C)
-        if self.cfg.shift:  # slot i is predicted at position i - 1, so its hint enters there
+        if self.cfg.shift:  # slot i is predicted at i - 1: its hint enters there
             return x + F.pad(hint[:, 1:], (0, 0, P, 1))
         return x + F.pad(hint, (0, 0, P, 0))
 
@@ -480,20 +444,21 @@ class Transformer(nn.Module):
         return self.run_blocks(*self.prepare_input(x, cache, kind, valid, extra_edges), cache)
 
     def prepare_input(self, x, cache, kind, valid, extra_edges=None):
-        """Return (x, rope, mask, is_causal) for embeddings x (B, T, C) that follow the cache.
+        """Return (x, rope, mask, is_causal) for embeddings x (B, T, C) after the cache.
 
         valid (B, T): False for padding, which takes no position; None: no padding.
         """
         B, T = x.shape[:2]
         S = cache.length if cache is not None else 0
         past = cache.valid if cache is not None else None
-        if S + T > self.cfg.block_size:
-            raise ValueError(f"{S + T} tokens exceed the model's block_size {self.cfg.block_size}")
-        if past is None and valid is None:
-            position = torch.arange(S, S + T, device=x.device)  # (T,)
-        else:
-            past = x.new_ones(B, S, dtype=torch.bool) if past is None else past
-            valid = x.new_ones(B, T, dtype=torch.bool) if valid is None else valid
+        most = self.cfg.block_size
+        require(S + T <= most, f"{S + T} tokens exceed the model's block_size {most}")
+        padded = past is not None or valid is not None
+        full = x.new_ones(B if padded else 1, S + T, dtype=torch.bool)
+        past = full[:, :S] if past is None else past
+        valid = full[:, S:] if valid is None else valid
+        position = torch.arange(S, S + T, device=x.device)  # (T,)
+        if padded:
             position = past.sum(1, keepdim=True) + valid.cumsum(1) - 1
             position = position.clamp(min=0)  # (B, T)
         rope = None
@@ -501,12 +466,19 @@ class Transformer(nn.Module):
             x = x + self.pos(position)
         else:
             rope = self.rope[:, position].to(x.dtype)  # (2, T, D) or (2, B, T, D)
-            rope = rope if position.dim() == 1 else rope[:, :, None]  # (2, B, 1, T, D)
-        return self.drop(x), rope, *sdpa_mask(kind, past, valid, extra_edges, S, T, x.device)
+            rope = rope[:, :, None] if padded else rope  # (2, B, 1, T, D)
+        # A dense mask turns off the flash kernel, so it is built only if it is needed.
+        # is_causal aligns queries and keys at the start, so it is wrong after a cache.
+        plain = not padded and extra_edges is None
+        if plain and (kind == "bidirectional" or T == 1):
+            return self.drop(x), rope, None, False
+        if plain and S == 0:
+            return self.drop(x), rope, None, True
+        return self.drop(x), rope, attention_mask(kind, past, valid, extra_edges), False
 
     def run_blocks(self, x, rope, mask, causal, cache):
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        if recompute:  # a view with its own length: the caller's cache moves on before backward
+        if recompute:  # the caller's cache moves on before the backward pass
             cache = copy.copy(cache)
         for layer, block in enumerate(self.blocks):
             args = (x, rope, mask, causal, cache, layer)
@@ -531,8 +503,14 @@ class Transformer(nn.Module):
                 nn.init.zeros_(getattr(self, name).weight)
 
 
+def find_padding(tokens: Tensor, cfg: ModelConfig) -> Tensor | None:
+    """Return True for tokens and False for pads (B, P); None if there are no pads."""
+    valid = tokens != cfg.pad_id
+    return None if bool(valid.all()) else valid
+
+
 def num_params(model: nn.Module) -> int:
-    """Return the number of trainable numbers; a tied output layer counts once."""
+    """Return the number of weights; a tied output layer counts once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -546,7 +524,7 @@ def build_model(cfg: ModelConfig) -> Transformer:
 
 
 class _SkipInit(TorchFunctionMode):
-    """Skips torch.nn.init. On meta tensors it would load torch's compiler, which takes seconds."""
+    """Skips torch.nn.init, which would load torch's compiler for meta tensors."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", "") == "torch.nn.init":
@@ -561,10 +539,9 @@ def meta_model(cfg: ModelConfig) -> Transformer:
 
 
 def model_from_state_dict(cfg: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
-    """Return the network of cfg around these tensors, which are neither copied nor converted.
+    """Return the network of cfg around these tensors, which are not copied.
 
-    Missing layers of NEW_MODULES become zeros, so the network computes what it did without them.
-    Raises ValueError with the names if other weights are missing, unexpected or of another shape.
+    Missing NEW_MODULES become zeros. Raises ValueError if other weights do not fit.
     """
     model = meta_model(cfg)
     first = next(iter(weights.values()))
@@ -574,14 +551,10 @@ def model_from_state_dict(cfg: ModelConfig, weights: dict[str, Tensor]) -> Trans
         if name not in weights and name.split(".")[0] in NEW_MODULES
     }
     try:
-        missing, unexpected = model.load_state_dict(weights | new, strict=False, assign=True)
-    except RuntimeError as error:  # shapes
-        reason = str(error).splitlines()[-1].strip()
+        model.load_state_dict(weights | new, assign=True)
+    except RuntimeError as error:  # names or shapes
+        reason = " ".join(str(error).split())
         raise ValueError(f"the weights do not fit these settings: {reason}") from None
-    if missing or unexpected:
-        raise ValueError(
-            f"the weights do not fit these settings: missing {missing}, unexpected {unexpected}"
-        )
     if cfg.tie_weights:
         model.head.weight = model.tok.weight
     if cfg.position == "rope":
