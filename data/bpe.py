@@ -21,9 +21,7 @@ from infra.checkpoint import write_atomically
 
 @dataclass
 class BpeConfig:
-    source: str = setting(
-        "stdlib", "stdlib, all, a folder of Python files, or a text file", path=True
-    )
+    source: str = setting("stdlib", "stdlib, all, a folder of Python, or a text file", path=True)
     n_ordinary: int = setting(2000, "ids: 256 bytes and merges", minimum=256, maximum=100_000)
     held_out: float = setting(0.1, "share of a text file that is not read", minimum=0, maximum=0.9)
     out: str = setting(f"out/{FILE}", "the .json file to write", path=True)
@@ -57,10 +55,10 @@ def train(texts: list[str], n_ordinary: int) -> str:
 def main(argv: list[str]) -> None:
     cfg = configure(BpeConfig, argv)
     print(f"reading {cfg.source}; the standard library takes half a minute", flush=True)
-    if Path(cfg.source).is_file() and Path(cfg.source).suffix != ".py":
+    if Path(cfg.source).is_file():
         texts = [split_text(read_text(cfg.source), cfg.held_out)[0]]
     else:
-        texts = read_corpus(cfg.source).files["train"]
+        texts = read_corpus(cfg.source)[0]["train"]
     text = train(texts, cfg.n_ordinary)
     tokenizer = tokenizer_from_json(text, cfg.out)
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)

@@ -10,44 +10,32 @@ of processes change nothing, and there is no loader position to save.
 
 import bisect
 import hashlib
+import importlib
 import json
-import os
 import shlex
-import shutil
-import subprocess
-import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from configurator import suggest
-from data.objectives import (
-    Batch,
-    ObjectiveConfig,
-    Tokens,
-    collate,
-    prefix_lm,
-    span_corruption,
-    span_counts,
-)
+from data import objectives
+from data.objectives import Batch, ObjectiveConfig, Tokens, prefix_lm
 from data.tokenizer import FILE, Tokenizer, get_tokenizer
 
 FORMAT = 1
 OUT = "out/data"  # where data sets are built
 
-BUILDERS = {
-    "data.mini": "mini mini_translation mini_qa mini_code",
-    "data.toy": "toy_copy toy_reverse toy_sort",
-    "data.python_code": "python_code python_pairs",
-    "data.squad": "squad",  # this one and the next ones are downloaded
-    "data.mbpp": "mbpp",
-    "data.parallel": "multi30k",
-}
-# The module of each data set that build_if_missing can build.
-SETS = {name: module for module, names in BUILDERS.items() for name in names.split()}
+# The module that builds each data set.
+SETS = dict.fromkeys(("mini", "mini_translation", "mini_qa", "mini_code"), "data.mini")
+SETS |= dict.fromkeys(("toy_copy", "toy_reverse", "toy_sort"), "data.toy")
+SETS |= dict.fromkeys(("python_code", "python_pairs"), "data.python_code")
+SETS |= {"squad": "data.squad", "mbpp": "data.mbpp", "multi30k": "data.parallel"}  # downloads
 
 
 # Reading
@@ -86,8 +74,8 @@ class _Dataset:
             return prefix_room + target_room
 
         def too_long(length: int) -> bool:
-            hidden, spans = span_counts(length)
-            too_many = spans > self.tokenizer.n_sentinels
+            hidden, spans = objectives.span_counts(length)
+            too_many = spans > len(self.tokenizer.sentinels)
             return too_many or length - hidden + spans > prefix_room or hidden + spans > target_room
 
         longest = 1 + bisect.bisect_left(range(2, 2 * self.block_size), True, key=too_long)
@@ -101,15 +89,15 @@ class _Dataset:
         start = int(rng.integers(0, max(len(tokens) - self.longest, 0) + 1))
         tokens = tokens[start : start + self.longest]
         if self.objective == "span_corruption":
-            sentinels = range(self.tokenizer.sentinel(0), self.tokenizer.vocab_size)
-            return span_corruption(tokens, rng, sentinels)
+            return objectives.span_corruption(tokens, rng, self.tokenizer.sentinels)
         last = min(self.block_size - self.target_length, len(tokens) - 1)
         first = max(min(1, last), len(tokens) - self.target_length + 1)
         return prefix_lm(tokens, int(rng.integers(first, last + 1)), self.target_length)
 
     def _collate(self, pairs: list, examples: np.ndarray) -> Batch:
         tokenizer = self.tokenizer
-        batch = collate(pairs, examples, tokenizer.pad_id, tokenizer.sep_id, self.target_length)
+        reserved = (tokenizer.pad_id, tokenizer.sep_id)
+        batch = objectives.collate(pairs, examples, *reserved, self.target_length)
         for tokens in (batch.prefix, batch.target):
             if tokens.numel() and int(tokens.max()) >= tokenizer.vocab_size:
                 fault = f"has ids outside the vocabulary of {tokenizer.name!r}"
@@ -193,8 +181,6 @@ class Pairs(_Dataset):
         return self._collate(pairs, examples)
 
     def _pair(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        if not 0 <= i < len(self):
-            raise ValueError(f"{self.folder} has {self.split} pairs 0 to {len(self) - 1}, got {i}")
         start, split, end = self.index[i]
         return self.tokens[start:split], self.tokens[split:end]
 
@@ -239,15 +225,8 @@ def build_if_missing(folder: str | Path) -> Path:
     if folder.name not in SETS:
         raise ValueError(f"{folder}: no such data set{suggest(folder.name, SETS)}")
     print(f"building {folder}: {_build_command(folder)}", flush=True)
-    # In another process, because data sets import this file and not the other way round.
-    root = Path(__file__).absolute().parent.parent
-    out = folder.parent.absolute()
-    if out.is_relative_to(root):
-        out = out.relative_to(root)  # meta.json should not name a machine
-    command = [sys.executable, "-m", SETS[folder.name], f"--out={out.as_posix()}"]
-    status = subprocess.run(command, check=False, cwd=root).returncode
-    if status:
-        raise ValueError(f"{folder}: {_build_command(folder)} failed with exit status {status}")
+    builder = importlib.import_module(SETS[folder.name])  # here, because it imports this file
+    builder.main([f"--out={folder.parent}"])
     return folder
 
 
@@ -261,18 +240,11 @@ def prefetch(
         batch = load(*place)
         return Batch(*(part.pin_memory() for part in batch)) if cuda else batch
 
-    def ready(future) -> Batch:
-        return Batch(*(part.to(device, non_blocking=cuda) for part in future.result()))
-
     with ThreadPoolExecutor(1, "prefetch") as thread:
-        pending = None
-        for place in places:
-            following = thread.submit(load_pinned, place)
-            if pending is not None:
-                yield ready(pending)
-            pending = following
-        if pending is not None:
-            yield ready(pending)
+        futures = (thread.submit(load_pinned, place) for place in places)
+        for future, _following in pairwise(chain(futures, [None])):
+            batch = future.result()
+            yield Batch(*(part.to(device, non_blocking=cuda) for part in batch))
 
 
 def _read_meta(folder: Path) -> dict:
@@ -309,8 +281,6 @@ def _build_command(folder: Path) -> str:
 
 def _rng(purpose: str, seed: int, place: int) -> np.random.Generator:
     """Return a generator keyed by purpose and place, so no draw depends on earlier draws."""
-    if seed < 0 or place < 0:
-        raise ValueError(f"seed and step must be 0 or more, got {seed} and {place}")
     # Two words each: SeedSequence joins its words, so a long seed must not run into the place.
     words = [word for n in (seed, int(place)) for word in (n & 0xFFFFFFFF, n >> 32)]
     entropy = np.random.SeedSequence([*purpose.encode(), *words])
@@ -325,102 +295,80 @@ def write_stream(folder, splits: dict, tokenizer: str, target_length, block_size
     if not 2 <= target_length < block_size:
         limits = f"got {target_length} and {block_size}"
         raise ValueError(f"a stream needs 2 <= target_length < block_size, {limits}")
-    sizes = {"target_length": target_length, "block_size": block_size}
-    with _Writer(folder, "stream", tokenizer, **sizes, **free) as writer:
+    with _writer(folder, "stream", tokenizer, target_length, block_size, free) as (meta, write):
         for split, chunks in splits.items():
-            n = writer.write_tokens(split, chunks)
+            n = write(f"{split}.bin", chunks)
             if n < block_size:
                 fault = f"{split} has {n} tokens, fewer than block_size={block_size}"
                 raise ValueError(f"{folder}: {fault}; add text or set a smaller --block_size")
-            writer.counts[split] = {"tokens": n}
-    return writer.meta
+            meta["splits"][split] = {"tokens": n}
+    return meta
 
 
 def write_pairs(folder, splits: dict, tokenizer: str, target_length, block_size, **free) -> dict:
     """Write the (prefix, target) ids of each split. Return meta.json. free: more fields."""
-    sizes = {"target_length": target_length, "block_size": block_size}
     limits = (block_size - target_length, target_length - 1)
-    with _Writer(folder, "pairs", tokenizer, **sizes, **free) as writer:
+    with _writer(folder, "pairs", tokenizer, target_length, block_size, free) as (meta, write):
         for split, pairs in splits.items():
             if not pairs:
-                raise ValueError(f"{folder}: {split} has no pairs")
+                sizes = f"target_length={target_length} and block_size={block_size}"
+                raise ValueError(f"{folder}: no {split} pair fits {sizes}")
             lengths = np.array([[len(side) for side in pair] for pair in pairs])  # (N, 2)
             for i in np.flatnonzero((lengths > limits).any(axis=1) | (lengths[:, 1] == 0)):
                 got = f"{lengths[i][0]} and {lengths[i][1]} tokens"
                 limit = f"allowed are up to {limits[0]} and 1 to {limits[1]}"
                 raise ValueError(f"{folder}: {split} pair {i} has {got}, {limit}")
-            n = writer.write_tokens(split, (side for pair in pairs for side in pair))
+            n = write(f"{split}.bin", chain.from_iterable(pairs))
             ends = lengths.cumsum().reshape(-1, 2)  # (N, 2)
             starts = np.concatenate([[0], ends[:-1, 1]])
-            writer.write(f"{split}.idx", [np.column_stack([starts, ends]).astype("<i8")])
-            writer.counts[split] = {"tokens": n, "pairs": len(pairs)}
-    return writer.meta
+            write(f"{split}.idx", [np.column_stack([starts, ends]).astype("<i8")])
+            meta["splits"][split] = {"tokens": n, "pairs": len(pairs)}
+    return meta
 
 
-def summary(folder: str | Path, meta: dict) -> str:
-    counts = [
-        f"{split} {n:,} {what}"
-        for split, numbers in meta["splits"].items()
-        for what, n in numbers.items()
-    ]
-    settings = [f"{name} {meta[name]}" for name in ("tokenizer", "target_length", "block_size")]
-    return f"{folder}: {', '.join(counts)}; {', '.join(settings)}"
+@contextmanager
+def _writer(folder, kind: str, tokenizer_name: str, target_length: int, block_size: int, free):
+    """Yield (meta, write). The files become the folder at the end, if there was no error."""
+    folder = Path(folder).expanduser()
+    if folder.exists() and not (folder / "meta.json").is_file():
+        raise ValueError(f"{folder}: exists and is no data set; choose another name")
+    tokenizer = get_tokenizer(tokenizer_name)
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    meta = {"format": FORMAT, "kind": kind, "tokenizer": tokenizer.name, "dtype": dtype}
+    meta |= {"splits": {}, "target_length": target_length, "block_size": block_size} | free
+    digest = hashlib.sha256(f"{kind} {tokenizer.name} {target_length} {block_size}".encode())
 
-
-class _Writer:
-    """Write a data set to a temporary folder, and rename it at the end if there was no error."""
-
-    def __init__(self, folder: str | Path, kind: str, tokenizer_name: str, **meta):
-        self.folder = Path(folder).expanduser()
-        self.tokenizer = get_tokenizer(tokenizer_name)
-        self.dtype = "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32"
-        self.counts = {}
-        self.meta = {"format": FORMAT, "kind": kind, "tokenizer": self.tokenizer.name}
-        self.meta |= {"dtype": self.dtype, "splits": self.counts} | meta
-        if self.folder.exists() and not (self.folder / "meta.json").is_file():
-            raise ValueError(f"{folder}: exists and is no data set; choose another name")
-        sizes = f"{meta['target_length']} {meta['block_size']}"
-        self.digest = hashlib.sha256(f"{kind} {self.tokenizer.name} {sizes}".encode())
-        self.scratch = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
-
-    def __enter__(self):
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir(parents=True)
-        return self
-
-    def write_tokens(self, split: str, chunks: Iterable[Tokens]) -> int:
-        """Write the tokens of a split and return their number."""
-        return self.write(f"{split}.bin", map(self._ordinary, chunks))
-
-    def _ordinary(self, tokens: Tokens) -> np.ndarray:
-        ids = np.asarray(tokens, dtype=np.int64)
-        limit = self.tokenizer.n_ordinary
-        if len(ids) and not (0 <= ids.min() and ids.max() < limit):
-            got = f"got {ids.min()} to {ids.max()}"
-            raise ValueError(f"{self.folder}: token ids must be 0 to {limit - 1}, {got}")
-        return ids.astype(self.dtype)
-
-    def write(self, name: str, arrays: Iterable[np.ndarray]) -> int:
-        """Write one file and return the number of items."""
-        self.digest.update(name.encode())
+    def write(name: str, parts: Iterable[Tokens]) -> int:
+        """Write one file, tokens (.bin) or places (.idx), and return the number of items."""
+        digest.update(name.encode())
         n = 0
-        with open(self.scratch / name, "wb") as file:
-            for part in arrays:
-                n += len(part)
-                self.digest.update(part.tobytes())
-                file.write(part.tobytes())
+        with open(new / name, "wb") as file:
+            for part in parts:
+                array = np.asarray(part, dtype="<i8")
+                if name.endswith(".bin"):
+                    array = _ordinary(array, tokenizer).astype(dtype)
+                n += len(array)
+                digest.update(array.tobytes())
+                file.write(array.tobytes())
         return n
 
-    def __exit__(self, kind, error, trace):
-        if kind is None:
-            self.meta["sha256"] = self.digest.hexdigest()
-            if self.tokenizer.file:
-                (self.scratch / FILE).write_text(self.tokenizer.file, encoding="utf-8")
-            text = json.dumps(self.meta, indent=1, ensure_ascii=False)
-            (self.scratch / "meta.json").write_text(text, encoding="utf-8")
-            old = self.scratch.with_suffix(".old")
-            if self.folder.exists():
-                self.folder.rename(old)  # a folder with files cannot be replaced
-            self.scratch.rename(self.folder)
-            shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.scratch, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        yield meta, write
+        meta["sha256"] = digest.hexdigest()
+        if tokenizer.file:
+            (new / FILE).write_text(tokenizer.file, encoding="utf-8")
+        text = json.dumps(meta, indent=1, ensure_ascii=False)
+        (new / "meta.json").write_text(text, encoding="utf-8")
+        if folder.exists():
+            folder.rename(Path(scratch, "old"))  # a folder with files cannot be replaced
+        new.rename(folder)
+
+
+def _ordinary(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    if len(ids) and not (0 <= ids.min() and ids.max() < tokenizer.n_ordinary):
+        limits = f"token ids must be 0 to {tokenizer.n_ordinary - 1}"
+        raise ValueError(f"{tokenizer.name}: {limits}, got {ids.min()} to {ids.max()}")
+    return ids

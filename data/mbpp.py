@@ -15,7 +15,6 @@ The data set holds the tasks of train, and of validation as held-out split. `rea
 HumanEval (Chen et al. 2021, 2107.03374), for evaluation only.
 '''
 
-import shlex
 from collections import Counter
 from dataclasses import dataclass
 
@@ -52,14 +51,10 @@ def read(source: str) -> list[dict]:
             example |= {"id": str(item["task_id"]), "task_id": item["task_id"]}
             if example["id"] in examples:
                 raise ValueError(f"task_id {example['id']} occurs twice")
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             fault = f"not a task of MBPP or HumanEval ({type(error).__name__}: {error})"
             raise ValueError(f"{path}, line {number}: {fault}") from None
         examples[example["id"]] = example
-    if len({"entry_point" in example for example in examples.values()}) > 1:
-        raise ValueError(f"{path}: has tasks of both MBPP and HumanEval; give one kind")
     return list(examples.values())
 
 
@@ -109,10 +104,7 @@ def main(argv: list[str]) -> None:
     train = [e for e in examples if e["split"] == "train"]
     valid = [e for e in examples if e["split"] == "validation"]
     counts = Counter(example["split"] for example in examples)
-    command = shlex.join(["python", "-m", "data.mbpp", *argv])
-    write_set(cfg, train, valid, command, tasks=dict(counts))
-    shares = [f"{split} {counts[split]} of {len(ids)}" for split, ids in SPLITS.items()]
-    print(f"tasks in the file: {', '.join(shares)}")
+    write_set(cfg, train, valid, ["data.mbpp", *argv], tasks=dict(counts))
 
 
 if __name__ == "__main__":

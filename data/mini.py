@@ -16,7 +16,7 @@ from collections.abc import Callable
 from itertools import cycle, islice, product
 from typing import NamedTuple
 
-from configurator import configure, run
+from configurator import run
 from data.hashing import hash_number, percent
 from data.sources import OutConfig, write_generated
 from data.syntax import same_code
@@ -228,24 +228,13 @@ TASKS = {
 TAGS = {"fr": "translation", "qa": "qa", "py": "code"}  # the first word of a prefix
 
 
-def task_of(set_name: str, prefix: str = "") -> str:
-    """Return the task of a data set: "mini_qa" -> "qa". In "mini" the prefix decides."""
-    task = TAGS.get(prefix[:2]) if set_name == "mini" else set_name.removeprefix("mini_")
-    if task not in TASKS:
-        names = f"mini, mini_{', mini_'.join(TASKS)}"
-        raise ValueError(f"no mini task for {set_name!r} and prefix {prefix!r}; sets: {names}")
-    return task
-
-
 def examples(set_name: str, split: str) -> list[dict]:
     """Return the examples of a data set in file order.
 
     In "mini" the three tasks alternate. The shorter lists repeat until the longest ends.
     """
-    if split not in ("train", "valid"):
-        raise ValueError(f"split must be 'train' or 'valid', got {split!r}")
     if set_name != "mini":
-        return TASKS[task_of(set_name)].examples(split)
+        return TASKS[set_name.removeprefix("mini_")].examples(split)
     lists = [task.examples(split) for task in TASKS.values()]
     longest = max(map(len, lists))
     return [item for turn in zip(*(islice(cycle(x), longest) for x in lists)) for item in turn]
@@ -261,9 +250,8 @@ def _shuffled(items: list[dict]) -> list[dict]:
 
 
 def main(argv: list[str]) -> None:
-    cfg = configure(OutConfig, argv)
-    for name in ["mini", *(f"mini_{task}" for task in TASKS)]:
-        write_generated(cfg.out, name, examples, TARGET_LENGTH, PREFIX_LENGTH)
+    names = ["mini", *(f"mini_{task}" for task in TASKS)]
+    write_generated(argv, names, examples, TARGET_LENGTH, PREFIX_LENGTH)
 
 
 if __name__ == "__main__":

@@ -66,12 +66,7 @@ def span_corruption(
     here the pads end it.
     """
     tokens = [int(t) for t in tokens]
-    if len(tokens) < 2:
-        raise ValueError(f"span_corruption needs texts of 2 or more tokens, got {len(tokens)}")
     hidden, n = span_counts(len(tokens))
-    if n > len(sentinels):
-        limit = f"but the tokenizer has {len(sentinels)} sentinels; use shorter texts"
-        raise ValueError(f"{len(tokens)} tokens make {n} spans, {limit}")
     kept_lengths = _partition(len(tokens) - hidden, n, rng)
     lengths = zip(kept_lengths, _partition(hidden, n, rng))
     prefix = []
@@ -82,17 +77,6 @@ def span_corruption(
         target += [sentinel, *tokens[start + kept : start + kept + cut]]
         start += kept + cut
     return prefix, target
-
-
-def splice(prefix: Tokens, target: Tokens, sentinels: Sequence[int]) -> list[int]:
-    """Undo span_corruption: return the text."""
-    spans = {}
-    for token in target:
-        if token in sentinels:
-            span = spans[token] = []
-        else:
-            span.append(token)
-    return [t for token in prefix for t in spans.get(token, [token])]
 
 
 def _partition(total: int, n: int, rng: np.random.Generator) -> list[int]:
@@ -114,19 +98,12 @@ def collate(
     about the length of the answer. Slot 0 is sep_id; if that is -1, the last token of the prefix,
     or a pad if there is none.
     """
-    if len(pairs) != len(examples):
-        raise ValueError(f"collate got {len(pairs)} pairs but {len(examples)} example indices")
     longest = max((len(prefix) for prefix, _ in pairs), default=0)
     longest = max(longest - (sep_id < 0), 0)
     prefixes = np.full((len(pairs), longest), pad_id, dtype=np.int64)  # (B, P)
     targets = np.full((len(pairs), target_length), pad_id, dtype=np.int64)  # (B, T)
     targets[:, 0] = sep_id
-    for row, ((prefix, target), example) in enumerate(zip(pairs, examples)):
-        if len(target) > target_length - 1:
-            raise ValueError(
-                f"example {int(example)}: its target has {len(target)} tokens, but "
-                f"target_length={target_length} leaves room for {target_length - 1}"
-            )
+    for row, (prefix, target) in enumerate(pairs):
         if sep_id < 0:
             targets[row, 0] = prefix[-1] if len(prefix) else pad_id
             prefix = prefix[:-1]

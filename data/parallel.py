@@ -18,10 +18,9 @@ out is newstest2013. To try it: --limit=100000 pairs of each corpus.
 """
 
 import re
-import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 
 from configurator import configure, run, setting
 from data.sources import SetConfig, is_held_out, local, read_lines, write_set
@@ -78,10 +77,6 @@ class ParallelConfig(SetConfig):
         if self.source in NAMED and (self.target or self.valid_source):
             raise ValueError(f"--source={self.source} has its own files; drop the other files")
 
-    def files(self) -> tuple[list, tuple | None]:
-        valid = (self.valid_source, self.valid_target) if self.valid_source else None
-        return NAMED.get(self.source, ([(self.source, self.target)], valid))
-
 
 def read(source: str, target: str = "", task_prefix: str = "") -> list[dict]:
     """Return an example for every line, empty lines too: id, source, prefix, target."""
@@ -103,20 +98,13 @@ def stream(source: str, target: str, task_prefix: str) -> Iterator[dict]:
 
 
 def _zipped(source: str, target: str) -> Iterator[tuple[str, str]]:
-    sides = [_sentences(source), _sentences(target)]
-    n = 0
-    for given in sides[0]:
-        translation = next(sides[1], None)
-        if translation is None:
-            counts = [n + 1 + sum(1 for _ in sides[0]), n]
-            break
+    both = zip_longest(_sentences(source), _sentences(target))
+    for number, (given, translation) in enumerate(both):
+        if given is None or translation is None:
+            shorter, longer = (source, target) if given is None else (target, source)
+            fault = f"{shorter} has {number} lines, {longer} has more"
+            raise ValueError(f"{fault}; line i must translate line i")
         yield given, translation
-        n += 1
-    else:
-        counts = [n, n + sum(1 for _ in sides[1])]
-    if counts[0] != counts[1]:
-        fault = f"{source} has {counts[0]} lines, {target} has {counts[1]}"
-        raise ValueError(f"{fault}; line i must translate line i")
 
 
 def _tabbed(path: str) -> Iterator[tuple[str, str]]:
@@ -132,19 +120,17 @@ def _sentences(path: str) -> Iterator[str]:
 
     Entities stay as they are, as in sacrebleu, so that scores are comparable.
     """
-    for number, line in enumerate(read_lines(path), start=1):
+    for line in read_lines(path):
         if not path.endswith(".sgm"):
             yield line
-        elif line.lstrip().startswith("<seg"):
-            segment = re.match(r"\s*<seg[^>]*>(.*)</seg>", line)
-            if not segment:
-                raise ValueError(f"{path}, line {number}: <seg> must end on its line")
+        elif segment := re.match(r"\s*<seg[^>]*>(.*)</seg>", line):
             yield " ".join(segment[1].split())
 
 
 def main(argv: list[str]) -> None:
     cfg = configure(ParallelConfig, argv)
-    files, held_out = cfg.files()
+    held_out = (cfg.valid_source, cfg.valid_target) if cfg.valid_source else None
+    files, held_out = NAMED.get(cfg.source, ([(cfg.source, cfg.target)], held_out))
 
     def training_pairs() -> Iterable[dict]:
         streams = (stream(*pair, cfg.task_prefix) for pair in files)
@@ -156,8 +142,7 @@ def main(argv: list[str]) -> None:
     else:  # the file is read twice, so that it need not fit into memory
         train = (e for e in train if not is_held_out(e["source"], cfg.held_out))
         valid = (e for e in training_pairs() if is_held_out(e["source"], cfg.held_out))
-    command = shlex.join(["python", "-m", "data.parallel", *argv])
-    write_set(cfg, train, valid, command, task_prefix=cfg.task_prefix)
+    write_set(cfg, train, valid, ["data.parallel", *argv], task_prefix=cfg.task_prefix)
 
 
 if __name__ == "__main__":

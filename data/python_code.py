@@ -16,12 +16,11 @@ lines and spaces. Training files are read first, so nothing held out is a near-d
 import ast
 import platform
 import re
-import shlex
 import sysconfig
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configurator import configure, run, setting
@@ -29,11 +28,9 @@ from data.hashing import hash_number, percent
 from data.sources import SetConfig, write_set, write_texts
 from data.syntax import parse_python
 
-STREAM_SIZES = (128, 256)  # target_length and block_size of the stream, if they are 0
-PAIR_SIZES = (192, 384)  # the same for pairs
+PAIR_SIZES = (192, 384)  # target_length and block_size of the pairs, by default
 HELD_OUT = 10  # percent of the files
 MAX_FILE = 400_000  # bytes; longer files are tables written by programs
-LICENCE = "each file keeps the licence of its package"
 # Folders without code worth learning: tests, demos, generated tables, copies of other packages.
 SKIPPED = set(
     "__pycache__ test tests testing idle_test lib2to3 turtledemo ensurepip encodings "
@@ -45,62 +42,46 @@ TEST_FILE = r"test_|_?test\.py|conftest|.*_test\.py"
 
 @dataclass
 class PythonCodeConfig(SetConfig):
-    source: str = setting("stdlib", "stdlib, all (with packages), or a file or folder", path=True)
+    source: str = setting("stdlib", "stdlib, all (with packages), or a folder", path=True)
     name: str = setting("python", "the data sets become the folders out/name_code and _pairs")
 
-    def __post_init__(self):
-        super().__post_init__()
-        for defaults in (STREAM_SIZES, PAIR_SIZES):
-            sizes = self.sizes(defaults)
-            if sizes["block_size"] <= sizes["target_length"]:
-                raise ValueError(f"block_size must be above target_length, got {sizes}; set both")
 
-    def sizes(self, defaults: tuple[int, int]) -> dict[str, int]:
-        return {
-            "target_length": self.target_length or defaults[0],
-            "block_size": self.block_size or defaults[1],
-        }
+def read_corpus(source: str) -> tuple[dict, dict, Counter]:
+    """Return the texts of the files and (prefix, body) of their functions, both by split.
 
-
-@dataclass
-class Corpus:
-    """Texts of the files and (prefix, body) of their functions, by split."""
-
-    files: dict = field(default_factory=lambda: {"train": [], "valid": []})
-    functions: dict = field(default_factory=lambda: {"train": [], "valid": []})
-    dropped: Counter = field(default_factory=Counter)  # reason -> number
-
-
-def read_corpus(source: str) -> Corpus:
-    """Read files and functions in the order of their paths, without near-duplicates."""
-    corpus = Corpus()
+    They are in the order of their paths, without near-duplicates. The third value counts what was
+    left out, by reason.
+    """
+    files = {"train": [], "valid": []}
+    pairs = {"train": [], "valid": []}
+    dropped = Counter()
     seen = set()
-    paths = []
-    for root in _roots(source):
-        for path in _walk(root, corpus.dropped):
-            name = path.relative_to(root).as_posix() if root.is_dir() else path.name
-            paths.append((split_of(name), path))
+    paths = [
+        (split_of(path.relative_to(root).as_posix()), path)
+        for root in _roots(source)
+        for path in _walk(root, dropped)
+    ]
     # Training files first: of equal files in both splits, the held-out one is dropped.
     for split, path in sorted(paths, key=lambda item: item[0]):
         text = _read(path)
         tree = parse_python(text) if text else None
         if tree is None:
-            corpus.dropped["files that are empty or no Python of this version"] += 1
+            dropped["files that are empty or no Python of this version"] += 1
         elif not _is_new(text, seen):
-            corpus.dropped["files near-duplicate"] += 1
+            dropped["files near-duplicate"] += 1
         else:
-            corpus.files[split].append(text)
+            files[split].append(text)
             for prefix, body in functions(text, tree):
                 if not _is_new(body, seen):
-                    corpus.dropped["functions near-duplicate"] += 1
+                    dropped["functions near-duplicate"] += 1
                 elif not parses(prefix, body):
-                    corpus.dropped["functions that cannot be dedented"] += 1
+                    dropped["functions that cannot be dedented"] += 1
                 else:
-                    corpus.functions[split].append((prefix, body))
-    for split, texts in corpus.files.items():
+                    pairs[split].append((prefix, body))
+    for split, texts in files.items():
         if not texts:
             raise ValueError(f"--source={source}: no Python files for {split}; give more files")
-    return corpus
+    return files, pairs, dropped
 
 
 def functions(text: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -116,8 +97,7 @@ def functions(text: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
         end = node.body[0].end_lineno
         if node.body[1].lineno > end:
             prefix = _dedent(lines[node.lineno - 1 : end], node.col_offset)
-            body = _dedent(lines[end : node.end_lineno], node.col_offset)
-            yield "\n".join(prefix) + "\n", "\n".join(body)
+            yield prefix + "\n", _dedent(lines[end : node.end_lineno], node.col_offset)
 
 
 def parses(prefix: str, body: str) -> bool:
@@ -145,9 +125,7 @@ def _roots(source: str) -> list[Path]:
 
 
 def _walk(root: Path, dropped: Counter) -> Iterator[Path]:
-    """Yield the .py files below root in sorted order, or root itself if it is a file."""
-    if root.is_file():
-        yield root
+    """Yield the .py files below root in sorted order."""
     for path in sorted(root.rglob("*.py")):
         folders = set(path.relative_to(root).parts[:-1])
         if folders & PACKAGES or not path.is_file():
@@ -174,10 +152,10 @@ def _read(path: Path) -> str:
 def _is_new(text: str, seen: set[int]) -> bool:
     """Whether no near-duplicate of the text was seen."""
     lines = [line for line in text.split("\n") if not line.lstrip().startswith("#")]
-    code = "".join("".join(line.split()) for line in lines)
-    n = len(seen)
-    seen.add(hash_number(code))
-    return len(seen) > n
+    number = hash_number("".join("".join(lines).split()))
+    is_new = number not in seen
+    seen.add(number)
+    return is_new
 
 
 def _outer_functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -188,34 +166,28 @@ def _outer_functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunct
             yield from _outer_functions(child)
 
 
-def _dedent(lines: list[str], column: int) -> list[str]:
+def _dedent(lines: list[str], column: int) -> str:
     """Remove `column` spaces from each line, spaces at its end, and blank lines at the end."""
     lines = [line[min(column, len(line) - len(line.lstrip())) :].rstrip() for line in lines]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
+    return "\n".join(lines).rstrip("\n")
 
 
 def main(argv: list[str]) -> None:
     cfg = configure(PythonCodeConfig, argv)
-    corpus = read_corpus(cfg.source)
-    pairs = [
-        [{"prefix": prefix, "target": body} for prefix, body in corpus.functions[split]]
-        for split in ("train", "valid")
-    ]
-    free = {
-        "command": shlex.join(["python", "-m", "data.python_code", *argv]),
-        "source": cfg.source,
-        "python": platform.python_version(),
-        "licence": LICENCE,
-        "files": {split: len(texts) for split, texts in corpus.files.items()},
-        "dropped": dict(sorted(corpus.dropped.items())),
-    }
-    pairs_cfg = replace(cfg, name=f"{cfg.name}_pairs", **cfg.sizes(PAIR_SIZES))
-    write_set(pairs_cfg, *pairs, **free)
-    stream_cfg = replace(cfg, name=f"{cfg.name}_code", **cfg.sizes(STREAM_SIZES))
-    write_texts(stream_cfg, corpus.files, **free)
-    for reason, n in free["dropped"].items():
+    files, pairs, dropped = read_corpus(cfg.source)
+    command = ["data.python_code", *argv]
+    free = {"source": cfg.source, "python": platform.python_version()}
+    free |= {"licence": "each file keeps the licence of its package", "dropped": dropped}
+    write_texts(replace(cfg, name=f"{cfg.name}_code"), files, command, **free)
+    pairs_cfg = replace(
+        cfg,
+        name=f"{cfg.name}_pairs",
+        target_length=cfg.target_length or PAIR_SIZES[0],
+        block_size=cfg.block_size or PAIR_SIZES[1],
+    )
+    splits = [[{"prefix": p, "target": body} for p, body in part] for part in pairs.values()]
+    write_set(pairs_cfg, *splits, command, **free)
+    for reason, n in dropped.items():
         print(f"left out: {n:6,} {reason}")
 
 

@@ -9,14 +9,14 @@ import hashlib
 import http.client
 import json
 import os
-import re
 import shlex
+import shutil
 import tarfile
 import urllib.request
 import zipfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +24,15 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from configurator import setting, validate
+from configurator import configure, setting, validate
 from data.hashing import hash_number
-from data.loader import OUT, SETS, summary, write_pairs, write_stream
+from data.loader import OUT, SETS, write_pairs, write_stream
 from data.tokenizer import Tokenizer, get_tokenizer
 
 DOWNLOADS = "out/downloads"
-STREAM_TARGET = 128  # tokens of a target in a stream, by default
-STREAM_BLOCK = 256  # tokens of prefix and target in a stream, by default
+STREAM_SIZES = (128, 256)  # target_length and block_size of a stream, by default
 FIT = 99  # percent of the training targets, and of the prefixes, that fit by default
 TIMEOUT = 30  # seconds without a byte
-CHUNK = 1 << 20  # bytes
 GZIP = b"\x1f\x8b"  # how gzip files begin
 # What a damaged or encrypted archive raises.
 DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, RuntimeError)
@@ -93,21 +91,20 @@ def _download(url: str, path: Path, sha256: str) -> None:
     # Some hosts refuse a client without a known name.
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (ar2diff data)"})
     partial = path.with_name(path.name + ".part")
-    digest = hashlib.sha256()
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                while chunk := response.read(CHUNK):
-                    file.write(chunk)
-                    digest.update(chunk)
-            size = partial.stat().st_size
+            with open(partial, "w+b") as file:
+                shutil.copyfileobj(response, file)
+                size = file.tell()
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
             expected = int(response.headers.get("Content-Length") or size)
         if size != expected:  # a broken connection looks like the end of the file
             raise ValueError(f"got {size:,} bytes, expected {expected:,}")
-        if sha256 and digest.hexdigest() != sha256:
-            raise ValueError(f"its sha256 is {digest.hexdigest()}, expected {sha256}")
-        os.replace(partial, path)
+        if digest != (sha256 or digest):
+            raise ValueError(f"its sha256 is {digest}, expected {sha256}")
+        partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -159,30 +156,19 @@ def read_lines(path: str) -> Iterator[str]:
     """Yield the lines of a UTF-8 file, without line ends and byte order mark.
 
     The file is plain or .gz, or ARCHIVE::MEMBER of a .tar or .tgz, or a .zip with one text file.
-    Line i of a translation must stay line i, so a lone "\\r" ends a line only if no "\\n" does.
+    Line i of a translation must stay line i, so only "\\n" ends a line, and no form feed.
     """
     number = 0
     try:
         with ExitStack() as stack:
-            for line in _split_lines(_open(path, stack)):
-                number += 1
-                # str.splitlines would also split at a form feed and at U+2028.
+            for number, line in enumerate(_open(path, stack), start=1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        fault = f"line {number}: not UTF-8 text (byte {error.start})"
-        raise ValueError(f"{path}, {fault}; convert it first") from None
+        raise ValueError(f"{path}, line {number}: not UTF-8 text (byte {error.start})") from None
     except DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read after line {number} ({error})") from None
-
-
-def _split_lines(file: Iterable[bytes]) -> Iterator[bytes]:
-    for number, line in enumerate(file):
-        if number == 0 and not line.endswith(b"\n"):  # the whole file
-            yield from line.removesuffix(b"\r").split(b"\r")
-        else:
-            yield line
+        raise ValueError(f"{path}: cannot be read at or after line {number} ({error})") from None
 
 
 def _open(path: str, stack: ExitStack) -> Iterable[bytes]:
@@ -196,11 +182,10 @@ def _open(path: str, stack: ExitStack) -> Iterable[bytes]:
         file = archive.extractfile(entry)
     elif path.endswith(".zip"):
         archive = stack.enter_context(zipfile.ZipFile(path))
-        names = archive.namelist()
-        texts = [name for name in names if re.search(r"(^|/)[^_/][^/]*\.(txt|tsv)$", name)]
-        if len(texts) != 1:
+        names = [n for n in archive.namelist() if n.endswith((".txt", ".tsv")) and n[0] != "_"]
+        if len(names) != 1:
             raise ValueError(f"{path}: must hold one text file, has {', '.join(names) or 'none'}")
-        file = archive.open(texts[0])
+        file = archive.open(names[0])
     else:
         file = open(path, "rb")
     stack.enter_context(file)
@@ -218,13 +203,19 @@ def is_held_out(key: str, share: float) -> bool:
 
 
 def write_set(
-    cfg: SetConfig, train: Iterable[dict], valid: Iterable[dict], command: str, fit=FIT, **free
+    cfg: SetConfig,
+    train: Iterable[dict],
+    valid: Iterable[dict],
+    command: list[str],
+    fit=FIT,
+    **free,
 ) -> None:
     """Write the data set out/name and print a summary.
 
     Pairs with an empty target or "source", and pairs that are too long, are left out and counted.
     They are never cut, because at test time nobody knows where in a text the answer is.
-    fit: percent of the training pairs that automatic lengths fit. free: fields of meta.json.
+    command: module and flags. fit: percent of the training pairs that automatic lengths fit.
+    free: fields of meta.json.
     """
     tokenizer = get_tokenizer(cfg.tokenizer)
     splits = {"train": _encode(train, tokenizer), "valid": _encode(valid, tokenizer)}
@@ -241,54 +232,56 @@ def write_set(
         ]
         empty = sum(not target for _, target in pairs)
         left_out[split] = {"empty": empty, "too_long": len(pairs) - len(splits[split]) - empty}
-        if not splits[split]:
-            sizes = f"target_length={target_length} and block_size={block_size}"
-            counts = f"{empty} of {len(pairs)} have an empty target"
-            raise ValueError(f"{cfg.name}: no {split} pair fits {sizes} ({counts})")
-    folder = Path(cfg.out) / cfg.name
-    free |= {"command": command, "left_out": left_out}
-    meta = write_pairs(folder, splits, cfg.tokenizer, target_length, block_size, **free)
-    print(summary(folder, meta))
-    for split, counts in left_out.items():
-        if any(counts.values()):
-            print(
-                f"left out in {split}: {counts['empty']:,} empty, {counts['too_long']:,} too long"
-            )
+    sizes = (target_length, block_size)
+    _write(write_pairs, cfg, splits, sizes, command, left_out=left_out, **free)
 
 
 def _encode(examples: Iterable[dict], tokenizer: Tokenizer) -> list[tuple[array, array]]:
     """Return the pairs of token ids. An empty source makes the target empty, too."""
     typecode = "H" if tokenizer.vocab_size <= 1 << 16 else "I"  # a list needs four times as much
     pairs = []
-    for number, example in enumerate(examples, start=1):
+    for example in examples:
         target = example["target"] if example.get("source") != "" else ""
         try:
             sides = [tokenizer.encode_prompt(example["prefix"]), tokenizer.encode(target)]
         except ValueError as error:
-            raise ValueError(f"{example.get('where', f'example {number}')}: {error}") from None
+            raise ValueError(f"{error}; in {str(example)[:80]}") from None
         pairs.append(tuple(array(typecode, side) for side in sides))
     return pairs
 
 
-def write_texts(cfg: SetConfig, splits: dict, command: str, **free) -> None:
+def write_texts(cfg: SetConfig, splits: dict, command: list[str], **free) -> None:
     """Write the texts of each split as a stream, with a blank line after each text."""
     tokenizer = get_tokenizer(cfg.tokenizer)
     chunks = {
         split: (tokenizer.encode(text.strip("\n") + "\n\n") for text in texts)
         for split, texts in splits.items()
     }
+    sizes = (cfg.target_length or STREAM_SIZES[0], cfg.block_size or STREAM_SIZES[1])
+    _write(write_stream, cfg, chunks, sizes, command, **free)
+
+
+def _write(
+    writer: Callable, cfg: SetConfig, splits: dict, sizes: tuple, command: list[str], **free
+):
     folder = Path(cfg.out) / cfg.name
-    sizes = (cfg.target_length or STREAM_TARGET, cfg.block_size or STREAM_BLOCK)
-    print(
-        summary(
-            folder, write_stream(folder, chunks, cfg.tokenizer, *sizes, command=command, **free)
-        )
-    )
+    free["command"] = shlex.join(["python", "-m", *command])
+    meta = writer(folder, splits, cfg.tokenizer, *sizes, **free)
+    settings = [f"{name} {meta[name]}" for name in ("tokenizer", "target_length", "block_size")]
+    print(f"{folder}: {', '.join(settings)}")
+    for field in ("splits", "left_out"):
+        for split, counts in meta.get(field, {}).items():
+            numbers = ", ".join(f"{n:,} {what}" for what, n in counts.items())
+            print(f"  {field} {split}: {numbers}")
 
 
-def write_generated(out: str, name: str, examples, target_length: int, prefix_length: int) -> None:
-    """Write a data set of generated examples. examples: (name, split) -> examples."""
+def write_generated(
+    argv: list[str], names: list[str], examples: Callable, target_length: int, prefix_length: int
+) -> None:
+    """Write data sets of generated examples. examples: (name, split) -> examples."""
+    out = configure(OutConfig, argv).out
     sizes = {"target_length": target_length, "block_size": prefix_length + target_length}
-    cfg = SetConfig(out=out, name=name, **sizes)
-    train, valid = (examples(name, split) for split in ("train", "valid"))
-    write_set(cfg, train, valid, shlex.join(["python", "-m", SETS[name], f"--out={out}"]))
+    for name in names:
+        cfg = SetConfig(out=out, name=name, **sizes)
+        splits = [examples(name, split) for split in ("train", "valid")]
+        write_set(cfg, *splits, [SETS[name], f"--out={out}"])

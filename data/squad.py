@@ -9,7 +9,6 @@ The question comes after the paragraph. The target is the first answer. By defau
 files are downloaded. Of a single file, some paragraphs are held out.
 """
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +31,7 @@ class SquadConfig(SetConfig):
     held_out: float = setting(0.1, "share of the paragraphs of a single file", above=0, maximum=0.9)
     name: str = setting("squad", "the data set becomes the folder out/name")
     # 24 tokens hold 99% of the answers in GPT-2's tokens.
-    target_length: int = setting(
-        25,
-        "tokens with separator; longer answers are left out; 0: 99% fit",
-        minimum=2,
-        zero_ok=True,
-    )
+    target_length: int = setting(25, "tokens with separator; 0: 99% fit", minimum=2, zero_ok=True)
 
 
 def find_files(source: str, valid_source: str) -> tuple[str, str]:
@@ -59,22 +53,20 @@ def read(source: str) -> list[dict]:
     """
     path = local(source, CHECKSUMS)
     content = parse_json(read_text(path), path)
-    place = path
     examples = {}
     try:
         if content["version"] != "1.1":
             raise ValueError(f"{path}: SQuAD version {content['version']!r}, must be '1.1'")
-        for a, article in enumerate(content["data"]):
-            for p, paragraph in enumerate(article["paragraphs"]):
-                for q, item in enumerate(paragraph["qas"]):
-                    place = f"{path}, data[{a}].paragraphs[{p}].qas[{q}]"
+        for article in content["data"]:
+            for paragraph in article["paragraphs"]:
+                for item in paragraph["qas"]:
                     example = _example(article["title"], paragraph["context"], item)
                     if example["id"] in examples:
-                        raise ValueError(f"{place}: id {example['id']!r} occurs twice")
+                        raise ValueError(f"{path}: id {example['id']!r} occurs twice")
                     examples[example["id"]] = example
     except (KeyError, TypeError, IndexError) as error:
-        fault = f"not SQuAD 1.1 at or after this place ({type(error).__name__}: {error})"
-        raise ValueError(f"{place}: {fault}") from None
+        fault = f"not SQuAD 1.1 after question {len(examples)} ({type(error).__name__}: {error})"
+        raise ValueError(f"{path}: {fault}") from None
     if not examples:
         raise ValueError(f"{path}: has no questions")
     return list(examples.values())
@@ -106,7 +98,7 @@ def main(argv: list[str]) -> None:
     else:
         valid = [e for e in train if is_held_out(e["context"], cfg.held_out)]
         train = [e for e in train if not is_held_out(e["context"], cfg.held_out)]
-    write_set(cfg, train, valid, shlex.join(["python", "-m", "data.squad", *argv]))
+    write_set(cfg, train, valid, ["data.squad", *argv])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Both may be gzipped. Of text, the end of every file is held out; of pairs, some 
 that no prefix is in both splits.
 """
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> None:
     inputs = [arg.removeprefix("--input=") for arg in argv if arg.startswith("--input=")]
     cfg = configure(TextFileConfig, argv)
     inputs = inputs or [cfg.input]  # a config file gives one
-    command = shlex.join(["python", "-m", "data.text_file", *argv])
+    command = ["data.text_file", *argv]
     kinds = {path.removesuffix(".gz").endswith(".jsonl") for path in inputs}
     if len(kinds) > 1:
         raise ValueError("--input: give text files or .jsonl files, not both")

@@ -38,33 +38,28 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 PATH_HINT = f"a tokenizer is bytes, gpt2, or the path of a {FILE}"
 
 
-class Tokenizer:
-    """One vocabulary.
+Encode = Callable[[str], list[int]]
 
-    Attributes: name, n_ordinary, vocab_size, pad_id, sep_id, mask_id, n_sentinels,
+
+class Tokenizer:
+    """One vocabulary, from the bytes of each ordinary id.
+
+    Attributes: name, n_ordinary, vocab_size, pad_id, sep_id, mask_id, sentinels (ids),
     pieces (the bytes of each id), file (the text of its tokenizer.json, or "").
     """
 
-    def __init__(
-        self,
-        name: str,
-        pieces: list[bytes],
-        vocab_size: int,
-        encode_ordinary: Callable[[str], list[int]],
-        file: str = "",
-    ):
-        """pieces: the bytes of each ordinary id."""
+    def __init__(self, name: str, pieces: list[bytes], vocab_size: int, encode: Encode, file=""):
         self.name = name
         self.n_ordinary = len(pieces)
         self.vocab_size = vocab_size
         self.pad_id = self.n_ordinary
         self.sep_id = self.n_ordinary + 1
         self.mask_id = self.n_ordinary + 2
-        self.n_sentinels = vocab_size - self.mask_id - 1
+        self.sentinels = range(self.mask_id + 1, vocab_size)
         self.file = file
         self.bos_ids: list[int] = []  # what imported weights read before every text
-        self._encode_ordinary = encode_ordinary
-        marks = ["", "", MASK_MARK, *(f"<{i}>" for i in range(self.n_sentinels))]
+        self._encode_ordinary = encode
+        marks = ["", "", MASK_MARK, *(f"<{i}>" for i in range(len(self.sentinels)))]
         self.pieces = [*pieces, *(mark.encode() for mark in marks)]
 
     def encode(self, text: str) -> list[int]:
@@ -95,13 +90,6 @@ class Tokenizer:
         """Return the bytes of one id. A character may need the bytes of several ids."""
         return self.pieces[self._checked([i])[0]]
 
-    def sentinel(self, i: int) -> int:
-        """Return the id of sentinel i, counted from 0."""
-        if not 0 <= i < self.n_sentinels:
-            limit = self.n_sentinels - 1
-            raise ValueError(f"tokenizer {self.name!r} has sentinels 0 to {limit}, got {i}")
-        return self.mask_id + 1 + i
-
     def _checked(self, ids: Sequence[int]) -> list[int]:
         array = np.asarray(ids, dtype=np.int64)
         outside = (array < 0) | (array >= self.vocab_size)  # Python accepts negative indices
@@ -118,13 +106,11 @@ def get_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
     Raises ValueError for an unknown name, a missing file, or a file that does not match its name.
     """
     if name in BUILT_IN:
-        return _built_in(name)
+        return BUILT_IN[name]()
     if name in _LOADED:
         return _LOADED[name]
     if name.startswith(f"{FILE}@"):
-        if folder is None:
-            raise ValueError(f"tokenizer {name!r} is a file; give its path, such as out/run/{FILE}")
-        path = Path(folder).expanduser() / FILE
+        path = Path(folder or "").expanduser() / FILE
         tokenizer = _read_file(path)
         if tokenizer.name != name:
             raise ValueError(f"{path}: was replaced: it is {tokenizer.name!r}, expected {name!r}")
@@ -159,9 +145,8 @@ _LOADED: dict[str, Tokenizer] = {}  # files by name: equal names mean equal cont
 def _read_file(path: Path) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        fault = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "no such file"
-        raise ValueError(f"{path}: {fault}; {PATH_HINT}") from None
+    except (FileNotFoundError, UnicodeDecodeError):
+        raise ValueError(f"{path}: no such file, or not UTF-8; {PATH_HINT}") from None
     return tokenizer_from_json(text, str(path))
 
 
@@ -230,12 +215,10 @@ def _alphabet() -> str:
 ALPHABET = _alphabet()
 
 
-def _in_parts(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+def _in_parts(encode: Encode) -> Encode:
     """Cut runs of more than LONGEST_SPACES spaces before encoding. Other texts are not changed."""
 
     def encode_parts(text: str) -> list[int]:
-        if len(text) <= LONGEST_SPACES:
-            return encode(text)
         ids = []
         start = 0
         for run in re.finditer(r"\s{1000,}", text):
@@ -264,12 +247,14 @@ def _ids(name: str, n_ordinary: int, vocab_size: int) -> Tokenizer:
     return Tokenizer(name, [f"{i} ".encode() for i in range(n_ordinary)], vocab_size, encode)
 
 
+@functools.cache
 def _bytes() -> Tokenizer:
     """Every byte of the UTF-8 text is a token: 256 ordinary ids and 32 reserved."""
     pieces = [bytes([i]) for i in range(256)]
     return Tokenizer("bytes", pieces, 288, lambda text: list(text.encode("utf-8")))
 
 
+@functools.cache
 def _gpt2() -> Tokenizer:
     """GPT-2's 50,257 ids, so that its weights fit, and 47 reserved."""
     import tiktoken
@@ -286,8 +271,3 @@ def _gpt2() -> Tokenizer:
 
 
 BUILT_IN = {"bytes": _bytes, "gpt2": _gpt2}
-
-
-@functools.cache
-def _built_in(name: str) -> Tokenizer:
-    return BUILT_IN[name]()

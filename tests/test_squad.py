@@ -80,7 +80,7 @@ def test_two_files_are_the_two_splits_and_long_answers_are_left_out(tmp_path, as
     assert texts(tmp_path / "q", "valid") == sides(squad.read(valid))[1:]
     meta = open_dataset(tmp_path / "q", "valid").meta
     assert meta["target_length"] == 25 and meta["left_out"]["valid"]["too_long"] == 1
-    assert "left out in valid: 0 empty, 1 too long" in capsys.readouterr().out
+    assert "left_out valid: 0 empty, 1 too_long" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -90,12 +90,10 @@ def test_two_files_are_the_two_splits_and_long_answers_are_left_out(tmp_path, as
         ({"data": []}, "not SQuAD 1.1 .*'version'"),
         (dump(), "has no questions"),
         (json.dumps(GOOD).encode()[:-9], "not readable as JSON"),
-        (b'{"version": ' + b"1" * 5000 + b"}", "not readable as JSON"),
-        (dump({"context": "c", "qas": [question(1)]}), r"s\[0\].qas\[0\]: not SQuAD 1.1"),
-        (dump({"context": "c", "qas": [question(1, "c")] * 2}), r"qas\[1\]: id 'q1' occurs twice"),
-        (dump({"context": "c", "qas": [{"id": 3}]}), r"qas\[0\]: not SQuAD 1.1 .*'question'"),
+        (dump({"context": "c", "qas": [question(1, "c"), question(2)]}), "1.1 after question 1"),
+        (dump({"context": "c", "qas": [question(1, "c")] * 2}), "id 'q1' occurs twice"),
+        (dump({"context": "c", "qas": [{"id": 3}]}), "not SQuAD 1.1 .*'question'"),
         (dump({"context": 7, "qas": [question(1, "c")]}), "expected text, got 7"),
-        (dump({"context": "c", "qas": [question(1, None)]}), "expected text, got None"),
         (b"caf\xe9", "not UTF-8"),
     ],
 )

@@ -113,7 +113,7 @@ HUGE = '{"prefix": "p", "target": "t"}\n{"prefix": "q", "target": "t", "n": ' + 
         ("p.jsonl", b'{"prefix": "p", "target": "t"}\n\n{oops', [], "line 3: not readable as JSON"),
         ("p.jsonl", HUGE, [], "p.jsonl, line 2: not readable as JSON .*4300 digits"),
         ("p.jsonl", "[" * 100_000, [], "p.jsonl, line 1: not readable as JSON"),
-        ("p.jsonl", [GOOD, {"prefix": "q", "target": "\ud800"}], [], "line 2: text is not valid"),
+        ("p.jsonl", [GOOD, {"prefix": "q", "target": "\ud800"}], [], "not valid Unicode: .*'prefix': 'q'"),
         ("p.jsonl", [GOOD, GOOD], [], "p.jsonl, line 2, 1 prefix has a target"),
         ("p.jsonl", [GOOD, {"prefix": "q", "target": ""}], [], "line 2, 1 prefix has a target"),
         ("p.jsonl", [GOOD, GOOD | {"prefix": "q"}], ["--block_size=1"], "no train pair fits"),

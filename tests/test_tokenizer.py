@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 
 from data import bpe
 from data.loader import open_dataset, write_stream
-from data.tokenizer import (
-    _LOADED,
-    LONGEST_SPACES,
-    MASK_MARK,
-    get_tokenizer,
-    tokenizer_from_json,
-)
+from data.tokenizer import _LOADED, LONGEST_SPACES, MASK_MARK, get_tokenizer, tokenizer_from_json
+
 
 CACHE = os.environ.get("TIKTOKEN_CACHE_DIR", "")
 TEXT = "naïve café, 日本 🙂\n\tdef f(x): return x\0<|endoftext|>"
@@ -34,17 +29,15 @@ def own_file():
 
 @pytest.fixture(params=["bytes", pytest.param("gpt2", marks=needs_gpt2), "own"])
 def tokenizer(request):
-    if request.param == "own":
-        return tokenizer_from_json(request.getfixturevalue("own_file"), "own")
-    return get_tokenizer(request.param)
+    if request.param != "own":
+        return get_tokenizer(request.param)
+    return tokenizer_from_json(request.getfixturevalue("own_file"), "own")
 
 
-def test_text_comes_back(tokenizer):
+def test_pieces_are_the_bytes_of_the_text(tokenizer):
     ids = tokenizer.encode(TEXT)
-    assert tokenizer.decode(ids) == tokenizer.decode(torch.tensor(ids)) == TEXT
     assert b"".join(map(tokenizer.piece, ids)) == TEXT.encode()
-    assert max(ids) < tokenizer.n_ordinary
-    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+    assert tokenizer.decode(torch.tensor(ids)) == TEXT and tokenizer.decode([]) == ""
 
 
 SPECIAL = ["<|endoftext|>", "<|ar2diff_pad|>", "</s>", "\r\n", "\u2028", "\ufeff", MASK_MARK]
@@ -77,24 +70,15 @@ def test_runs_that_tiktoken_can_encode_are_encoded_as_there(n):
     assert get_tokenizer("gpt2").encode(text) == oracle
 
 
-@needs_gpt2
-def test_gpt2_ids_are_those_of_gpt2():
-    """Known from the original release: "Hello world" is 15496 995."""
-    assert get_tokenizer("gpt2").encode("Hello world") == [15496, 995]
-
-
 def test_reserved_ids_end_the_vocabulary(tokenizer):
     sizes = {"bytes": (256, 288), "gpt2": (50257, 50304)}.get(tokenizer.name, (300, 384))
     assert (tokenizer.n_ordinary, tokenizer.vocab_size) == sizes
-    sentinels = [tokenizer.sentinel(i) for i in range(tokenizer.n_sentinels)]
+    sentinels = [*tokenizer.sentinels]
     reserved = [tokenizer.pad_id, tokenizer.sep_id, tokenizer.mask_id, *sentinels]
     assert reserved == list(range(tokenizer.n_ordinary, tokenizer.vocab_size))
     a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
     ids = [a, tokenizer.sep_id, tokenizer.mask_id, b, *sentinels[:13:12], tokenizer.pad_id]
     assert tokenizer.decode(ids) == f"a{MASK_MARK}b<0><12>"
-    for i in (-1, tokenizer.n_sentinels):
-        with pytest.raises(ValueError, match="sentinels 0 to"):
-            tokenizer.sentinel(i)
     for bad in (-1, tokenizer.vocab_size):
         with pytest.raises(ValueError, match=f"token id {bad} is outside"):
             tokenizer.decode([0, bad])
@@ -112,7 +96,6 @@ def test_bytes_that_are_not_utf8(tokenizer):
         ("gtp2", "did you mean 'gpt2'"),
         ("wordpiece", "unknown tokenizer 'wordpiece'; available: bytes, gpt2; a tokenizer is"),
         ("nowhere.json", "nowhere.json: no such file"),
-        ("tokenizer.json@000000000000", "is a file; give its path"),
         ("ids-300-302", "no room for pad"),
     ],
 )

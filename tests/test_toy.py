@@ -17,7 +17,6 @@ def test_targets_are_copied_reversed_and_sorted(split):
     for name, oracle in ORACLES.items():
         for item in toy.examples(f"toy_{name}", split)[:100]:
             assert item["target"] == oracle(item["prefix"])
-            assert toy.score(item["target"], item) and not toy.score(item["target"] + "a", item)
 
 
 def test_held_out_strings_are_new_and_every_length_is_trained():
