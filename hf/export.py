@@ -44,6 +44,7 @@ def export_folder(
         scratch.mkdir(parents=True)
         tensors = dict(_their_tensors(weights, family, m, rows))
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+        (scratch / "model.safetensors").chmod(0o644)  # the package writes 0o600
         notes = _write_tokenizer(scratch, tokenizer, m, rows)
         config = family.config(m) | _common_config(weights, tokenizer, m, rows)
         _write_json(scratch / "config.json", config)
