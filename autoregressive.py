@@ -1,7 +1,7 @@
-"""Autoregressive language modelling: loss and generate. Compare it with diffusion.py: same functions."""
+"""Autoregressive language modelling: loss, generate. Compare it with diffusion.py."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,20 +18,16 @@ from model import split_prompt
 class SamplerConfig:
     """How the next token is drawn."""
 
-    temperature: float = setting(
-        0.0, "0: greedy, as the paper decodes translation and QA", minimum=1e-3, zero_ok=True
-    )
-    top_k: int = setting(0, "keep the k most likely tokens; 0: all", minimum=0)
-    top_p: float = setting(
-        1.0, "keep the smallest set with this probability (arXiv 1904.09751)", above=0, maximum=1
-    )
+    temperature: float = setting(0.0, "0: greedy", minimum=1e-3, zero_ok=True)
+    top_k: int = setting(0, "keep the k most likely; 0: all", minimum=0)
+    top_p: float = setting(1.0, "keep this probability", above=0, maximum=1)
 
     def __post_init__(self):
         validate(self)
 
 
 def losses(model, batch, cfg, rng: CounterRNG, extra_edges=None, scale=1.0) -> Iterator[Tensor]:
-    """Yield the one term of the loss, times scale: cross-entropy of the target, nats per slot.
+    """Yield the one term, times scale: cross-entropy of the target, nats per slot.
 
     Pads are predicted too: that is how a text ends.
     """
@@ -47,30 +43,27 @@ def loss(model, batch, cfg, rng: CounterRNG) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model,
-    prefix: Tensor,
-    cfg: SamplerConfig,
-    seed: int = 0,
-    example: Tensor | None = None,
-    on_step: Callable | None = None,
+    model, prefix, cfg: SamplerConfig, seed=0, example=None, on_step=None
 ) -> GenerateOutput:
-    """Continue each prefix (B, P) until a pad or until the target is full, one token a network call.
+    """Continue each prefix (B, P), one token a call, until a pad or the target's end.
 
     example (B,): keys of the rows' random numbers; 0 .. B - 1 by default.
-    on_step: called with (step, tokens (B, T - 1), logits (B, 1, V), rows (B,)) after each call.
+    on_step: called with (step, tokens (B, T - 1), logits (B, 1, V), rows (B,)).
     """
     model_cfg = model.cfg
-    B, device = len(prefix), prefix.device
+    B = len(prefix)
+    T = model_cfg.target_length
+    device = prefix.device
     rows = torch.arange(B, device=device)
     rng = make_rng(seed, rows if example is None else example)
     prefix, token = split_prompt(prefix, model_cfg)
-    cache = model.encode(prefix, reserve=model_cfg.target_length)
-    tokens = torch.full((B, model_cfg.target_length - 1), model_cfg.pad_id, device=device)
+    cache = model.encode(prefix, reserve=T)
+    tokens = torch.full((B, T - 1), model_cfg.pad_id, device=device)
     score = torch.zeros(B, device=device)
     calls = torch.zeros_like(rows)
     active = torch.ones_like(rows, dtype=torch.bool)
     banned = banned_token_ids(model_cfg, device)
-    for step in range(tokens.shape[1]):
+    for step in range(T - 1):
         logits = model.decode(cache, token, append=True)[:, -1].float()
         logits = logits.index_fill(-1, banned, -math.inf)  # (B, V)
         drawn = draw_next(logits, cfg, rng.fold_in(step))  # (B,)
@@ -88,7 +81,10 @@ def generate(
 
 
 def draw_next(logits: Tensor, cfg: SamplerConfig, rng: CounterRNG) -> Tensor:
-    """Draw one token id (B,) from logits (B, V) under temperature, top-k and top-p."""
+    """Draw a token (B,) from logits (B, V) under temperature, top-k and top-p.
+
+    top-p (arXiv 1904.09751): the smallest set with this probability.
+    """
     if cfg.temperature == 0:
         return logits.argmax(-1)
     uniform, _ = rng.uniform(SAMPLE, 1)  # (B, 1)

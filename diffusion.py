@@ -1,13 +1,13 @@
-"""Text diffusion: noise, loss, samplers, generate. Compare it with autoregressive.py: same functions.
+"""Text diffusion: noise, loss, samplers, generate. Compare it with autoregressive.py.
 
-Training corrupts the target at a random rate and predicts the clean text. It then feeds the model's own
-prediction back and predicts again: the loss of AR2Diff (arXiv 2401.17181, section 3), after SUNDAE
-(arXiv 2112.06749). Generation starts from noise, the canvas, and rewrites it a few times. All slots of
-a canvas are alike: text, then pads. So the model itself decides how long its text is.
+Training corrupts the target at a random rate and predicts the clean text. The
+model then reads its own prediction and predicts again: AR2Diff's loss (arXiv
+2401.17181, section 3), after SUNDAE (arXiv 2112.06749). Generation starts from
+noise, the canvas, and rewrites it a few times. A canvas holds text, then pads:
+so the model itself decides how long its text is.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,10 +32,10 @@ from model import split_prompt
 
 
 def sample_noise(uniform: Tensor, model_cfg) -> Tensor:
-    """Map numbers in [0, 1) to noise tokens: any ordinary token or pad, or always the mask token."""
+    """Map numbers in [0, 1) to noise: ordinary tokens and pad, or the mask token."""
     if model_cfg.noise == "mask":
         return torch.full(uniform.shape, model_cfg.mask_id, device=uniform.device)
-    skip_eos = model_cfg.eos_id >= 0  # no text contains it: the ids after it move up by one
+    skip_eos = model_cfg.eos_id >= 0  # no text contains it
     token = (uniform * (model_cfg.n_ordinary + 1 - skip_eos)).long()
     if skip_eos:
         token = token + (token >= model_cfg.eos_id)
@@ -43,9 +43,9 @@ def sample_noise(uniform: Tensor, model_cfg) -> Tensor:
 
 
 def corrupt(target: Tensor, rate: Tensor, model_cfg, rng: CounterRNG) -> Tensor:
-    """Replace each token of target (B, T), except slot 0, by noise with probability rate (B, 1).
+    """Replace tokens (B, T), except slot 0, by noise with probability rate (B, 1).
 
-    uniform: a random token, possibly the same one (SUNDAE). mask: mask_id (D3PM, arXiv 2107.03006).
+    uniform: a random token (SUNDAE). mask: mask_id (D3PM, arXiv 2107.03006).
     """
     chance, value = rng.uniform(CORRUPT, target.shape[1])
     hit = chance < rate  # (B, T)
@@ -58,61 +58,62 @@ def corrupt(target: Tensor, rate: Tensor, model_cfg, rng: CounterRNG) -> Tensor:
 
 @dataclass
 class LossConfig:
-    """How the diffusion loss is computed. The kind of noise is a setting of the model."""
+    """The diffusion loss. The kind of noise is a setting of the model."""
 
-    unroll_steps: int = setting(2, "passes; the paper: L(1) + L(2)", minimum=1, maximum=16)
-    unroll_temperature: float = setting(0.0, "0: pass 2 reads the argmax; 1: a sample", minimum=0)
-    full_noise_prob: float = setting(0.0, "share of rows of pure noise", minimum=0, maximum=1)
-    ar_loss_weight: float = setting(0.0, "keep the AR loss, for speculation", minimum=0)
+    unroll_steps: int = setting(2, "passes; paper: 2", minimum=1, maximum=16)
+    unroll_temperature: float = setting(0.0, "0: pass 2 reads the argmax", minimum=0)
+    full_noise_prob: float = setting(0.0, "rows of pure noise", minimum=0, maximum=1)
+    ar_loss_weight: float = setting(0.0, "keep the AR loss too", minimum=0)
 
     def __post_init__(self):
         validate(self)
 
 
 def draw_rate(cfg: LossConfig, rng: CounterRNG) -> Tensor:
-    """Draw corruption rates (B, 1) from U(0, 1), or 1 for the share full_noise_prob."""
+    """Draw corruption rates (B, 1) from U(0, 1), some of them 1."""
     rate, kind = rng.uniform(RATE, 1)
     return torch.where(kind < cfg.full_noise_prob, 1.0, rate)
 
 
 def align_logits(logits: Tensor, shift: bool) -> Tensor:
-    """Return the logits (B, T - 1, V) of slots 1 .. T - 1. With shift, position i - 1 predicts slot i."""
+    """Return the logits (B, T - 1, V) of slots 1 .. T - 1, which may come a position early."""
     return logits[:, :-1] if shift else logits[:, 1:]
 
 
 def losses(model, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None, scale=1.0):
-    """Yield the terms L(1), L(2), ..., times scale: nats per slot, the mean over all slots and pads.
+    """Yield the terms L(1), L(2), ..., times scale: nats per slot, pads included.
 
-    Call backward() on each term before the next is computed, which frees its graph. The prefix is read
-    once: a last term of value 0 carries the gradients of all passes into it.
+    Call backward() on each term before the next is computed: that frees its graph.
+    The prefix is read once: a last term of value 0 carries all gradients into it.
     rate (B, 1): corruption, drawn if None. extra_edges: see model.attention_mask.
     """
     cache = model.encode(batch.prefix, reserve=batch.target.shape[1])
     detached, pairs = cache.detach()
     for term in loss_terms(model, detached, batch, cfg, rng, rate, extra_edges):
         yield term * scale
-    carried = [(read * leaf.grad).sum() for read, leaf in pairs if leaf.grad is not None]
-    if carried:
-        yield sum(carried) - sum(carried).detach()
+    pairs = [pair for pair in pairs if pair[1].grad is not None]
+    if pairs:
+        carried = sum((read * leaf.grad).sum() for read, leaf in pairs)
+        yield carried - carried.detach()
 
 
 def loss_terms(model, cache, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None):
-    """Yield the terms behind a prefix that was read into cache.
+    """Yield the terms for a prefix that was read into cache.
 
-    L(k + 1) reads the model's own prediction of pass k, as tokens and as self-conditioning. No gradient
-    flows through it. With cfg.ar_loss_weight the last term is causal_loss, weighted.
+    L(k + 1) reads the prediction of pass k, as tokens and as self-conditioning. No
+    gradient flows through it. With ar_loss_weight the last term is causal_loss.
     """
     model_cfg = model.cfg
     target = batch.target  # (B, T)
     rate = draw_rate(cfg, rng) if rate is None else rate
     canvas = corrupt(target, rate, model_cfg, rng)
     self_cond = None
-    # Aligned like the logits; -100 is not scored. Slicing the logits instead would copy them.
-    expected = F.pad(target[:, 1:], (0, 1) if model_cfg.shift else (1, 0), value=-100)
+    # -100 is not scored. Slicing the logits instead would copy them.
+    unscored = (0, 1) if model_cfg.shift else (1, 0)
+    expected = F.pad(target[:, 1:], unscored, value=-100)
     for k in range(cfg.unroll_steps):
-        logits = model.decode(
-            cache.fork(), canvas, False, self_cond, None, extra_edges
-        )  # (B, T, V)
+        hints = (False, self_cond, None, extra_edges)
+        logits = model.decode(cache.fork(), canvas, *hints)  # (B, T, V)
         if k + 1 < cfg.unroll_steps:  # before the loss overwrites the logits
             with torch.no_grad():
                 aligned = align_logits(logits, model_cfg.shift)  # (B, T - 1, V)
@@ -130,7 +131,7 @@ def loss_terms(model, cache, batch, cfg, rng: CounterRNG, rate=None, extra_edges
 
 
 def causal_loss(model, cache, target: Tensor) -> Tensor:
-    """Return the AR loss of these weights under the causal mask: nats per slot, pads included."""
+    """Return the AR loss of these weights, nats per slot, under the causal mask."""
     logits = model.decode(cache.fork(), target, attention="causal")  # (B, T, V)
     expected = F.pad(target[:, 1:], (0, 1), value=-100)
     return cross_entropy_in_place(logits, expected)
@@ -142,14 +143,14 @@ def loss(model, batch, cfg, rng: CounterRNG) -> Tensor:
 
 
 @torch.no_grad()
-def loss_by_rate(model, batch, rng: CounterRNG, rates: list[float]) -> dict[str, float]:
-    """Return L(1) at fixed corruption rates, nats per slot. Not comparable with an AR loss."""
-    single_pass = LossConfig(unroll_steps=1)
+def loss_by_rate(model, batch, rng: CounterRNG, rates) -> dict[str, float]:
+    """Return L(1) at fixed corruption rates, nats per slot. No AR loss compares with it."""
+    cfg = LossConfig(unroll_steps=1)
     cache = model.encode(batch.prefix, reserve=batch.target.shape[1])
     found = {}
     for rate in rates:
         fixed = torch.full((len(batch.target), 1), rate, device=batch.target.device)
-        terms = loss_terms(model, cache, batch, single_pass, rng, fixed)
+        terms = loss_terms(model, cache, batch, cfg, rng, fixed)
         found[f"{rate:.1f}"] = next(terms).item()
     return found
 
@@ -158,13 +159,13 @@ SOFTMAX_CHUNK = 1 << 24  # logits per softmax, to bound its memory
 
 
 def expected_embedding(model, logits: Tensor) -> Tensor:
-    """Return the expected embedding (B, T, C) of a prediction (B, T - 1, V); slot 0 gets zeros."""
+    """Return the expected embedding (B, T, C) of logits (B, T - 1, V); slot 0: zeros."""
     rows = max(1, SOFTMAX_CHUNK // logits[0].numel())
     parts = [model.expected_embedding(part) for part in logits.split(rows)]
     return F.pad(torch.cat(parts), (0, 0, 1, 0))
 
 
-# Samplers: one step each, with one signature. denoise() runs them.
+# Samplers: one step each, all with the signature of `resample`. denoise() runs them.
 
 
 class SamplerState(NamedTuple):
@@ -178,11 +179,8 @@ class SamplerState(NamedTuple):
     editable: Tensor  # (R, S) bool, False where the token is given (infilling)
 
 
-def resample(logits, state: SamplerState, step: int, cfg, rng: CounterRNG, model_cfg):
-    """Redraw a random share of the slots at a low temperature.
-
-    With update_fraction=1 the paper's sampler (section 4.2).
-    """
+def resample(logits, state, step, cfg, rng, model_cfg):
+    """Redraw a random share of the slots; all of them in the paper (section 4.2)."""
     S = logits.shape[1]
     drawn = draw_tokens(logits, cfg.temperature, rng.uniform(SAMPLE, S)[0])
     chosen = rng.uniform(SELECT, S)[0] < cfg.update_fraction
@@ -190,70 +188,60 @@ def resample(logits, state: SamplerState, step: int, cfg, rng: CounterRNG, model
     converged = _unchanged(drawn, state) & (cfg.temperature == 0)
     output = _replace_masks(canvas, drawn, model_cfg)
     scored = _replace_masks(state.canvas, drawn, model_cfg)
-    return state._replace(canvas=canvas, output=output, scored=scored, converged=converged)
+    return SamplerState(canvas, output, scored, state.aux, converged, state.editable)
 
 
-def argmax_unrolled(logits, state: SamplerState, step: int, cfg, rng: CounterRNG, model_cfg):
-    """Take the argmax everywhere, then rewrite only the slots of lowest confidence.
+def argmax_unrolled(logits, state, step, cfg, rng, model_cfg):
+    """Rewrite the slots that were least confident in the last pass (SUNDAE, section 2.4).
 
-    SUNDAE, section 2.4. aux: the log-probability of each slot's argmax in the last pass.
+    The first pass rewrites all. aux: log-probability of each slot's argmax.
     """
     drawn = argmax(logits)
     confidences = -token_nll(logits, drawn)  # (R, S)
-    if step == 0:
-        chosen = state.editable
-    else:
+    chosen = state.editable
+    if step > 0:
         # 50 x 0.3 is 15.000001 in float32, hence the small number.
         n = (state.editable.sum(1, keepdim=True) * cfg.update_fraction - 1e-3).ceil()
-        chosen = _rank(-state.aux.masked_fill(~state.editable, math.inf)) < n
-    canvas = torch.where(chosen & state.editable, drawn, state.canvas)
-    return state._replace(
-        canvas=canvas,
-        output=canvas,
-        scored=_replace_masks(state.canvas, drawn, model_cfg),
-        aux=confidences,
-        converged=_unchanged(drawn, state),
-    )
+        chosen = chosen & (_rank(-state.aux.masked_fill(~chosen, math.inf)) < n)
+    canvas = torch.where(chosen, drawn, state.canvas)
+    scored = _replace_masks(state.canvas, drawn, model_cfg)
+    converged = _unchanged(drawn, state)
+    return SamplerState(canvas, canvas, scored, confidences, converged, state.editable)
 
 
-def confidence(logits, state: SamplerState, step: int, cfg, rng: CounterRNG, model_cfg):
-    """Keep the most confident slots, more of them each step; the others become noise again.
-
-    All slots are ranked at each step, so a kept token may be replaced later.
-    """
-    drawn = draw_tokens(logits, cfg.temperature, rng.uniform(SAMPLE, logits.shape[1])[0])
-    confidences = -token_nll(logits, drawn).masked_fill(~state.editable, math.inf)  # (R, S)
+def confidence(logits, state, step, cfg, rng, model_cfg):
+    """Keep the most confident slots, more of them each step; renoise the others."""
+    uniform, _ = rng.uniform(SAMPLE, logits.shape[1])
+    drawn = draw_tokens(logits, cfg.temperature, uniform)
+    nll = token_nll(logits, drawn).masked_fill(~state.editable, math.inf)  # (R, S)
     n = (state.editable.sum(1, keepdim=True) * (step + 1) / cfg.steps).ceil()
-    kept = _rank(confidences) < n
-    # Pads are confident first: in the first half an answer may be stable before it has any text.
-    may_stop = cfg.stop_entropy > 0 and step + 1 >= cfg.steps / 2
-    entropies = entropy(logits) if may_stop else None
-    return _keep_or_renoise(state, kept, drawn, argmax(logits), entropies, cfg, rng, model_cfg)
+    kept = _rank(-nll) < n
+    # Pads are confident first, so early answers may be stable but empty.
+    late = step + 1 >= cfg.steps / 2
+    stop = entropy(logits) if late and cfg.stop_entropy > 0 else None
+    return _keep_or_renoise(logits, state, kept, drawn, stop, cfg, rng, model_cfg)
 
 
-def entropy_bound(logits, state: SamplerState, step: int, cfg, rng: CounterRNG, model_cfg):
-    """Keep the slots of lowest entropy as long as its sum stays below a bound; renoise the others.
+def entropy_bound(logits, state, step, cfg, rng, model_cfg):
+    """Keep the slots of lowest entropy, up to a bound of their sum; renoise the others.
 
-    The temperature falls linearly and the output is the argmax, as in DiffusionGemma's sampler
-    (transformers 5.23, generation of DiffusionGemma).
+    The temperature falls linearly, as in DiffusionGemma's sampler (transformers 5.23).
     """
     progress = step / max(cfg.steps - 1, 1)
-    temperature = cfg.temperature_start + (cfg.temperature_end - cfg.temperature_start) * progress
-    drawn = draw_tokens(logits, temperature, rng.uniform(SAMPLE, logits.shape[1])[0])
+    fall = cfg.temperature_start - cfg.temperature_end
+    temperature = cfg.temperature_start - fall * progress
+    uniform, _ = rng.uniform(SAMPLE, logits.shape[1])
+    drawn = draw_tokens(logits, temperature, uniform)
     entropies = entropy(logits, max(temperature, 1e-6))  # (R, S)
     ordered, order = entropies.masked_fill(~state.editable, math.inf).sort(1)
     within = ordered.cumsum(1) - ordered <= cfg.entropy_bound
     kept = torch.zeros_like(state.editable).scatter(1, order, within)
     stop = entropies if cfg.stop_entropy > 0 else None
-    return _keep_or_renoise(state, kept, drawn, argmax(logits), stop, cfg, rng, model_cfg)
+    return _keep_or_renoise(logits, state, kept, drawn, stop, cfg, rng, model_cfg)
 
 
-SAMPLERS: dict[str, Callable] = {
-    "resample": resample,
-    "argmax_unrolled": argmax_unrolled,
-    "confidence": confidence,
-    "entropy_bound": entropy_bound,
-}
+STEPS = (resample, argmax_unrolled, confidence, entropy_bound)
+SAMPLERS = {step.__name__: step for step in STEPS}
 
 
 @dataclass
@@ -261,14 +249,14 @@ class SamplerConfig:
     """How a canvas becomes text."""
 
     sampler: str = setting("resample", "resample is the paper's", tuple(SAMPLERS))
-    steps: int = setting(10, "network calls, each over all slots", minimum=1)
+    steps: int = setting(10, "network calls", minimum=1)
     temperature: float = setting(0.2, "resample, confidence", minimum=1e-3, zero_ok=True)
     update_fraction: float = setting(1.0, "slots redrawn per step", above=0, maximum=1)
-    candidates: int = setting(1, "canvases per prompt; the best score wins", minimum=1)
+    candidates: int = setting(1, "canvases per prompt", minimum=1)
     temperature_start: float = setting(0.8, "entropy_bound", minimum=1e-3, zero_ok=True)
     temperature_end: float = setting(0.4, "entropy_bound", minimum=1e-3, zero_ok=True)
     entropy_bound: float = setting(0.1, "nats accepted per step", minimum=0)
-    stop_entropy: float = setting(0.005, "nats per slot below which a row may stop", minimum=0)
+    stop_entropy: float = setting(0.005, "nats per slot: a row may stop", minimum=0)
 
     def __post_init__(self):
         validate(self)
@@ -279,18 +267,19 @@ def _unchanged(drawn: Tensor, state: SamplerState) -> Tensor:
 
 
 def _replace_masks(tokens: Tensor, drawn: Tensor, model_cfg) -> Tensor:
-    # A slot may still hold the mask token, which is no text and has no likelihood.
+    # The mask token is no text and has no likelihood.
     return torch.where(tokens == model_cfg.mask_id, drawn, tokens)
 
 
-def _keep_or_renoise(state, kept, drawn, best, entropies, cfg, rng, model_cfg) -> SamplerState:
+def _keep_or_renoise(logits, state, kept, drawn, entropies, cfg, rng, model_cfg):
     """Kept slots get their drawn token, the others noise. aux: the last output.
 
-    A row converges if its output repeats and its mean entropy is low; never if entropies is None.
+    A row converges if its output repeats at low entropy, given entropies.
     """
     noise = sample_noise(rng.uniform(RENOISE, kept.shape[1])[0], model_cfg)
-    canvas = torch.where(state.editable, torch.where(kept, drawn, noise), state.canvas)
-    output = torch.where(state.editable, best, state.canvas)
+    canvas = torch.where(kept, drawn, noise)
+    canvas = torch.where(state.editable, canvas, state.canvas)
+    output = torch.where(state.editable, argmax(logits), state.canvas)
     converged = state.converged
     if entropies is not None:
         n = state.editable.sum(1).clamp(min=1)
@@ -301,7 +290,7 @@ def _keep_or_renoise(state, kept, drawn, best, entropies, cfg, rng, model_cfg) -
 
 
 def _rank(score: Tensor) -> Tensor:
-    """Return the place of each slot of (R, S), the highest score first."""
+    """Return the rank of each slot of (R, S), the highest score first."""
     order = score.argsort(dim=1, descending=True, stable=True)
     return order.argsort(dim=1)
 
@@ -311,22 +300,17 @@ def _rank(score: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model,
-    prefix: Tensor,
-    cfg: SamplerConfig,
-    seed: int = 0,
-    example: Tensor | None = None,
-    on_step: Callable | None = None,
-    given: Tensor | None = None,
+    model, prefix, cfg: SamplerConfig, seed=0, example=None, on_step=None, given=None
 ) -> GenerateOutput:
-    """Denoise cfg.candidates canvases per prefix (B, P) and keep the best-scoring one (section 4.2).
+    """Denoise N = cfg.candidates canvases per prefix (B, P); keep the best (section 4.2).
 
     example (B,): keys of the rows' random numbers; 0 .. B - 1 by default.
     on_step: see denoise; row r is candidate r % N of prompt r // N.
     given (B, T - 1): tokens that stay fixed, -1 for a free slot (infilling).
     """
     model_cfg = model.cfg
-    B, N = len(prefix), cfg.candidates
+    B = len(prefix)
+    N = cfg.candidates
     device = prefix.device
     prefix, start = split_prompt(prefix, model_cfg)
     if example is None:
@@ -339,31 +323,27 @@ def generate(
         given = None if given is None else given[prompt]
     rng = CounterRNG(seed, example[prompt], candidate)
     length = model_cfg.target_length - 1
-    return best_of(denoise(model, cache, start[prompt], length, cfg, rng, on_step, given), N)
+    out = denoise(model, cache, start[prompt], length, cfg, rng, on_step, given)
+    return best_of(out, N)
 
 
 def best_of(out: GenerateOutput, N: int) -> GenerateOutput:
-    """Of each N rows keep the one with the lowest score. The calls of all N are counted."""
+    """Of each N rows keep the one with the lowest score. All calls count."""
     offset = torch.arange(len(out.score) // N, device=out.score.device) * N
     best = out.score.view(-1, N).argmin(1) + offset  # (B,)
-    return GenerateOutput(out.tokens[best], out.score[best], out.calls.view(-1, N).sum(1))
+    calls = out.calls.view(-1, N).sum(1)
+    return GenerateOutput(out.tokens[best], out.score[best], calls)
 
 
 @torch.no_grad()
 def denoise(
-    model,
-    cache,
-    start: Tensor,
-    length: int,
-    cfg: SamplerConfig,
-    rng: CounterRNG,
-    on_step: Callable | None = None,
-    given: Tensor | None = None,
+    model, cache, start, length, cfg, rng: CounterRNG, on_step=None, given=None
 ) -> GenerateOutput:
-    """Rewrite R canvases of noise in at most cfg.steps network calls. Converged rows are frozen.
+    """Rewrite R canvases in at most cfg.steps calls. Converged rows are frozen.
 
-    start (R, 1): slot 0, never rewritten. on_step: called with (step, canvas (R, S), logits (R, S, V),
-    rows (R,)) after each call, and once before with step 0 and logits None. rows is -1 if frozen.
+    start (R, 1): slot 0, never rewritten. on_step: called with (step, canvas (R, S),
+    logits (R, S, V), rows (R,)) after each call, and before with step 0 and logits
+    None. rows: -1 if frozen.
     """
     model_cfg = model.cfg
     step_fn = SAMPLERS[cfg.sampler]
@@ -379,10 +359,11 @@ def denoise(
     for step in range(cfg.steps):
         is_last = step + 1 == cfg.steps
         canvas = torch.cat([start, state.canvas], dim=1)  # (R, 1 + S)
-        logits = align_logits(model.decode(cache, canvas, self_cond=self_cond), model_cfg.shift)
+        logits = model.decode(cache, canvas, self_cond=self_cond)  # (R, 1 + S, V)
+        logits = align_logits(logits, model_cfg.shift)  # (R, S, V)
         if model_cfg.self_conditioning and not is_last:
             self_cond = expected_embedding(model, logits)  # (R, 1 + S, C)
-        logits = logits.index_fill(-1, banned, -math.inf)  # (R, S, V)
+        logits = logits.index_fill(-1, banned, -math.inf)
         new = step_fn(logits, state, step, cfg, rng.fold_in(step), model_cfg)
         state = freeze(state, new, active)
         calls += active
@@ -390,14 +371,15 @@ def denoise(
             on_step(step + 1, state.canvas, logits, torch.where(active, rows, -1))
         finished = active & (state.converged | is_last)
         if finished.any():
-            score = torch.where(finished, token_nll(logits, state.scored).mean(1), score)
+            nll = token_nll(logits, state.scored).mean(1)
+            score = torch.where(finished, nll, score)
             active = active & ~finished
             if not active.any():
                 break
     return GenerateOutput(state.output, score, calls)
 
 
-def initial_state(length: int, rng: CounterRNG, model_cfg, given: Tensor | None) -> SamplerState:
+def initial_state(length: int, rng: CounterRNG, model_cfg, given) -> SamplerState:
     """Return canvases of noise, with the given tokens in place."""
     canvas = sample_noise(rng.uniform(CANVAS, length)[0], model_cfg)  # (R, S)
     editable = torch.ones_like(canvas, dtype=torch.bool)
@@ -410,7 +392,7 @@ def initial_state(length: int, rng: CounterRNG, model_cfg, given: Tensor | None)
 
 
 def freeze(old: SamplerState, new: SamplerState, active: Tensor) -> SamplerState:
-    """Take the new state for active rows (R,) and keep the old state for the others."""
+    """Take the new state for active rows (R,) and the old state for the others."""
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(active if a.dim() == 1 else active[:, None], b, a)

@@ -80,7 +80,8 @@ class ModelConfig:
         fast = self.rope_fast_turns
         top = max(self.pad_id, self.sep_id, self.mask_id, self.n_ordinary - 1)
         require(self.head_dim or C % H == 0, f"n_embd {C} must be a multiple of n_head {H}")
-        require(self.position != "rope" or D % 2 == 0, f"rope needs an even head_size, got {D}")
+        even = self.position != "rope" or D % 2 == 0
+        require(even, f"n_embd / n_head must be even, got {D}")
         require(H % G == 0, f"n_head {H} must be a multiple of n_kv_head {G}")
         require(slow < fast, f"rope_slow_turns {slow} must be below rope_fast_turns {fast}")
         require(top < V, f"token id {top} must be below vocab_size {V}")
