@@ -249,7 +249,7 @@ def speed_table(results: Path, decode: bool) -> str:
     lines = [line for line in lines if line["what"] in wanted]
     if not lines:
         return "(not measured yet)"
-    table = speed.decode_table(lines, short=True) if decode else speed.lines_table(lines)
+    table = speed.decode_table(lines) if decode else speed.lines_table(lines)
     return f"{table}\n\n{speed.origins(lines)}"
 
 
