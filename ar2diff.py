@@ -1,12 +1,12 @@
-"""AR2Diff: convert an autoregressive model into a text diffusion model (arXiv 2401.17181, section 4.5).
+"""AR2Diff: convert an AR model into a text diffusion model (arXiv 2401.17181, section 4.5).
 
     python ar2diff.py --init_from=out/ar/ckpt.pt --out_dir=out/start --check
-    python ar2diff.py --init_from=Qwen/Qwen2.5-0.5B --out_dir=out/qwen --check   # or a folder, or a GGUF file
-    python ar2diff.py --init_from=out/qwen/ckpt.pt --export=out/qwen_hf          # and back
+    python ar2diff.py --init_from=Qwen/Qwen2.5-0.5B --out_dir=out/qwen --check
+    python ar2diff.py --init_from=out/qwen/ckpt.pt --export=out/qwen_hf  # and back
 
-The weights do not change. What changes is which tokens see each other, the position where a slot is
-predicted, and the loss from here on. Then train.py continues from OUT_DIR/ckpt.pt: N steps on the
-pretraining data (AR2Diff_N; none: AR2Diff_0), then fine-tuning. Only this file converts models.
+The weights do not change. What changes is which tokens see each other, where a
+slot is predicted, and the loss. train.py continues from OUT_DIR/ckpt.pt: N steps
+on the pretraining data (AR2Diff_N), then fine-tuning. Only this file converts.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import autoregressive
 import diffusion
-from configurator import configure, run, setting, validate
+from configurator import configure, require, run, setting, validate
 from data.loader import build_if_missing, open_dataset
 from data.objectives import Batch
 from data.tokenizer import Tokenizer
@@ -31,16 +31,16 @@ from model import NEW_MODULES, ModelConfig, Transformer, model_from_state_dict
 
 @dataclass
 class ConvertConfig:
-    """What to convert, and into what. The defaults did best on translation (results/README.md)."""
+    """What to convert, and into what. The defaults did best on translation."""
 
     init_from: str = setting(
         "out/ar2diff_1_ar/ckpt.pt", "checkpoint, HF folder, hub name or .gguf", path=True
     )
-    out_dir: str = setting("out/ar2diff_start", "where ckpt.pt is written", path=True)
-    paradigm: str = setting("diffusion", "ar: import weights only", ("diffusion", "ar"))
-    export: str = setting("", "write a checkpoint as a Hugging Face folder", path=True)
-    block_size: int = setting(0, "imports: prefix + target; 0: at most 4,096", minimum=0)
-    target_length: int = setting(0, "imports: slots; 0: at most 128", minimum=0)
+    out_dir: str = setting("out/ar2diff_start", "place of ckpt.pt", path=True)
+    paradigm: str = setting("diffusion", "ar: import only", ("diffusion", "ar"))
+    export: str = setting("", "write a Hugging Face folder", path=True)
+    block_size: int = setting(0, "imports; 0: at most 4,096", minimum=0)
+    target_length: int = setting(0, "imports; 0: at most 128", minimum=0)
     prefix_attention: str = setting(
         "bidirectional", "joint is the paper's", ("bidirectional", "causal", "joint")
     )
@@ -48,9 +48,9 @@ class ConvertConfig:
     shift: bool = setting(True, "position i - 1 predicts slot i, as in AR models")
     self_conditioning: bool = setting(True, "not in the paper")
     check: bool = setting(False, "verify; a failure exits with status 1")
-    data: str = setting("", "what --check reads; default: the AR model's data", path=True)
-    prompt: str = setting("", "imports: what --check reads; default: a paragraph")
-    overwrite: bool = setting(False, "replace an existing checkpoint")
+    data: str = setting("", "of --check; default: the AR model's", path=True)
+    prompt: str = setting("", "of --check for imports; default: a paragraph")
+    overwrite: bool = setting(False, "replace a checkpoint")
     seed: int = setting(0, "of --check", minimum=0, maximum=2**62)
 
     def __post_init__(self):
@@ -66,10 +66,10 @@ class Check(NamedTuple):
 
 
 def convert(source: Transformer, copy: bool = True, **settings) -> Transformer:
-    """Return a new model with the same weights and other settings. The source does not change.
+    """Return a new model with the same weights and other settings.
 
-    Only NEW_MODULES may be added. They are zero, so the network computes what it did before wherever it
-    sees the same tokens. copy=False shares the tensors. Raises ValueError if weights do not fit.
+    Only NEW_MODULES may be added. They are zero, so the network computes what it did
+    wherever it sees the same tokens. copy=False shares the tensors with the source.
     """
     weights = source.state_dict()
     if copy:
@@ -77,49 +77,50 @@ def convert(source: Transformer, copy: bool = True, **settings) -> Transformer:
     return model_from_state_dict(replace(source.cfg, **settings), weights)
 
 
-def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
-    """Return the random extra edges (T, T), or (P + T, P + T) if joint, that are open at this step.
+def new_weights(model: Transformer) -> dict[str, Tensor]:
+    """Return the weights that an AR model has not, by name."""
+    weights = model.state_dict().items()
+    return {name: w for name, w in weights if name.split(".")[0] in NEW_MODULES}
 
-    Their share grows linearly over `steps` steps (DiffuLLaMA, arXiv 2410.17891, section 3.2), from the
-    causal mask to the bidirectional one. All micro-batches of a step see the same edges.
+
+def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
+    """Return the extra edges (T, T), or (P + T, P + T) if joint, open at this step.
+
+    Their random share grows linearly from causal to bidirectional over `steps` steps
+    (DiffuLLaMA, arXiv 2410.17891, section 3.2). All micro-batches of a step agree.
     """
     P = batch.prefix.shape[1] if joint else 0
     T = batch.target.shape[1]
-    # The target comes first, so its edges do not depend on the prefix length of the micro-batch.
+    # The target comes first, so its edges do not depend on the prefix length.
     row = torch.cat([torch.arange(T, T + P), torch.arange(T)]).to(batch.target.device)
     uniform, _ = make_rng(seed, row, step).uniform(EDGES, P + T)
     return uniform[:, row] < (step + 1) / steps
 
 
-# The checks. They hold for any weights: none depends on training or on luck, except loss_before.
+# The checks. They hold for any weights; only loss_before needs a trained source.
 
 
 @torch.no_grad()
-def verify(
-    source: Transformer, model: Transformer, batch: Batch, seed: int = 0, knows_text: bool = True
-) -> list[Check]:
+def verify(source, model, batch: Batch, seed: int = 0, knows_text: bool = True) -> list[Check]:
     """Compare a converted model with its AR source on text that the source has not seen.
 
     knows_text: whether the source should predict this text better than guessing.
     """
-    as_source = _with_source_settings(model, source.cfg)
+    weights = model.state_dict()
+    for name in new_weights(model):
+        del weights[name]
+    as_source = model_from_state_dict(source.cfg, weights)
     ar_loss = autoregressive.loss(source, batch, None, None).item()
     return [
         check_logits(source, as_source, batch),
         check_new_modules(model),
-        check_future(source, batch, visible=False),
-        check_future(model, batch, visible=True),
+        check_future(source, batch, sees=False),
+        check_future(model, batch, sees=True),
         check_prefix(model, batch, seed),
         check_alignment(as_source, batch, ar_loss),
         check_loss_before(ar_loss, model.cfg, knows_text),
         check_loss_after(model, batch, seed),
     ]
-
-
-def _with_source_settings(model: Transformer, cfg: ModelConfig) -> Transformer:
-    weights = model.state_dict()
-    kept = {name: w for name, w in weights.items() if name.split(".")[0] not in NEW_MODULES}
-    return model_from_state_dict(cfg, kept)
 
 
 def check_logits(source, as_source, batch) -> Check:
@@ -130,26 +131,26 @@ def check_logits(source, as_source, batch) -> Check:
 
 
 def check_new_modules(model) -> Check:
-    new = {n: p for n, p in model.named_parameters() if n.split(".")[0] in NEW_MODULES}
-    largest = max((p.abs().max().item() for p in new.values()), default=0.0)
-    return Check("new layers are zero", f"{', '.join(new) or 'none'}: {largest:.1e}", largest == 0)
+    new = new_weights(model)
+    largest = max((w.abs().max().item() for w in new.values()), default=0.0)
+    names = ", ".join(new) or "none"
+    return Check("new layers are zero", f"{names}: {largest:.1e}", largest == 0)
 
 
-def check_future(model, batch, visible: bool) -> Check:
+def check_future(model, batch, sees: bool) -> Check:
     """Change the last token: does an earlier prediction change?"""
     changed = batch.target.clone()
     changed[:, -1] = (changed[:, -1] + 1) % model.cfg.n_ordinary
     difference = model(batch.prefix, changed) - model(batch.prefix, batch.target)
-    effect = difference[:, :-1].abs().max().item()
-    if visible:
-        effect = difference[:, 0].abs().max().item()
-    claim = "the converted model does" if visible else "the source does not see later tokens"
+    earlier = difference[:, :1] if sees else difference[:, :-1]
+    effect = earlier.abs().max().item()
+    claims = ("the source does not see later tokens", "the converted model sees later tokens")
     measured = f"the last token changes earlier logits by {effect:.1e}"
-    return Check(claim, measured, (effect > 0) == visible)
+    return Check(claims[sees], measured, (effect > 0) == sees)
 
 
 def check_prefix(model, batch, seed: int) -> Check:
-    """Record every prefix that the network reads during a two-pass loss and a generation."""
+    """Record every prefix that a two-pass loss and a generation read."""
     first = Batch(*(part[:2] for part in batch))
     T = model.cfg.target_length
     if first.prefix.shape[1] == T:  # reads are told apart by their width
@@ -157,28 +158,29 @@ def check_prefix(model, batch, seed: int) -> Check:
     seen = []
     hook = model.tok.register_forward_hook(lambda module, ids, out: seen.append(ids[0]))
     diffusion.loss(model, first, diffusion.LossConfig(), make_rng(seed, first.example))
-    sampler = diffusion.SamplerConfig(steps=2)
     prompt = first.prefix
     if model.cfg.sep_id < 0:
         prompt = torch.cat([prompt, first.target[:, :1]], dim=1)
-    diffusion.generate(model, prompt, sampler, seed)
+    diffusion.generate(model, prompt, diffusion.SamplerConfig(steps=2), seed)
     hook.remove()
     reads = [ids[:, : first.prefix.shape[1]] for ids in seen if ids.shape[1] != T]
     changed = sum(not torch.equal(ids, first.prefix) for ids in reads)
-    claim = "the prefix is never corrupted"
-    return Check(claim, f"{changed} of {len(reads)} reads changed", len(reads) > 0 == changed)
+    measured = f"{changed} of {len(reads)} reads changed"
+    return Check("the prefix is never corrupted", measured, len(reads) > 0 == changed)
 
 
 def check_alignment(as_source, batch, ar_loss: float) -> Check:
-    """On clean tokens with the causal mask, the right alignment gives exactly the AR loss."""
+    """With the causal mask and clean tokens, the right alignment gives the AR loss."""
+    logits = as_source(batch.prefix, batch.target)
+    expected = batch.target[:, 1:]
 
     def clean_loss(shift: bool) -> float:
-        logits = diffusion.align_logits(as_source(batch.prefix, batch.target), shift)
-        return F.cross_entropy(logits.flatten(0, 1), batch.target[:, 1:].flatten()).item()
+        aligned = diffusion.align_logits(logits, shift)
+        return F.cross_entropy(aligned.mT, expected).item()
 
-    shifted = clean_loss(True)
-    measured = f"loss {shifted:.3f} at i - 1, {clean_loss(False):.3f} at i; AR loss {ar_loss:.3f}"
-    ok = abs(shifted - ar_loss) < 1e-3 * max(1.0, ar_loss)
+    before = clean_loss(True)
+    measured = f"loss {before:.3f} at i - 1, {clean_loss(False):.3f} at i; AR {ar_loss:.3f}"
+    ok = abs(before - ar_loss) < 1e-3 * max(1.0, ar_loss)
     return Check("position i - 1 predicts slot i", measured, ok)
 
 
@@ -192,17 +194,17 @@ def check_loss_before(ar_loss: float, cfg: ModelConfig, knows_text: bool) -> Che
 
 def check_loss_after(model, batch, seed: int) -> Check:
     rng = make_rng(seed, batch.example)
-    rates = diffusion.loss_by_rate(model, batch, rng, [0.0, 0.5, 1.0])
+    losses = diffusion.loss_by_rate(model, batch, rng, [0.0, 0.5, 1.0]).values()
     claim = f"L(1) after, at corruption 0 / 0.5 / 1, shift={model.cfg.shift}"
-    measured = " / ".join(f"{value:.3f}" for value in rates.values())
-    return Check(claim, measured, all(math.isfinite(value) for value in rates.values()))
+    measured = " / ".join(f"{value:.3f}" for value in losses)
+    return Check(claim, measured, all(map(math.isfinite, losses)))
 
 
 # The command
 
 
 class Source(NamedTuple):
-    """An AR model to convert. path: its Hugging Face folder or GGUF file; None: a checkpoint."""
+    """An AR model. path: its Hugging Face folder or GGUF file; None: a checkpoint."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -218,11 +220,12 @@ def main(argv: list[str]) -> None:
         from hf.convert import export
 
         return export(cfg.init_from, Path(cfg.export), cfg.overwrite)
-    out = Path(cfg.out_dir) / "ckpt.pt"
-    if out.exists() and not cfg.overwrite:
-        raise ValueError(f"{out} exists; use another --out_dir, or --overwrite")
-    if (out.parent / "config.json").exists():
-        raise ValueError(f"{out.parent} is a Hugging Face folder; use another --out_dir")
+    folder = Path(cfg.out_dir)
+    out = folder / "ckpt.pt"
+    free = cfg.overwrite or not out.exists()
+    require(free, f"{out} exists; use another --out_dir, or --overwrite")
+    foreign = (folder / "config.json").exists()
+    require(not foreign, f"{folder} is a Hugging Face folder; use another --out_dir")
     source = open_source(cfg)
     names = ("prefix_attention", "noise", "shift", "self_conditioning")
     settings = {name: getattr(cfg, name) for name in names}
@@ -233,31 +236,32 @@ def main(argv: list[str]) -> None:
         model = convert(source.model, copy=cfg.check, **settings)
     if cfg.check:
         report(source, model, cfg)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     facts = {"train_config": {"data": source.data}, "converted_from": source.origin}
     save(out, model, 0, source.tokenizer.name, **facts)
     if model is source.model:
         print(f"{out}: {source.origin} as an AR model, not converted")
         return
-    new = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[0] in NEW_MODULES)
+    new = sum(w.numel() for w in new_weights(model).values())
     flags = " ".join(f"--{name}={value}" for name, value in settings.items())
     print(f"{out}: {source.origin} as a diffusion model, {flags} | {new:,} new weights, all zero")
 
 
 def open_source(cfg: ConvertConfig) -> Source:
     """Read the AR model: one of our checkpoints, or imported weights."""
-    if not Path(cfg.init_from).suffix == ".pt":
+    path = cfg.init_from
+    if Path(path).suffix != ".pt":
         from hf.convert import import_source
 
-        return Source(*import_source(cfg.init_from, cfg.block_size, cfg.target_length))
-    model, tokenizer, state = load_model(cfg.init_from)
-    if model.cfg.paradigm != "ar":
-        raise ValueError(f"{cfg.init_from} is a diffusion model; --init_from needs an AR model")
-    if cfg.block_size or cfg.target_length or cfg.prompt or cfg.paradigm == "ar":
-        flags = "--block_size, --target_length, --prompt and --paradigm=ar"
-        raise ValueError(f"{cfg.init_from} is a checkpoint; {flags} are for imported weights")
+        return Source(*import_source(path, cfg.block_size, cfg.target_length))
+    model, tokenizer, state = load_model(path)
+    is_ar = model.cfg.paradigm == "ar"
+    require(is_ar, f"{path} is a diffusion model; --init_from needs an AR model")
+    given = cfg.block_size or cfg.target_length or cfg.prompt or cfg.paradigm == "ar"
+    flags = "--block_size, --target_length, --prompt and --paradigm=ar"
+    require(not given, f"{path} is a checkpoint; {flags} are for imported weights")
     data = state.get("train_config", {}).get("data", "")
-    return Source(model, tokenizer, data, f"{cfg.init_from} step {state['step']}", None)
+    return Source(model, tokenizer, data, f"{path} step {state['step']}", None)
 
 
 def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
@@ -282,20 +286,19 @@ def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
 
 
 def check_batch(source: Source, cfg: ConvertConfig) -> Batch:
-    """Return the text to check on: held-out data, or a paragraph for imported weights."""
+    """Return text to check on: held-out data, or a paragraph for imported weights."""
     data = cfg.data or source.data
-    if not data and source.path is None:
-        raise ValueError(f"{cfg.init_from} does not name its data; give a data set with --data")
-    if not data:
+    if not data and source.path is not None:
         from hf.convert import text_batch
 
         return text_batch(cfg.prompt, source.tokenizer, source.model.cfg)
+    require(data, f"{cfg.init_from} does not name its data; give a data set with --data")
     valid_set = open_dataset(build_if_missing(data), "valid")
-    for name in ("tokenizer_name", "target_length"):
-        theirs = getattr(valid_set, name)
-        ours = source.tokenizer.name if name == "tokenizer_name" else source.model.cfg.target_length
-        if theirs != ours:
-            raise ValueError(f"{data} has {name} {theirs!r}, the model {ours!r}; use other --data")
+    ours = {"tokenizer_name": source.tokenizer.name}
+    ours["target_length"] = source.model.cfg.target_length
+    for name, value in ours.items():
+        got = getattr(valid_set, name)
+        require(got == value, f"{data} has {name} {got!r}, the model {value!r}; use other --data")
     return valid_set.batch(cfg.seed, 0, 16)
 
 
