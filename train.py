@@ -5,10 +5,11 @@
     python train.py config/ar2diff_2_adapt.py --max_steps=300      # continue as a diffusion model
     python train.py config/ar2diff_2_adapt.py --init_from=resume   # after an interruption
 
-Every random number is a function of (seed, step, example index). So a resumed run is bit for bit the
-undisturbed one, and gradient accumulation and evaluations do not change the training.
+Every random number is a function of (seed, step, example index). So a resumed run
+equals the undisturbed one bit for bit.
 """
 
+import collections
 import math
 import signal
 import sys
@@ -24,7 +25,7 @@ from tqdm import tqdm
 import autoregressive
 import configurator
 import diffusion
-from configurator import flatten, group, require, setting, validate
+from configurator import flatten, group, needs, require, setting, validate
 from data.loader import build_if_missing, open_dataset, prefetch
 from data.objectives import ObjectiveConfig
 from data.tokenizer import get_tokenizer
@@ -41,7 +42,7 @@ KEEP_LAST = 2  # ckpt.pt and ckpt.1.pt
 
 @dataclass
 class TrainConfig:
-    """A run. The groups and the fields below are all settings of a training."""
+    """A run. The groups hold settings too."""
 
     model: ModelConfig = group(ModelConfig)
     loss: diffusion.LossConfig = group(diffusion.LossConfig)
@@ -50,51 +51,52 @@ class TrainConfig:
     init_from: str = setting(
         "scratch", "scratch, resume or a checkpoint", path=True, may_change=True
     )
-    out_dir: str = setting("out/run", "checkpoints and log", path=True, may_change=True)
+    out_dir: str = setting("out/run", "checkpoints, log", path=True, may_change=True)
     overwrite: bool = setting(False, "replace the run in out_dir", may_change=True)
     estimate: bool = setting(False, "print memory and time, then stop", may_change=True)
     max_steps: int = setting(1000, "optimizer steps", minimum=1, may_change=True)
     batch_size: int = setting(32, "sequences per step", minimum=1)
-    grad_accum_steps: int = setting(1, "micro-batches per step", minimum=1, may_change=True)
-    optimizer: str = setting("muon", "muon: for the matrices of blocks", ("muon", "adamw"))
-    learning_rate: float = setting(1.5e-3, "of AdamW; Muon's is 5 times it", minimum=0, maximum=1e3)
-    warmup_steps: int = setting(20, "linear warm-up", minimum=0)
-    schedule: str = setting("linear", "after the warm-up", ("constant", "linear", "cosine"))
+    grad_accum_steps: int = setting(1, "micro-batches", minimum=1, may_change=True)
+    optimizer: str = setting("muon", "muon: of matrices in blocks", ("muon", "adamw"))
+    learning_rate: float = setting(1.5e-3, "AdamW's; Muon: 5 times", minimum=0, maximum=1e3)
+    warmup_steps: int = setting(20, "linear", minimum=0)
+    schedule: str = setting("linear", "then", ("constant", "linear", "cosine"))
     weight_decay: float = setting(0.1, "of matrices", minimum=0, maximum=10)
-    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", minimum=0)
-    anneal_steps: int = setting(0, "open the causal mask over N steps; 0: at once", minimum=0)
+    grad_clip: float = setting(1.0, "largest norm; 0: no clipping", minimum=0)
+    anneal_steps: int = setting(0, "open the causal mask; 0: at once", minimum=0)
     mask_schedule: str = setting("random", "how it opens", ("random", "blocks"))
     seed: int = setting(1337, "of all random numbers", minimum=0, maximum=2**62)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", may_change=True)
-    dtype: str = setting("float32", "of autocast", ("float32", "bfloat16", "auto"), may_change=True)
-    compile: bool = setting(False, "torch.compile the blocks", may_change=True)
-    activation_checkpointing: bool = setting(False, "less memory, more time", may_change=True)
+    dtype: str = setting("float32", "autocast", ("float32", "bfloat16", "auto"), may_change=True)
+    compile: bool = setting(False, "torch.compile", may_change=True)
+    activation_checkpointing: bool = setting(False, "less memory", may_change=True)
     parallel: str = setting("ddp", "under torchrun", ("ddp", "fsdp"), may_change=True)
     log_interval: int = setting(20, "steps per speed report", minimum=1, may_change=True)
     eval_interval: int = setting(200, "steps per evaluation", minimum=1, may_change=True)
     eval_batches: int = setting(8, "batches per evaluation", minimum=1, may_change=True)
-    sample_interval: int = setting(200, "steps per sample; 0: none", minimum=0, may_change=True)
+    sample_interval: int = setting(200, "0: no samples", minimum=0, may_change=True)
     save_interval: int = setting(200, "steps per checkpoint", minimum=1, may_change=True)
     tensorboard: bool = setting(False, "log for TensorBoard too", may_change=True)
 
     def __post_init__(self):
         validate(self)
-        model = self.model
-        loss = self.loss
         B = self.batch_size
         accum = self.grad_accum_steps
+        passes = self.loss.unroll_steps
         require(B % accum == 0, f"batch_size {B} must be a multiple of grad_accum_steps {accum}")
         if self.compile:
-            require(not self.activation_checkpointing, "compile excludes activation_checkpointing")
+            needs(self, "compile", activation_checkpointing=False)
         if self.parallel == "fsdp":
-            require(self.optimizer == "adamw", "parallel=fsdp needs optimizer=adamw")
-        if model.self_conditioning:
-            require(loss.unroll_steps > 1, "self_conditioning needs unroll_steps=2 or more")
+            needs(self, "parallel=fsdp", optimizer="adamw")
+        if self.model.self_conditioning:
+            require(passes > 1, f"self_conditioning needs unroll_steps=2 or more, got {passes}")
         if self.anneal_steps:
-            opens = model.target_attention == "bidirectional"
-            require(opens, "anneal_steps needs target_attention=bidirectional")
-        if loss.ar_loss_weight:
-            require(prefix_is_cached(self), "ar_loss_weight needs diffusion and a cached prefix")
+            needs(self.model, "anneal_steps", target_attention="bidirectional")
+        if self.loss.ar_loss_weight:
+            needs(self.model, "ar_loss_weight", paradigm="diffusion")
+        if self.model.prefix_attention == "joint":
+            needs(self.loss, "prefix_attention=joint", ar_loss_weight=0)
+            needs(self, "prefix_attention=joint", mask_schedule="random")
 
 
 class Run:
@@ -110,6 +112,7 @@ class Run:
         self.valid_set = open_dataset(cfg.data, "valid", cfg.objective)
         ctx.wrap(model, cfg.parallel)
         self.optimizers = make_optimizers(model, cfg)
+        self.environment = run_dir.environment(ctx.device, ctx.world_size)
         self.first_step = 0
         self.best_loss = math.inf
         self.converted_from = cfg.init_from
@@ -120,17 +123,14 @@ class Run:
         self.best_loss = state["best_loss"]
         self.converted_from = state["converted_from"]
         before = state["train_config"] | state["environment"]
-        if note := run_dir.rounding_note(before, flatten(self.cfg) | self.environment()):
+        if note := run_dir.rounding_note(before, flatten(self.cfg) | self.environment):
             print(note)
-
-    def environment(self) -> dict:
-        return run_dir.environment(self.ctx.device, self.ctx.world_size)
 
     def checkpoint(self, name: str, step: int, keep_last: int = 1) -> None:
         """Save to out_dir/name. All processes must call it."""
         state = self.ctx.full_state(self.model, self.optimizers)
         state["train_config"] = flatten(self.cfg)
-        state["environment"] = self.environment()
+        state["environment"] = self.environment
         state["fingerprint"] = self.train_set.fingerprint
         state["best_loss"] = self.best_loss
         state["converted_from"] = self.converted_from
@@ -139,6 +139,14 @@ class Run:
             checkpoint.save(self.out / name, self.model, step, tokenizer, keep_last, **state)
         self.ctx.barrier()
 
+    def batch_places(self):
+        """Yield the arguments of dataset.batch for every micro-batch of the run."""
+        cfg = self.cfg
+        for step in range(self.first_step, cfg.max_steps):
+            for micro in range(cfg.grad_accum_steps):
+                rows = self.ctx.local_rows(cfg.batch_size, cfg.grad_accum_steps, micro)
+                yield cfg.seed, step, cfg.batch_size, rows
+
 
 def train(run: Run) -> dict:
     """The loop. Returns the last log entry."""
@@ -146,14 +154,15 @@ def train(run: Run) -> dict:
     ctx = run.ctx
     log = run_dir.Log(run.out / "log.jsonl", run.first_step, ctx.is_main, cfg.tensorboard)
     peak_flops = device.measured_flops(ctx.device, cfg.dtype) * ctx.world_size
-    batches = prefetch(run.train_set.batch, batch_places(run), ctx.device)
+    batches = prefetch(run.train_set.batch, run.batch_places(), ctx.device)
     if run.first_step == 0:
         if ctx.is_main:
             run_dir.clear(run.out)
         run.checkpoint("ckpt.pt", 0)
     quiet = None if ctx.is_main else True
     bar = tqdm(total=cfg.max_steps, initial=run.first_step, disable=quiet, leave=False)
-    work = {"tokens": 0, "flops": 0}
+    tokens = 0
+    n_flops = 0
     since = time.perf_counter()
     with bar, run_dir.StopSignals() as stop:
         for step in range(run.first_step, cfg.max_steps):
@@ -162,12 +171,13 @@ def train(run: Run) -> dict:
             stopping = ctx.any(stop.requested)
             is_last = done == cfg.max_steps
             bar.update()
-            work = {name: total + entry[name] for name, total in work.items()}
+            tokens += entry["tokens"]
+            n_flops += entry["flops"]
             if done % cfg.log_interval == 0 or is_last or stopping:
                 seconds = time.perf_counter() - since
                 entry["seconds"] = round(seconds, 3)
-                entry["tokens_per_s"] = round(work["tokens"] / seconds)
-                entry["mfu"] = round(work["flops"] / seconds / peak_flops, 3)
+                entry["tokens_per_s"] = round(tokens / seconds)
+                entry["mfu"] = round(n_flops / seconds / peak_flops, 3)
                 bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['tokens_per_s']:,} tokens/s")
             if done % cfg.eval_interval == 0 or is_last:
                 entry |= evaluate(run)
@@ -183,7 +193,8 @@ def train(run: Run) -> dict:
                 log.sync()
                 run.checkpoint("ckpt.pt", done, KEEP_LAST)
             if "seconds" in entry:
-                work = {"tokens": 0, "flops": 0}
+                tokens = 0
+                n_flops = 0
                 since = time.perf_counter()
             if stopping and not is_last:
                 name = signal.Signals(stopping).name
@@ -192,59 +203,56 @@ def train(run: Run) -> dict:
     return log.last
 
 
-def batch_places(run: Run):
-    """Yield the arguments of dataset.batch for every micro-batch of the run."""
-    cfg = run.cfg
-    for step in range(run.first_step, cfg.max_steps):
-        for micro in range(cfg.grad_accum_steps):
-            rows = run.ctx.local_rows(cfg.batch_size, cfg.grad_accum_steps, micro)
-            yield cfg.seed, step, cfg.batch_size, rows
-
-
 def train_step(run: Run, batches, step: int) -> dict:
-    """One optimizer step. Returns its log entry; raises ValueError if the loss is not finite."""
+    """One optimizer step. Returns its log entry; raises ValueError if it diverges."""
     cfg = run.cfg
     ctx = run.ctx
-    model = run.model
-    model.train()
+    run.model.train()
     torch.manual_seed(cfg.seed + step + (ctx.rank << 40))  # dropout
     learning_rate = learning_rate_at(step, cfg)
     set_learning_rate(run.optimizers, learning_rate)
     terms = [0.0] * n_terms(cfg)
-    scale = 1 / cfg.grad_accum_steps
     tokens = 0
     n_flops = 0
     for micro in range(cfg.grad_accum_steps):
         batch = next(batches)
+        P = batch.prefix.shape[1]
+        B, T = batch.target.shape
         try:
-            for k, term in enumerate(micro_batch_losses(run, batch, step, scale)):
-                is_last = micro + 1 == cfg.grad_accum_steps and k + 1 == len(terms)
-                ctx.set_gradient_sync(model, is_last)
-                term.backward()  # frees the graph before the next term is computed
-                terms[k] += term.detach()
+            backward(run, batch, step, terms, micro + 1 == cfg.grad_accum_steps)
         except (RuntimeError, MemoryError) as error:
             if not flops.is_out_of_memory(error):
                 raise
-            message = flops.out_of_memory_message(cfg, step, batch.prefix.shape[1])
-            raise ValueError(message) from None
-        (B, P), T = batch.prefix.shape, batch.target.shape[1]
+            raise ValueError(flops.out_of_memory_message(cfg, step, P)) from None
         passes = (cfg.loss.unroll_steps, cfg.loss.ar_loss_weight)
         tokens += ctx.world_size * B * (P + T)
         n_flops += ctx.world_size * B * flops.train_flops(cfg.model, P, T, *passes)
-    ctx.average_gradients(model)
-    grad_norm = ctx.clip_gradients(model, cfg.grad_clip)
+    ctx.average_gradients(run.model)
+    norm = ctx.clip_gradients(run.model, cfg.grad_clip)
     terms = list(ctx.mean(dict(enumerate(terms))).values())
     terms = terms[: len(terms) - prefix_is_cached(cfg)]  # without the one of value 0
     loss = sum(terms)
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        remedy = "try a lower --learning_rate or --dtype=float32"
-        kept = f"{run.out / 'ckpt.pt'} holds the last good step"
-        raise ValueError(f"loss {loss}, gradient norm {grad_norm} at step {step}: {remedy}; {kept}")
+    remedy = "try a lower --learning_rate or --dtype=float32"
+    good = f"{run.out / 'ckpt.pt'} holds the last good step"
+    message = f"loss {loss}, gradient norm {norm} at step {step}: {remedy}; {good}"
+    require(math.isfinite(loss) and math.isfinite(norm), message)
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    entry = {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate}
+    entry = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": learning_rate}
     return entry | {"terms": terms, "tokens": tokens, "flops": n_flops}
+
+
+def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
+    """Compute the gradients of a micro-batch, and add its loss to terms."""
+    cfg = run.cfg
+    rng = make_rng(cfg.seed, batch.example, step)
+    options = {"extra_edges": extra_edges(batch, step, cfg), "scale": 1 / cfg.grad_accum_steps}
+    with device.autocast(run.ctx.device, cfg.dtype):
+        for k, term in enumerate(run.paradigm.losses(run.model, batch, cfg.loss, rng, **options)):
+            run.ctx.set_gradient_sync(run.model, is_last and k + 1 == len(terms))
+            term.backward()  # frees the graph before the next term is computed
+            terms[k] += term.detach()
 
 
 def n_terms(cfg: TrainConfig) -> int:
@@ -258,62 +266,49 @@ def prefix_is_cached(cfg: TrainConfig) -> bool:
     return cfg.model.paradigm == "diffusion" and cfg.model.prefix_attention != "joint"
 
 
-def micro_batch_losses(run: Run, batch, step: int, scale: float):
-    """Yield the terms of the loss of one micro-batch, each before the next is computed."""
-    cfg = run.cfg
-    rng = make_rng(cfg.seed, batch.example, step)
-    edges = extra_edges(batch, step, cfg)
-    with device.autocast(run.ctx.device, cfg.dtype):
-        yield from run.paradigm.losses(
-            run.model, batch, cfg.loss, rng, extra_edges=edges, scale=scale
-        )
-
-
 def extra_edges(batch, step: int, cfg: TrainConfig) -> Tensor | None:
-    """Return the edges that mask annealing has opened; None once the mask is fully open."""
+    """Return the edges that mask annealing has opened; None once all are open."""
     if step >= cfg.anneal_steps:
         return None
-    joint = cfg.model.prefix_attention == "joint"
     if cfg.mask_schedule == "blocks":
         from extras.mask_schedules import block_edges
 
         return block_edges(batch, step, cfg.anneal_steps)
     from ar2diff import open_edges
 
+    joint = cfg.model.prefix_attention == "joint"
     return open_edges(batch, step, cfg.seed, cfg.anneal_steps, joint)
 
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict:
-    """Return the validation loss, nats per slot. Examples and noise are the same every time.
+    """Return the validation loss, nats per slot. Examples and noise are always the same.
 
-    For diffusion it is the mean of L(1) over fixed corruption rates, which are also returned.
+    For diffusion it is the mean of L(1) over RATES; the parts are returned too.
     """
     cfg = run.cfg
+    ctx = run.ctx
     model = run.model
     model.eval()
-    sums = {}
-    with run.ctx.gathered(model), device.autocast(run.ctx.device, cfg.dtype):
+    sums = collections.Counter()
+    with ctx.gathered(model), device.autocast(ctx.device, cfg.dtype):
         for step in range(cfg.eval_batches):
-            rows = run.ctx.local_rows(cfg.batch_size)
+            rows = ctx.local_rows(cfg.batch_size)
             batch = run.valid_set.batch(0, step, cfg.batch_size, rows)
-            batch = type(batch)(*(part.to(run.ctx.device) for part in batch))
+            batch = type(batch)(*(part.to(ctx.device) for part in batch))
             rng = make_rng(0, batch.example, step)
             if cfg.model.paradigm == "ar":
-                found = {"val_loss": float(autoregressive.loss(model, batch, cfg.loss, rng))}
+                sums["val_loss"] += float(autoregressive.loss(model, batch, cfg.loss, rng))
             else:
-                found = diffusion.loss_by_rate(model, batch, rng, RATES)
+                sums.update(diffusion.loss_by_rate(model, batch, rng, RATES))
             if cfg.loss.ar_loss_weight:
-                found["ar"] = float(
-                    diffusion.causal_loss(model, model.encode(batch.prefix), batch.target)
-                )
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + value / cfg.eval_batches
-    sums = run.ctx.mean(sums)
+                cache = model.encode(batch.prefix)
+                sums["ar"] += float(diffusion.causal_loss(model, cache, batch.target))
+    means = ctx.mean({name: total / cfg.eval_batches for name, total in sums.items()})
     if cfg.model.paradigm == "ar":
-        return sums
-    ar = {"val_ar_loss": sums.pop("ar")} if "ar" in sums else {}
-    return {"val_loss": sum(sums.values()) / len(sums), "val_loss_by_rate": sums} | ar
+        return means
+    ar = {"val_ar_loss": means.pop("ar")} if "ar" in means else {}
+    return {"val_loss": sum(means.values()) / len(means), "val_loss_by_rate": means} | ar
 
 
 def sample_line(run: Run, step: int) -> str:
@@ -326,18 +321,20 @@ def sample_line(run: Run, step: int) -> str:
         prompt = torch.cat([prompt, batch.target[:1, :1].to(run.ctx.device)], dim=1)
     with run.ctx.gathered(run.model):
         out = run.paradigm.generate(run.model, prompt, run.paradigm.SamplerConfig())
-    tokens = out.tokens[0].tolist()
-    if tokenizer.pad_id in tokens:
-        tokens = tokens[: tokens.index(tokenizer.pad_id)]
-    text = [i for i in prompt[0].tolist() if i != tokenizer.pad_id]
-    return f"step {step} sample: {tokenizer.decode(text)!r} -> {tokenizer.decode(tokens)!r}"
+
+    def text(ids) -> str:
+        return repr(tokenizer.decode([i for i in ids.tolist() if i != tokenizer.pad_id]))
+
+    answer = out.tokens[0]
+    answer = answer[(answer == tokenizer.pad_id).cumsum(0) == 0]  # up to the first pad
+    return f"step {step} sample: {text(prompt[0])} -> {text(answer)}"
 
 
 # Before the loop: settings, data, weights
 
 
 def main(argv: list[str]) -> dict:
-    """Train as argv asks. Returns the last log entry, or the estimate with --estimate."""
+    """Train as argv asks. Returns the last log entry, or the estimate."""
     resume = "--init_from=resume" in argv  # else from the source that argv or its file names
     argv = [arg for arg in argv if arg != "--init_from=resume"]
     given = configurator.read_settings((TrainConfig,), argv)
@@ -355,11 +352,12 @@ def main(argv: list[str]) -> dict:
             return start(ctx, cfg, weights, state)
 
 
-def start(ctx: DistributedContext, cfg: TrainConfig, weights: dict | None, state: dict | None):
-    """Build the run, print what it is, and train."""
+def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
+    """Build the run, print its settings, and train."""
     device.disable_malloc_trim()
+    fast_bf16 = device.has_fast_bf16(ctx.device)
     if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if device.has_fast_bf16(ctx.device) else "float32"
+        cfg.dtype = "bfloat16" if fast_bf16 else "float32"
     run = Run(ctx, cfg, init_model(cfg, weights))
     if state is not None:
         run.restore(state)
@@ -368,8 +366,8 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights: dict | None, state
         return run_dir.Log(run.out / "log.jsonl", run.first_step, enabled=ctx.is_main).last
     print(f"{num_params(run.model):,} parameters | {ctx.device} {cfg.dtype}", end=" | ")
     print(f"{cfg.data} {len(run.train_set):,} | {configurator.describe(cfg)}")
-    if cfg.dtype == "bfloat16" and not device.has_fast_bf16(ctx.device):
-        print("this processor has no bfloat16 and is very slow in it; use --dtype=float32")
+    if cfg.dtype == "bfloat16" and not fast_bf16:
+        print("bfloat16 is very slow on this processor; use --dtype=float32")
     run.model.activation_checkpointing = cfg.activation_checkpointing
     if cfg.compile:
         device.compile_or_explain(run.model)
@@ -387,38 +385,37 @@ def prepare(given: dict, out: Path, resume: bool, world_size: int):
     from_data = ("block_size", "target_length")  # 0 means: not given
     given = {name: value for name, value in given.items() if value or name not in from_data}
     found = run_dir.checkpoints(out)
-    if found and not resume and not given.get("overwrite"):
-        ways = "continue with --init_from=resume, start over with --overwrite"
-        raise ValueError(f"{out} already holds a run; {ways}, or choose another --out_dir")
-    path = state = None
-    known = {"data": TrainConfig.data}
-    if found and resume:
+    free = resume or given.get("overwrite") or not found
+    ways = "continue with --init_from=resume, start over with --overwrite"
+    require(free, f"{out} already holds a run; {ways}, or choose another --out_dir")
+    state = None
+    data = TrainConfig.data
+    if resume and found:
         path, state = run_dir.latest_checkpoint(out)
         check_resumable(path, state)
-        known = state["train_config"]
+        data = state["train_config"]["data"]
         print(f"resuming {path} at step {state['step']}")
     elif resume:
         print(f"no checkpoint in {out} yet: starting at step 0")
-    given["data"] = str(build_if_missing(given.get("data", known["data"])))
+    given["data"] = str(build_if_missing(given.get("data", data)))
     train_set = open_dataset(given["data"], "train")
     if state is None:
         cfg, weights = new_config(given, train_set)
     else:
         cfg = resumed_config(given, state, train_set, path)
         weights = state["model"]
-    if cfg.batch_size % (cfg.grad_accum_steps * world_size):
-        sizes = f"{cfg.batch_size}, {cfg.grad_accum_steps} and {world_size}"
-        raise ValueError(f"batch_size must divide by grad_accum_steps x processes, got {sizes}")
+    B = cfg.batch_size
+    n = cfg.grad_accum_steps * world_size
+    require(B % n == 0, f"batch_size {B} must be a multiple of grad_accum_steps x processes, {n}")
     return cfg, weights, state
 
 
 def check_resumable(path: Path, state: dict) -> None:
     """Raise ValueError if the checkpoint is a model without a run."""
-    names = ("train_config", "optimizer", "best_loss", "fingerprint", "environment")
-    missing = [name for name in names if name not in state]
-    if missing:
-        remedy = f"start from its weights: --init_from={path} and another --out_dir"
-        raise ValueError(f"{path} cannot be resumed, it has no {', '.join(missing)}; {remedy}")
+    names = {"train_config", "optimizer", "best_loss", "fingerprint", "environment"}
+    missing = ", ".join(sorted(names - state.keys()))
+    remedy = f"start from its weights: --init_from={path} and another --out_dir"
+    require(not missing, f"{path} cannot be resumed, it has no {missing}; {remedy}")
 
 
 def resumed_config(given: dict, state: dict, train_set, path: Path) -> TrainConfig:
@@ -426,15 +423,15 @@ def resumed_config(given: dict, state: dict, train_set, path: Path) -> TrainConf
     fields = configurator.all_fields(TrainConfig)
     allowed = [name for name, field in fields.items() if field.metadata.get("may_change")]
     configurator.refuse_changes(given, stored, f"{path} was trained with", allowed=allowed)
-    if state["fingerprint"] != train_set.fingerprint:
-        remedy = "restore it, or name the right folder with --data"
-        raise ValueError(f"{train_set.folder} differs from the data of {path}; {remedy}")
+    remedy = "restore it, or name the right folder with --data"
+    same = state["fingerprint"] == train_set.fingerprint
+    require(same, f"{train_set.folder} differs from the data of {path}; {remedy}")
     given = {"overwrite": False, "estimate": False} | given
     return configurator.from_stored(TrainConfig, stored | given, str(path))
 
 
 def new_config(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
-    """Return the settings and weights (None: fresh ones) of a run that starts at step 0."""
+    """Return the settings of a new run, and its weights or None."""
     tokenizer = get_tokenizer(train_set.tokenizer_name)
     ids = ("vocab_size", "n_ordinary", "pad_id", "sep_id", "mask_id")
     fixed = {name: getattr(tokenizer, name) for name in ids}
@@ -448,24 +445,24 @@ def new_config(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
         weights, stored = model_of_checkpoint(given, source, train_set)
         fixed = stored | {"target_length": fixed["target_length"]}
     cfg = configurator.build(TrainConfig, given | fixed)
-    if cfg.model.block_size < train_set.block_size:
-        sizes = f"{train_set.block_size} tokens, the model's block_size is {cfg.model.block_size}"
-        remedy = f"pretrain with --block_size={train_set.block_size}"
-        raise ValueError(f"{train_set.folder} needs {sizes}; {remedy}")
+    most = cfg.model.block_size
+    need = train_set.block_size
+    problem = f"{train_set.folder} needs {need} tokens, the model's block_size is {most}"
+    require(most >= need, f"{problem}; pretrain with --block_size={need}")
     return cfg, weights
 
 
 def model_of_checkpoint(given: dict, source: str, train_set) -> tuple[dict, dict]:
-    """Return the weights and the model settings of a checkpoint. The data must fit them."""
+    """Return the weights and the model settings of a checkpoint. The data must fit."""
     state = checkpoint.load(source)
     stored = state["model_config"]
-    if state["tokenizer"] != train_set.tokenizer_name:
-        names = f"{state['tokenizer']!r}, {train_set.folder} with {train_set.tokenizer_name!r}"
-        remedy = f"build the data with --tokenizer={state['tokenizer']}"
-        raise ValueError(f"{source} was trained with tokenizer {names}; {remedy}")
+    theirs = state["tokenizer"]
+    ours = train_set.tokenizer_name
+    problem = f"{source} was trained with tokenizer {theirs!r}, {train_set.folder} has {ours!r}"
+    require(theirs == ours, f"{problem}; build the data with --tokenizer={theirs}")
     hint = "convert it with python ar2diff.py, or drop the setting"
-    if given.get("anneal_steps") and stored["paradigm"] == "ar":
-        raise ValueError(f"{source} is an AR model, anneal_steps needs a diffusion model; {hint}")
+    anneals = given.get("anneal_steps") and stored["paradigm"] == "ar"
+    require(not anneals, f"{source} is an AR model, anneal_steps needs a diffusion model; {hint}")
     configurator.refuse_changes(given, stored, f"{source} has", hint, allowed=["dropout"])
     return state["model"], stored | {"dropout": given.get("dropout", stored["dropout"])}
 
