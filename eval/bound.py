@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configurator import configure, flatten, group, run, setting, validate
+from configurator import configure, flatten, group, require, run, setting, validate
 from data.loader import Pairs
 from data.objectives import Batch, collate
 from diffusion import align_logits, corrupt
-from eval.common import EvalConfig, batched, choose, finish, open_pairs, origin
+from eval.common import PairsConfig, batched, choose, finish, open_pairs, origin
 from infra.checkpoint import load_model
 from infra.device import pick_device
 from infra.logits import banned_token_ids
@@ -52,14 +52,8 @@ class BoundConfig:
 
 
 @dataclass
-class BoundEvalConfig:
-    run: EvalConfig = group(EvalConfig)
+class BoundEvalConfig(PairsConfig):
     bound: BoundConfig = group(BoundConfig)
-    data: str = setting("", "set of pairs; default: that of the checkpoint", path=True)
-    n: int = setting(200, "held-out pairs, evenly spaced over the set", minimum=1)
-
-    def __post_init__(self):
-        validate(self)
 
 
 # Nats of each slot
@@ -139,44 +133,34 @@ def bound_nats(model, batch: Batch, cfg: BoundConfig, seed: int) -> Tensor:
 # Nats of each pair
 
 
-def padded_batches(model_cfg, pairs: list, examples: Sequence[int], batch_size: int):
+def padded_batches(model, pairs: list, examples: Sequence[int], batch_size: int):
     """Yield (places in the list, Batch) with prefixes of similar length together."""
-    ids = (model_cfg.pad_id, model_cfg.sep_id, model_cfg.target_length)
+    cfg = model.cfg
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     for rows in batched(order, batch_size):
-        yield rows, collate([pairs[i] for i in rows], [examples[i] for i in rows], *ids)
+        chosen = ([pairs[i] for i in rows], [examples[i] for i in rows])
+        batch = collate(*chosen, cfg.pad_id, cfg.sep_id, cfg.target_length)
+        yield rows, Batch(*(part.to(model.tok.weight.device) for part in batch))
 
 
 @torch.no_grad()
 def split_nats(model, pairs: list, examples: Sequence[int], batch_size: int, nats_of: Callable):
     """Return (nats of the text, nats of the pads) of each pair, in order.
 
-    nats_of(batch) -> nats per slot (B, T - 1). The batches change no draw.
+    nats_of(model, batch) -> nats per slot (B, T - 1). The batches change no draw.
     """
-    text = [0.0] * len(pairs)
-    pads = [0.0] * len(pairs)
-    device = model.tok.weight.device
-    for rows, batch in padded_batches(model.cfg, pairs, examples, batch_size):
-        nats = nats_of(Batch(*(part.to(device) for part in batch))).cpu().double()
-        is_pad = batch.target[:, 1:] == model.cfg.pad_id
-        sums = zip(rows, (nats * ~is_pad).sum(1).tolist(), (nats * is_pad).sum(1).tolist())
-        for i, of_text, of_pads in sums:
-            text[i] = of_text
-            pads[i] = of_pads
-    return text, pads
-
-
-def item_nats(model, pairs: list, batch_size: int, seed: int, rate: float | None = None):
-    """Return split_nats of slot_nats. The keys of the noise are the places in the list."""
-    nats_of = partial(slot_nats, model, seed=seed, rate=rate)
-    return split_nats(model, pairs, range(len(pairs)), batch_size, nats_of)
+    sums = torch.zeros(2, len(pairs), dtype=torch.double)
+    for rows, batch in padded_batches(model, pairs, examples, batch_size):
+        nats = nats_of(model, batch).cpu().double()
+        is_pad = batch.target[:, 1:].cpu() == model.cfg.pad_id
+        sums[:, rows] = torch.stack([(nats * ~is_pad).sum(1), (nats * is_pad).sum(1)])
+    return sums.tolist()
 
 
 def target_nats(model, pairs, examples, cfg: BoundConfig, batch_size: int = 64, seed: int = 0):
     """Return split_nats: exact for AR, an unbiased estimate of the bound for diffusion."""
-    if model.cfg.paradigm == "ar":
-        return item_nats(model, pairs, batch_size, seed)
-    nats_of = partial(bound_nats, model, cfg=cfg, seed=seed)
+    exact = model.cfg.paradigm == "ar"
+    nats_of = partial(slot_nats, seed=seed) if exact else partial(bound_nats, cfg=cfg, seed=seed)
     return split_nats(model, pairs, examples, batch_size, nats_of)
 
 
@@ -201,65 +185,40 @@ def fitting_pairs(data: str, model, state: dict) -> Pairs:
     pairs = open_pairs(data, state)
     ours = (state["tokenizer"], model.cfg.target_length, model.cfg.block_size)
     theirs = (pairs.tokenizer_name, pairs.target_length, pairs.block_size)
-    if theirs[:2] != ours[:2] or theirs[2] > ours[2]:
-        names = "tokenizer, target_length and block_size"
-        raise ValueError(f"{names} of {pairs.folder} are {theirs}, those of the model {ours}")
+    fits = theirs[:2] == ours[:2] and theirs[2] <= ours[2]
+    names = "tokenizer, target_length and block_size"
+    require(fits, f"{names} of {pairs.folder} are {theirs}, those of the model {ours}")
     return pairs
-
-
-# The command
-
-
-def summary(text, pads, pairs: list, texts: list[str], target_length: int) -> dict:
-    """Return nats per slot and per token, and bits per byte, each with its standard error.
-
-    A slot is a token up to the first pad, which ends the text and counts. All slots cost nats.
-    """
-    n_bytes = [len(target.encode()) for target in texts]
-    n_tokens = [min(len(target) + 1, target_length - 1) for _, target in pairs]
-    n_slots = [target_length - 1] * len(pairs)
-    return {
-        "n_tokens": sum(n_tokens),
-        "n_bytes": sum(n_bytes),
-        "nats_per_slot": rate_with_error(text, pads, n_slots),
-        "nats_per_token": rate_with_error(text, pads, n_tokens),
-        "bits_per_byte": rate_with_error(text, pads, n_bytes, math.log(2)),
-    }
 
 
 def main(argv: list[str]) -> dict:
     cfg = configure(BoundEvalConfig, argv)
     model, _, state = load_model(cfg.run.init_from, pick_device(cfg.run.device))
-    model_cfg = model.cfg
     held_out = fitting_pairs(cfg.data, model, state)
     chosen = choose(range(len(held_out)), cfg.n)
     pairs = [held_out.pair(i) for i in chosen]
-    texts = [held_out.text(i)[1] for i in chosen]
     nats = target_nats(model, pairs, chosen, cfg.bound, cfg.run.batch_size, cfg.run.seed)
     result = {"task": held_out.folder.name, "n": len(chosen)}
-    if model_cfg.paradigm == "ar":
+    if model.cfg.paradigm == "ar":
         result["measure"] = "exact negative log-likelihood"
     else:
-        result |= {
-            "measure": "upper bound on the negative log-likelihood",
-            "noise": model_cfg.noise,
-        }
-        result |= flatten(cfg.bound)
-        if model_cfg.noise == "mask":  # it has one reading
-            del result["reading"]
-    result |= summary(*nats, pairs, texts, model_cfg.target_length)
+        result["measure"] = "upper bound on the negative log-likelihood"
+        result |= {"noise": model.cfg.noise} | flatten(cfg.bound)
+    n_slots = model.cfg.target_length - 1
+    tokens = [min(len(target) + 1, n_slots) for _, target in pairs]  # the first pad ends the text
+    n_bytes = [len(held_out.text(i)[1].encode()) for i in chosen]
+    result |= {"n_tokens": sum(tokens), "n_bytes": sum(n_bytes)}
+    result["nats_per_slot"] = rate_with_error(*nats, [n_slots] * len(pairs))
+    result["nats_per_token"] = rate_with_error(*nats, tokens)
+    result["bits_per_byte"] = rate_with_error(*nats, n_bytes, math.log(2))
     result["dataset"] = {"folder": str(held_out.folder), "fingerprint": held_out.fingerprint}
     result |= origin("bound", argv, flatten(cfg), state)
-    return finish(cfg.run.json, result, _table(result))
-
-
-def _table(result: dict) -> str:
-    lines = [f"{result['task']}: {result['measure']} of {result['n']} held-out pairs"]
+    text = f"{result['task']}: {result['measure']} of {len(chosen)} held-out pairs"
     for name in ("nats_per_slot", "nats_per_token", "bits_per_byte"):
         value, error, pads = result[name].values()
         spread = "" if error is None else f" +- {error:.4f}"
-        lines.append(f"    {name:15s} {value:.4f}{spread}, of which pads {pads:.4f}")
-    return "\n".join(lines)
+        text += f"\n    {name:15s} {value:.4f}{spread}, of which pads {pads:.4f}"
+    return finish(cfg.run.json, result, text)
 
 
 if __name__ == "__main__":

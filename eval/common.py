@@ -1,4 +1,4 @@
-"""What every evaluation uses: settings, generated texts, the result file, the examples of a task.
+"""What all evaluations share: settings, generated texts, results, and the examples of a task.
 
 A result is written to --json=FILE before it is printed.
 """
@@ -15,23 +15,37 @@ from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import autoregressive
 import diffusion
-from configurator import all_fields, build, flatten, read_settings, setting, validate
+from configurator import (
+    all_fields,
+    build,
+    configure,
+    flatten,
+    group,
+    read_settings,
+    require,
+    setting,
+    validate,
+)
 from data.loader import Pairs, build_if_missing, open_dataset
 from data.mini import TAGS
 from data.sources import parse_json, read_text
 from eval.metrics import interval, paired
+from extras import speculative
 from infra.checkpoint import load, load_model, write_atomically
 from infra.device import pick_device
 
+LEFT_TO_RIGHT = {"ar": autoregressive, "speculative": speculative}  # by --sampler
+# Which one fits is known when the checkpoint is open.
+SAMPLERS = [module.SamplerConfig for module in (autoregressive, speculative, diffusion)]
 RESAMPLES = 1000  # of a bootstrap
-LEFT_TO_RIGHT = ("ar", "speculative")  # values of --sampler besides those of diffusion.py
+MAX_EXAMPLES = 1 << 20  # the key of a sample has 32 bits: 20 for the example
+MAX_SAMPLES = 1 << 12  # and 12 for its number
 
 
 @dataclass
@@ -48,15 +62,19 @@ class EvalConfig:
         validate(self)
 
 
+@dataclass
+class PairsConfig:
+    """Settings of an evaluation on held-out pairs."""
+
+    run: EvalConfig = group(EvalConfig)
+    data: str = setting("", "set of pairs; default: that of the checkpoint", path=True)
+    n: int = setting(200, "held-out pairs, evenly spaced over the set", minimum=1)
+
+    def __post_init__(self):
+        validate(self)
+
+
 # Texts
-
-
-class Job(NamedTuple):
-    """A text to generate."""
-
-    key: str
-    prefix: list[int]  # token ids
-    example: int  # the key of its random numbers
 
 
 @dataclass
@@ -73,43 +91,38 @@ class Generator:
         name = "ar" if self.decoder is autoregressive else "speculative"
         return {"sampler": name} | flatten(self.sampler)  # diffusion.py has its own names
 
-    def texts(self, prefixes: list[list[int]]) -> tuple[list[str], dict]:
-        """Return the text of each prefix (token ids), in order, and the mean cost."""
-        texts, cost = self.answers([Job(str(i), ids, i) for i, ids in enumerate(prefixes)])
-        return [texts[str(i)] for i in range(len(prefixes))], cost
+    def texts(self, prompts: list, examples: Sequence[int] | None = None) -> tuple[list[str], dict]:
+        """Return the text of each prompt (token ids), in order, and the mean cost.
 
-    def answers(self, jobs: list[Job]) -> tuple[dict[str, str], dict]:
-        """Return the texts by key, and the mean cost. The batches change no text.
-
-        A batch holds prefixes of one length, so it needs no padding mask.
+        examples: the keys of the random numbers, by default the places in the list. A batch has
+        prompts of one length, so it needs no padding mask. The batches change no text.
         """
+        n = len(prompts)
+        keys = range(n) if examples is None else examples
         device = self.model.tok.weight.device
-        texts = {}
+        pad_id = self.model.cfg.pad_id
+        texts = [""] * n
         calls = 0  # of the network, summed over candidates
         start = time.perf_counter()
-        with tqdm(total=len(jobs), unit="text", disable=None, leave=False) as bar:
-            for batch in _batches(jobs, self.run.batch_size):
-                prefix = torch.tensor([job.prefix for job in batch], dtype=torch.long)
-                example = torch.tensor([job.example for job in batch])
-                rows = (prefix.to(device), self.sampler, self.run.seed, example.to(device))
-                output = self.decoder.generate(self.model, *rows)
-                for job, tokens in zip(batch, output.tokens.tolist()):
-                    texts[job.key] = self._decode(tokens)
+        with tqdm(total=n, unit="text", disable=None, leave=False) as bar:
+            for places in self._batches(prompts):
+                rows = [prompts[i] for i in places]
+                prefix = torch.tensor(rows, dtype=torch.long, device=device)
+                example = torch.tensor([keys[i] for i in places], device=device)
+                settings = (self.sampler, self.run.seed, example)
+                output = self.decoder.generate(self.model, prefix, *settings)
+                for i, tokens in zip(places, output.tokens.tolist()):
+                    length = [*tokens, pad_id].index(pad_id)
+                    texts[i] = self.tokenizer.decode(tokens[:length])
                 calls += int(output.calls.sum())
-                bar.update(len(batch))
-        n = len(jobs)
+                bar.update(len(places))
         seconds = time.perf_counter() - start
         return texts, {"calls_per_sample": calls / n, "seconds_per_sample": seconds / n}
 
-    def _decode(self, tokens: list[int]) -> str:
-        pad_id = self.model.cfg.pad_id
-        return self.tokenizer.decode(tokens[: [*tokens, pad_id].index(pad_id)])
-
-
-def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
-    by_length = sorted(jobs, key=lambda job: len(job.prefix))
-    for _, group in groupby(by_length, key=lambda job: len(job.prefix)):
-        yield from batched(list(group), size)
+    def _batches(self, prompts: list) -> Iterator[Sequence[int]]:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for _, places in groupby(order, key=lambda i: len(prompts[i])):
+            yield from batched(list(places), self.run.batch_size)
 
 
 def batched(items: Sequence, size: int) -> Iterator[Sequence]:
@@ -118,11 +131,8 @@ def batched(items: Sequence, size: int) -> Iterator[Sequence]:
 
 def decoder_for(model_cfg, sampler: str = "") -> ModuleType:
     """Return the module whose generate() serves this model and --sampler."""
-    if sampler == "speculative":
-        from extras import speculative
-
-        return speculative
-    return autoregressive if sampler == "ar" or model_cfg.paradigm == "ar" else diffusion
+    by_paradigm = autoregressive if model_cfg.paradigm == "ar" else diffusion
+    return LEFT_TO_RIGHT.get(sampler, by_paradigm)
 
 
 def open_checkpoint(argv: list[str], cls: type) -> tuple:
@@ -130,28 +140,19 @@ def open_checkpoint(argv: list[str], cls: type) -> tuple:
 
     argv holds settings of `cls` and of the sampler that fits the checkpoint.
     """
-    values = _read_any(argv, cls)
+    values = read_settings((cls, *SAMPLERS), argv)
     run = build(EvalConfig, values)
     model, tokenizer, state = load_model(run.init_from, pick_device(run.device))
-    sampler = values.get("sampler", "")
-    if sampler in LEFT_TO_RIGHT:
+    decoder = decoder_for(model.cfg, values.get("sampler", ""))
+    if values.get("sampler") in LEFT_TO_RIGHT:
         del values["sampler"]
-    decoder = decoder_for(model.cfg, sampler)
     known = all_fields(cls, decoder.SamplerConfig)
     for name in values:
         if name not in known:
             names = f"settings of this {model.cfg.paradigm} checkpoint: {', '.join(known)}"
             raise ValueError(f"{name!r} does not apply to {run.init_from}; {names}")
-    sampler_cfg = build(decoder.SamplerConfig, values)
-    return build(cls, values), Generator(model, tokenizer, decoder, sampler_cfg, run), state
-
-
-def _read_any(argv: list[str], cls: type) -> dict:
-    """Return the settings of argv before the paradigm of the checkpoint is known."""
-    samplers = [autoregressive.SamplerConfig, diffusion.SamplerConfig]
-    if "--sampler=speculative" in argv:
-        samplers.append(decoder_for(None, "speculative").SamplerConfig)
-    return read_settings((cls, *samplers), argv)
+    sampler = build(decoder.SamplerConfig, values)
+    return build(cls, values), Generator(model, tokenizer, decoder, sampler, run), state
 
 
 # Results
@@ -165,6 +166,12 @@ def finish(path: str, result: dict, text: str) -> dict:
     finally:
         print(text)
     return result
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a UTF-8 file and its folder. Readers never see half a file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def origin(name: str, argv: list[str], settings: dict, state: dict | None = None) -> dict:
@@ -200,11 +207,9 @@ def _commit() -> str:
 
 
 def _cpu() -> str:
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        info = ""
-    names = re.findall(r"model name\s*: (.+)", info) or [platform.machine()]
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    names = re.findall(r"model name\s*: (.+)", text) or [platform.machine()]
     return f"{names[0]} x {len(names)}, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -222,12 +227,6 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def write_text(path: str, text: str) -> None:
-    """Write a UTF-8 file and its folder. Readers never see half a file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 # Data
 
 
@@ -235,15 +234,14 @@ def open_pairs(data: str, state: dict | None = None) -> Pairs:
     """Open the held-out pairs of a set, by default of the checkpoint's training set."""
     data = data or training_data(state)
     pairs = open_dataset(build_if_missing(data), "valid")
-    if not isinstance(pairs, Pairs):
-        raise ValueError(f"{data} is a stream of text; give a set of pairs: --data=FOLDER")
+    fault = f"{data} is a stream of text; give a set of pairs: --data=FOLDER"
+    require(isinstance(pairs, Pairs), fault)
     return pairs
 
 
 def training_data(state: dict) -> str:
     data = (state.get("train_config") or {}).get("data")
-    if not data:
-        raise ValueError("the checkpoint does not name its training data: give --data=FOLDER")
+    require(data, "the checkpoint does not name its training data: give --data=FOLDER")
     return data
 
 
@@ -256,8 +254,6 @@ def held_out(data: str, task: str) -> list[dict]:
         prefix, target = pairs.text(i)
         if not mini or TAGS.get(prefix[:2]) == task:
             examples.append({"id": str(i), "prefix": prefix, "target": target})
-    if not examples:
-        raise ValueError(f"{data} has no examples of the task {task}")
     return examples
 
 
@@ -266,10 +262,9 @@ def is_mini(pairs: Pairs) -> bool:
     return "data.mini" in str(pairs.meta.get("command"))
 
 
-def choose(examples: Collection, n: int) -> list:
+def choose(examples: Collection, n: int, what: str = "the set") -> list:
     """Return n examples, evenly spaced because files are often in order of topics. 0: all."""
-    if not examples:
-        raise ValueError("there are no examples to score")
+    require(examples, f"{what} has no examples to score")
     n = min(n, len(examples)) or len(examples)
     return [examples[i * len(examples) // n] for i in range(n)]
 
@@ -286,15 +281,14 @@ class TaskConfig:
     data: str = setting("", "set of pairs; default: that of the checkpoint", path=True)
     predictions: str = setting("", "score the answers in this file, without a model", path=True)
     reference: bool = setting(False, "score the references, without a model")
-    save: str = setting("", "write the answers to this file, as predictions reads it", path=True)
     items: bool = setting(True, "keep every answer in the JSON file, for --against")
     against: str = setting("", "compare item by item with this JSON of another run", path=True)
 
     def __post_init__(self):
         validate(self)
         for one, other in (("predictions", "reference"), ("source", "data")):
-            if getattr(self, one) and getattr(self, other):
-                raise ValueError(f"give --{one} or --{other}, not both")
+            both = getattr(self, one) and getattr(self, other)
+            require(not both, f"give --{one} or --{other}, not both")
 
 
 class TaskRun:
@@ -306,50 +300,26 @@ class TaskRun:
         self.argv = argv
         self.generator = None
         self.state = None
-        values = _read_any(argv, cls)
+        values = read_settings((cls, *SAMPLERS), argv)
         if values.get("predictions") or values.get("reference"):
-            self.cfg = build(cls, read_settings((cls,), argv))
+            self.cfg = configure(cls, argv)
         else:
             self.cfg, self.generator, self.state = open_checkpoint(argv, cls)
         chosen = self.cfg.task
         if not chosen.source and not chosen.data:
             chosen.data = training_data(self.state or load(self.cfg.run.init_from))
-        self.examples = choose(examples(self.cfg), chosen.n)
+        self.examples = choose(examples(self.cfg), chosen.n, chosen.source or chosen.data)
         content = json.dumps(self.examples, sort_keys=True).encode()
         self.fingerprint = sha256(content).hexdigest()[:16]
         self.other = self._read_other(chosen.against) if chosen.against else []
 
     def _read_other(self, path: str) -> list:
         found = parse_json(read_text(path), path)
-        wanted = {"task": self.task, "examples": self.fingerprint}
-        if (
-            not isinstance(found, dict)
-            or not wanted.items() <= found.items()
-            or "items" not in found
-        ):
-            kind = f"the --json of eval.{self.task} on the same examples, with its items"
-            raise ValueError(f"{path}: must be {kind}")
+        found = found if isinstance(found, dict) else {}
+        same = (found.get("task"), found.get("examples")) == (self.task, self.fingerprint)
+        kind = f"the --json of eval.{self.task} on the same examples, with its items"
+        require(same and "items" in found, f"{path}: must be {kind}")
         return [found["items"][example["id"]] for example in self.examples]
-
-    def jobs(self) -> list[Job]:
-        """Return a job for each prompt that fits. The other examples count as empty answers."""
-        model_cfg = self.generator.model.cfg
-        longest = model_cfg.block_size - model_cfg.target_length
-        jobs = []
-        for i, example in enumerate(self.examples):
-            prefix = self.generator.tokenizer.encode_prompt(example["prefix"])
-            if len(prefix) <= longest:
-                jobs.append(Job(example["id"], prefix, i))
-        total = len(self.examples)
-        limit = f"longer than {longest} tokens, the model's limit"
-        if not jobs:
-            raise ValueError(f"all {total} prompts are {limit}")
-        if len(jobs) < total:
-            note = (
-                f"{total - len(jobs)} of {total} prompts are {limit}; they count as empty answers"
-            )
-            print(note, file=sys.stderr)
-        return jobs
 
     def texts(self, read: Callable) -> tuple[list[str], dict]:
         """Return one text per example, by the model, the references or a file, and the mean cost.
@@ -357,46 +327,56 @@ class TaskRun:
         read(path, examples) reads the file.
         """
         if self.generator:
-            texts, cost = self.generator.answers(self.jobs())
-            return [texts.get(example["id"], "") for example in self.examples], cost
+            samples, cost = self.generate(1)
+            return [texts[0] for texts in samples], cost
         if self.cfg.task.reference:
             return [example["target"] for example in self.examples], {}
         return read(self.cfg.task.predictions, self.examples), {}
+
+    def generate(self, n_samples: int) -> tuple[list[list[str]], dict]:
+        """Return the texts of the model for each example, and the mean cost.
+
+        A prompt that is too long counts as empty answers. A text depends on the example and the
+        number of the sample, not on how many there are.
+        """
+        model_cfg = self.generator.model.cfg
+        longest = model_cfg.block_size - model_cfg.target_length
+        encode = self.generator.tokenizer.encode_prompt
+        prompts = [encode(example["prefix"]) for example in self.examples]
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
+        if len(fitting) < len(prompts):
+            counts = f"{len(prompts) - len(fitting)} of {len(prompts)} prompts are longer than"
+            note = f"{counts} {longest} tokens, the model's limit; they count as empty answers"
+            if not fitting:
+                raise ValueError(note)
+            print(note, file=sys.stderr)
+        places = [(i, k) for i in fitting for k in range(n_samples)]
+        keys = [i + k * MAX_EXAMPLES for i, k in places]
+        texts, cost = self.generator.texts([prompts[i] for i, _ in places], keys)
+        samples = [[""] * n_samples for _ in prompts]
+        for (i, k), text in zip(places, texts):
+            samples[i][k] = text
+        return samples, cost
 
     def report(self, items: list, score: Callable, extra: dict, notes: str = "") -> dict:
         """Write and print the result.
 
         items: one JSON value per example. score(items) -> {name: Metric}.
         """
-        seed = self.cfg.run.seed
         metrics = score(items)
-        result = {"task": self.task, "n": len(self.examples)}
+        result = {"task": self.task, "n": len(items)}
         rows = []
         for name, metric in metrics.items():
-            low, high, method = interval(metric, RESAMPLES, seed)
+            low, high, method = interval(metric, RESAMPLES, self.cfg.run.seed)
             result |= {name: metric.value, f"{name}_interval": [low, high]}
             result[f"{name}_interval_by"] = method
             value, low, high = map(metric.show, (metric.value, low, high))
             rows.append([name, value, f"{low} to {high}", method])
-        header = [f"{self.task}, n = {len(self.examples):,}", "value", "95% interval", "method"]
+        header = [f"{self.task}, n = {len(items):,}", "value", "95% interval", "method"]
         text = markdown(header, rows) + notes
         if self.other:
-            result["against"] = {"file": self.cfg.task.against}
-            rows = []
-            for name, theirs in score(self.other).items():
-                pair = paired(metrics[name], theirs, RESAMPLES, seed)
-                result["against"][name] = {"theirs": theirs.value} | pair
-                low, high = map(theirs.show, pair["difference_interval"])
-                values = map(theirs.show, (theirs.value, pair["difference"]))
-                rows.append([name, *values, f"{low} to {high}", f"{pair['p']:.3g}"])
-            header = [
-                f"against {self.cfg.task.against}",
-                "theirs",
-                "difference",
-                "95% interval",
-                "p",
-            ]
-            text += f"\n\n{markdown(header, rows)}"
+            result["against"], table = self._compare(metrics, score(self.other))
+            text += f"\n\n{table}"
         if "calls_per_sample" in extra:
             text += f"\n{cost_line(extra)}"
         result |= extra | {"examples": self.fingerprint, "resamples": RESAMPLES}
@@ -406,11 +386,24 @@ class TaskRun:
             result["items"] = {e["id"]: item for e, item in zip(self.examples, items)}
         return finish(self.cfg.run.json, result, text)
 
+    def _compare(self, ours: dict, theirs: dict) -> tuple[dict, str]:
+        """Return the comparison with another run, as JSON and as a table."""
+        path = self.cfg.task.against
+        found = {"file": path}
+        rows = []
+        for name, metric in theirs.items():
+            pair = paired(ours[name], metric, RESAMPLES, self.cfg.run.seed)
+            found[name] = {"theirs": metric.value} | pair
+            low, high = map(metric.show, pair["difference_interval"])
+            values = map(metric.show, (metric.value, pair["difference"]))
+            rows.append([name, *values, f"{low} to {high}", f"{pair['p']:.3g}"])
+        header = [f"against {path}", "theirs", "difference", "95% interval", "p"]
+        return found, markdown(header, rows)
+
 
 def check_ids(path: str, found: Collection[str], examples: list[dict]) -> None:
     """Raise ValueError unless a file has predictions for the examples and for nothing else."""
     wanted = {example["id"] for example in examples}
-    if wanted != set(found):
-        counts = f"{len(found)} predictions for {len(wanted)} examples"
-        some = ", ".join(sorted(wanted ^ set(found))[:3])
-        raise ValueError(f"{path}: {counts}; missing or unknown: {some}")
+    counts = f"{len(found)} predictions for {len(wanted)} examples"
+    some = ", ".join(sorted(wanted ^ set(found))[:3])
+    require(wanted == set(found), f"{path}: {counts}; missing or unknown: {some}")

@@ -7,21 +7,16 @@ The model is never told the length of the answer: every canvas is target_length 
 
 from dataclasses import dataclass
 
-from configurator import flatten, group, run, setting, validate
+from configurator import flatten, run, setting
 from data.mini import TAGS, TASKS
 from eval import common
-from eval.common import EvalConfig
+from eval.common import PairsConfig
 from eval.metrics import wilson
 
 
 @dataclass
-class ExactMatchConfig:
-    run: EvalConfig = group(EvalConfig)
-    data: str = setting("", "data set; default: that of the checkpoint", path=True)
-    n: int = setting(500, "held-out items", minimum=1)
-
-    def __post_init__(self):
-        validate(self)
+class ExactMatchConfig(PairsConfig):
+    n: int = setting(500, "held-out items, the first of the set", minimum=1)
 
 
 def score(prediction: str, prefix: str, target: str, mini: bool) -> bool:
@@ -38,7 +33,7 @@ def main(argv: list[str]) -> dict:
     name = pairs.folder.name
     mini = common.is_mini(pairs)
     n = min(cfg.n, len(pairs))
-    predictions, cost = generator.texts([list(pairs.pair(i)[0]) for i in range(n)])
+    predictions, cost = generator.texts([pairs.pair(i)[0] for i in range(n)])
     items = [(*pairs.text(i), predictions[i]) for i in range(n)]  # prefix, target, prediction
     wrong = [item for item in items if not score(item[2], item[0], item[1], mini)]
     hits = n - len(wrong)

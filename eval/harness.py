@@ -12,8 +12,7 @@ may name a local JSONL file. A task needs some of:
                            False, so metrics built on it (lambada's acc) mean nothing
     loglikelihood_rolling  log p(text), in windows of one target, each with all the prefix that fits
 
-The sampler is set here, not by the task. The task sets stop strings and max_gen_toks. A prompt that
-is too long loses its beginning.
+The sampler is set here, not by the task. A prompt that is too long loses its beginning.
 """
 
 import json
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import flatten, group, run, setting, validate
+from configurator import flatten, group, require, run, setting, validate
 from eval.bound import BoundConfig, padded_batches, target_nats
 from eval.common import EvalConfig, finish, open_checkpoint, origin
 from infra.logits import banned_token_ids
@@ -42,8 +41,7 @@ class HarnessConfig:
 
     def __post_init__(self):
         validate(self)
-        if not self.tasks:
-            raise ValueError("name a task: --tasks=NAME or --tasks=FILE.yaml, separated by commas")
+        require(self.tasks, "name a task: --tasks=NAME or --tasks=FILE.yaml, separated by commas")
 
 
 class Model:
@@ -62,8 +60,7 @@ class Model:
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Return a text for each (prompt, {"until": [..], "max_gen_toks": n})."""
-        prompts = [self._prompt(request.args[0]) for request in requests]
-        texts, _ = self.generator.texts(prompts)
+        texts, _ = self.generator.texts([self._prompt(request.args[0]) for request in requests])
         cut = []
         for text, request in zip(texts, requests):
             options = request.args[1]
@@ -86,9 +83,10 @@ class Model:
         """Return log p in nats of each (text,). Each token counts once."""
         windows = []
         owners = []
+        first = len(self.generator.tokenizer.bos_ids)  # these are given
         for number, request in enumerate(requests):
-            ids = self.encode(request.args[0])
-            for start in range(0, len(ids), self.longest_answer):
+            ids = self.generator.tokenizer.encode_prompt(request.args[0])
+            for start in range(first, len(ids), self.longest_answer):
                 context = ids[max(0, start - self.longest_prefix) : start]
                 windows.append((context, ids[start : start + self.longest_answer]))
                 owners.append(number)
@@ -104,18 +102,18 @@ class Model:
 
     def _target(self, text: str) -> list[int]:
         ids = self.encode(text)
-        if len(ids) > self.longest_answer:
-            limit = f"the model's target has room for {self.longest_answer}"
-            raise ValueError(f"a continuation has {len(ids)} tokens, {limit}: {text[:40]!r}")
+        limit = f"the model's target has room for {self.longest_answer}"
+        fault = f"a continuation has {len(ids)} tokens, {limit}: {text[:40]!r}"
+        require(len(ids) <= self.longest_answer, fault)
         return ids
 
     def _log_p(self, pairs: list) -> list[float]:
         run = self.generator.run
-        examples = range(len(pairs))
-        sums = target_nats(self.model, pairs, examples, self.bound, run.batch_size, run.seed)
+        places = range(len(pairs))
+        nats = target_nats(self.model, pairs, places, self.bound, run.batch_size, run.seed)
         if self.measure == EXACT:  # of the continuation only, as the harness defines it
-            return [-text for text in sums[0]]
-        return [-text - pads for text, pads in zip(*sums)]  # a bound is one number for the canvas
+            return [-text for text in nats[0]]
+        return [-text - pads for text, pads in zip(*nats)]  # a bound is one number for the canvas
 
 
 def until(text: str, stops: str | list[str] | None) -> str:
@@ -128,27 +126,17 @@ def until(text: str, stops: str | list[str] | None) -> str:
 @torch.no_grad()
 def is_greedy(model, pairs: list, batch_size: int) -> list[bool]:
     """Return whether each target is the result of greedy decoding. Always False for diffusion."""
-    model_cfg = model.cfg
-    device = model.tok.weight.device
     greedy = [False] * len(pairs)
-    if model_cfg.paradigm != "ar":
+    if model.cfg.paradigm != "ar":
         return greedy
-    banned = banned_token_ids(model_cfg, device)
-    for rows, batch in padded_batches(model_cfg, pairs, range(len(pairs)), batch_size):
-        logits = model(batch.prefix.to(device), batch.target.to(device))  # (B, T, V)
+    for rows, batch in padded_batches(model, pairs, range(len(pairs)), batch_size):
+        logits = model(batch.prefix, batch.target)  # (B, T, V)
+        banned = banned_token_ids(model.cfg, logits.device)
         tokens = logits.index_fill(-1, banned, -torch.inf).argmax(-1).tolist()
         for i, row in zip(rows, tokens):
             target = list(pairs[i][1])
             greedy[i] = row[: len(target)] == target
     return greedy
-
-
-def adapter(generator, bound: BoundConfig):
-    """Return the Model as the harness's own type, lm_eval.api.model.LM."""
-    base = import_module("lm_eval.api.model").LM
-    model = type("Checkpoint", (Model, base), {})(generator, bound)
-    base.__init__(model)
-    return model
 
 
 def load_tasks(names: str):
@@ -158,8 +146,8 @@ def load_tasks(names: str):
     files = [name for name in tasks if name.endswith((".yaml", ".yml"))]
     manager = manager_of(include_defaults=len(files) < len(tasks))  # reading its own takes seconds
     for name in tasks:
-        if not (Path(name).is_file() if name in files else manager.match_tasks([name])):
-            raise ValueError(f"{name}: no such task; a task file ends with .yaml")
+        found = Path(name).is_file() if name in files else manager.match_tasks([name])
+        require(found, f"{name}: no such task; a task file ends with .yaml")
     return manager, tasks
 
 
@@ -167,34 +155,31 @@ def main(argv: list[str]) -> dict:
     cfg, generator, state = open_checkpoint(argv, HarnessConfig)
     try:
         lm_eval = import_module("lm_eval")
-        make_table = import_module("lm_eval.utils").make_table
+        base = import_module("lm_eval.api.model").LM
     except ImportError as error:
         raise ValueError(f"lm-eval is not installed ({error}); pip install lm-eval") from None
     manager, tasks = load_tasks(cfg.tasks)
-    model = adapter(generator, cfg.bound)
-    names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    model = type("Checkpoint", (Model, base), {})(generator, cfg.bound)
+    base.__init__(model)
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=tasks,
         num_fewshot=None if cfg.shots < 0 else cfg.shots,
         limit=cfg.n,
         task_manager=manager,
-        **dict.fromkeys(names, cfg.run.seed),
+        **dict.fromkeys(seeds, cfg.run.seed),
     )
-    requests = sorted({task["output_type"] for task in found["configs"].values()})
     counts = {name: n["effective"] for name, n in found["n-samples"].items()}
-    result = {"tasks": found["results"], "n": counts, "asked": requests}
-    result |= {"likelihood": model.measure, "prompts_shortened": model.shortened}
+    result = {"tasks": found["results"], "n": counts, "likelihood": model.measure}
+    result |= {"prompts_shortened": model.shortened, "lm_eval": lm_eval.__version__}
     result |= origin("harness", argv, flatten(cfg) | generator.settings(), state)
-    result["lm_eval"] = lm_eval.__version__
-    text = make_table(found)
-    if requests != ["generate_until"]:
-        text += f"\nlikelihoods: {model.measure}"
+    text = import_module("lm_eval.utils").make_table(found)
+    text += f"\nlikelihoods: {model.measure}"
     if model.shortened:
         limit = f"longer than {model.longest_prefix} tokens and lost their beginning"
         text += f"\n{model.shortened} prompts were {limit}"
-    result = json.loads(json.dumps(result, default=str))
-    return finish(cfg.run.json, result, text)
+    return finish(cfg.run.json, json.loads(json.dumps(result, default=str)), text)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,5 @@
 """The metrics of all evaluations: pure functions of numbers and strings.
 
-    answers   answer_exact_match, answer_f1     the two metrics of SQuAD v1.1
-    text      translation_metrics               BLEU and chrF, by sacrebleu
-    code      pass_at_k, edit_similarity
-    chance    wilson, interval, paired
-
 The score of a whole set is a Metric: one row of numbers per item, and the score of their sum.
 Means and BLEU both have this form, so one bootstrap serves all.
 """
@@ -33,7 +28,7 @@ def normalize_answer(text: str) -> str:
 
 def answer_exact_match(prediction: str, answers: Sequence[str]) -> bool:
     """Return whether the prediction equals one of the answers, all normalised."""
-    return normalize_answer(prediction) in map(normalize_answer, _check_answers(answers))
+    return normalize_answer(prediction) in map(normalize_answer, answers)
 
 
 def answer_f1(prediction: str, answers: Sequence[str]) -> float:
@@ -44,18 +39,12 @@ def answer_f1(prediction: str, answers: Sequence[str]) -> float:
     """
     ours = normalize_answer(prediction).split()
     best = 0.0
-    for answer in _check_answers(answers):
+    for answer in answers:
         theirs = normalize_answer(answer).split()
         shared = (Counter(ours) & Counter(theirs)).total()
         if shared:
             best = max(best, 2 * shared / (len(ours) + len(theirs)))
     return best
-
-
-def _check_answers(answers: Sequence[str]) -> Sequence[str]:
-    if isinstance(answers, str) or not answers:
-        raise ValueError(f"a question needs a list of at least one answer, got {answers!r}")
-    return answers
 
 
 # Code
@@ -66,8 +55,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
     Codex (arXiv 2107.03374), equation 1. Python's integers are exact for any n.
     """
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -93,7 +80,7 @@ class Metric(NamedTuple):
 
     @property
     def is_share(self) -> bool:
-        """Whether it is a mean of zeros and ones."""
+        """Return whether it is a mean of zeros and ones."""
         return self.score is _ratio and bool(np.isin(self.rows[:, 0], (0, 1)).all())
 
     def show(self, value: float) -> str:
@@ -102,8 +89,6 @@ class Metric(NamedTuple):
 
 def mean(values: Sequence[float]) -> Metric:
     """Return the mean of one number per item."""
-    if not len(values):
-        raise ValueError("there are no items to score")
     rows = np.column_stack([np.array(values, dtype=np.float64), np.ones(len(values))])
     return Metric(rows, _ratio)
 
@@ -118,9 +103,6 @@ def translation_metrics(predictions: list[str], references: list[str]) -> dict[s
     Post 2018 (arXiv 1804.08771), Popović 2015 (chrF2). The rows are sacrebleu's private counts per
     sentence, so requirements-dev.txt pins its version.
     """
-    if len(predictions) != len(references) or not references:
-        counts = f"{len(predictions)} and {len(references)}"
-        raise ValueError(f"BLEU needs as many predictions as references, at least 1; got {counts}")
     metrics = {}
     for name, scorer in sacrebleu_scorers().items():
         counts = scorer._extract_corpus_statistics(predictions, [references])
@@ -147,8 +129,6 @@ def _points(scorer) -> Callable[[np.ndarray], float]:
 
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Return the 95% interval of a share (Wilson 1927). It holds near 0 and 1 too."""
-    if n == 0:
-        return 0.0, 1.0
     p = hits / n
     zz = z * z / n
     middle = p + zz / 2

@@ -8,14 +8,13 @@ answer. Predictions are {id: answer} in JSON, as SQuAD's own script reads them. 
 told the length of the answer.
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 
 from configurator import group, run
 from data import squad
 from data.sources import parse_json, read_text
-from eval.common import EvalConfig, TaskConfig, TaskRun, check_ids, held_out, write_text
+from eval.common import EvalConfig, TaskConfig, TaskRun, check_ids, held_out
 from eval.metrics import Metric, answer_exact_match, answer_f1, mean
 
 
@@ -54,11 +53,7 @@ def read_predictions(path: str, asked: list[dict]) -> list[str]:
 def main(argv: list[str]) -> dict:
     task = TaskRun("qa", argv, QaConfig, examples)
     predictions, cost = task.texts(read_predictions)
-    if task.cfg.task.save:
-        answers = {e["id"]: text.strip() for e, text in zip(task.examples, predictions)}
-        write_text(task.cfg.task.save, json.dumps(answers) + "\n")
-    extra = {"empty": sum(not text.strip() for text in predictions)} | cost
-    return task.report(predictions, partial(score, asked=task.examples), extra)
+    return task.report(predictions, partial(score, asked=task.examples), cost)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@
     python -m eval.translation --predictions=answers.txt --source=a.en.gz --target_source=a.fr.gz
 
 Without --source: the held-out pairs of the checkpoint's data set. A file of predictions has one
-line per example. A line break in a translation becomes a space before it is scored or saved, so
-sacrebleu's own command gives the same BLEU for the saved file.
+line per example. A line break in a translation becomes a space before it is scored.
 """
 
 import re
@@ -15,7 +14,7 @@ from functools import partial
 from configurator import group, run, setting, validate
 from data import parallel
 from data.sources import read_lines
-from eval.common import EvalConfig, TaskConfig, TaskRun, held_out, write_text
+from eval.common import EvalConfig, TaskConfig, TaskRun, held_out
 from eval.metrics import Metric, mean, sacrebleu_scorers, translation_metrics
 
 
@@ -61,22 +60,15 @@ def read_predictions(path: str, asked: list[dict]) -> list[str]:
     return lines
 
 
-def write_predictions(path: str, predictions: list[str]) -> None:
-    write_text(path, "".join(one_line(text) + "\n" for text in predictions))
-
-
 def main(argv: list[str]) -> dict:
     sacrebleu_scorers()  # if it is missing, fail before hours of work
     task = TaskRun("translation", argv, TranslationConfig, examples)
     predictions, cost = task.texts(read_predictions)
-    if task.cfg.task.save:
-        write_predictions(task.cfg.task.save, predictions)
-    metrics = score(predictions, task.examples)
-    signatures = {name: m.signature for name, m in metrics.items() if m.signature}
-    extra = {"signatures": signatures, "empty": sum(not text.strip() for text in predictions)}
-    notes = "".join(f"\n{name}: {signature}" for name, signature in signatures.items())
     compare = partial(score, asked=task.examples)
-    return task.report(predictions, compare, extra | cost, notes)
+    metrics = compare(predictions)
+    signatures = {name: metrics[name].signature for name in ("bleu", "chrf")}
+    notes = "".join(f"\n{name}: {signature}" for name, signature in signatures.items())
+    return task.report(predictions, compare, {"signatures": signatures} | cost, notes)
 
 
 if __name__ == "__main__":
