@@ -67,30 +67,18 @@ def run_tests(program: str, tests: str, limits: Limits = DEFAULT) -> Outcome:
     (too much), exit (before its tests ended), killed (by a signal). Raises ValueError for bad
     tests, OSError if the sandbox itself does not work.
     """
-    modules = check_tests(tests)
-    if not isinstance(program, str):
-        raise ValueError(f"a program must be text, got {type(program).__name__}")
-    return _run(program, tests, modules, limits)[0]
+    return _run(program, tests, imports_of(tests), limits)[0]
 
 
-def run_many(
-    jobs: Sequence[tuple[str, str]],
-    limits: Limits = DEFAULT,
-    workers: int = 0,
-    progress: bool = True,
-) -> list[Outcome]:
+def run_many(jobs: Sequence[tuple[str, str]], limits=DEFAULT, workers: int = 0) -> list[Outcome]:
     """Return the outcome of each (program, tests), in order. workers: 0 for one a core."""
-    for number, (_, tests) in enumerate(jobs):
-        try:
-            check_tests(tests)
-        except ValueError as error:
-            raise ValueError(f"program {number}: {error}") from None
-    if not workers and hasattr(os, "sched_getaffinity"):
-        workers = len(os.sched_getaffinity(0))
-    bar = dict(total=len(jobs), unit="program", leave=False, disable=None if progress else True)
-    programs, all_tests = zip(*jobs) if jobs else ((), ())
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        return list(tqdm(pool.map(run_tests, programs, all_tests, repeat(limits)), **bar))
+    if not workers:
+        affinity = getattr(os, "sched_getaffinity", None)  # Linux
+        workers = len(affinity(0)) if affinity else os.cpu_count() or 1
+    programs, tests = zip(*jobs) if jobs else ((), ())
+    with ThreadPoolExecutor(workers) as pool:
+        outcomes = pool.map(run_tests, programs, tests, repeat(limits))
+        return list(tqdm(outcomes, total=len(jobs), unit="program", leave=False, disable=None))
 
 
 def isolation() -> str:
@@ -111,10 +99,8 @@ def isolation() -> str:
     return f"sandbox: programs run {', '.join(parts)}"
 
 
-def check_tests(tests: str) -> list[str]:
+def imports_of(tests: str) -> list[str]:
     """Return the modules that the tests import. Raises ValueError for empty or invalid tests."""
-    if not isinstance(tests, str):
-        raise ValueError(f"the tests must be text, got {type(tests).__name__}")
     try:
         tree = ast.parse(tests)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -156,9 +142,10 @@ def _run(program: str, tests: str, modules: list, limits: Limits) -> tuple[Outco
     status, _, detail = rest.partition("\n")
     if errors or not first.startswith("ready"):  # the program cannot write there
         reason = errors.rpartition("\n")[2] or f"no answer within {START_SECONDS} s"
-        raise OSError(f"the sandbox does not work here: {_line(reason)}")
+        raise OSError(f"the sandbox does not work here: {reason}")
+    detail = "".join(c if c.isprintable() else " " for c in detail).strip()[:CLIP]
     status = status or "killed"
-    return Outcome(status == "passed", status, _line(detail)), first.split()[1:]
+    return Outcome(status == "passed", status, detail), first.split()[1:]
 
 
 def _remove(folder: str) -> None:
@@ -168,9 +155,3 @@ def _remove(folder: str) -> None:
     except (OSError, RecursionError):
         for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
             subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
-
-
-def _line(text: str) -> str:
-    """Return the text as one printable line of at most CLIP characters."""
-    line = "".join(c if c.isprintable() else " " for c in text).strip()
-    return line if len(line) <= CLIP else line[: CLIP - 3] + "..."
