@@ -10,9 +10,7 @@ from eval_models import KINDS, save_model, save_pairs
 from data import mbpp, mini
 from eval import code, sandbox
 from eval.common import TaskConfig
-from eval.metrics import pass_at_k
 
-MBPP = Path(__file__).parent.parent.parent / "shared" / "data" / "mbpp" / "mbpp.jsonl"
 PROBLEMS = [
     ("Double it.", "def f(x):\r\n    return 2 * x", ["assert f(2) == 4", "assert f(0) == 0"]),
     ("Add one.", "def g(x):\n    return x + 1", ["assert g(2) == 3"]),
@@ -70,16 +68,14 @@ def test_pass_at_k_is_estimated_from_all_samples_of_a_problem(place, tmp_path, c
     argv = [f"--source={place / 'mbpp.jsonl'}", f"--predictions={path}", "--run_code"]
     result = code.main([*argv, "--k=1,2,3", f"--json={tmp_path / 'a.json'}"])
     assert [result[f"pass@{k}"] for k in (1, 2, 3)] == pytest.approx([1 / 2, 5 / 6, 1])
-    assert result["pass@2"] == pytest.approx((pass_at_k(3, 2, 2) + pass_at_k(3, 1, 2)) / 2)
     assert result["pass@3_interval_by"] == "wilson"
     assert result["pass@2_interval_by"] == "bootstrap"
     assert (result["n"], result["samples"], result["parse"]) == (2, 3, pytest.approx(4 / 6))
     assert result["outcomes"] == {"passed": 3, "not_python": 2, "failed": 1}
     items = json.loads((tmp_path / "a.json").read_text())["items"]
-    counts = {
-        i: [item[key] for key in ("samples", "passed", "parsed")] for i, item in items.items()
-    }
-    assert counts == {"11": [3, 2, 3], "12": [3, 1, 1]}
+    counts = {i: [item[key] for key in ("passed", "parsed")] for i, item in items.items()}
+    assert counts == {"11": [2, 3], "12": [1, 1]}
+    assert items["12"]["completions"] == [RIGHT[1], WRONG[1], WRONG[1]]
     assert "--run_code: each program has" in capsys.readouterr().err
 
 
@@ -89,30 +85,17 @@ def test_references_pass_without_leave_and_empty_programs_fail(place, tmp_path):
     assert [result[key] for key in ("pass@1", "parse", "edit_similarity", "n")] == [1, 1, 1, 3]
     empty = completions(tmp_path / "p.jsonl", ["", ""])
     result = code.main([source, f"--predictions={empty}", "--run_code"])
-    assert [result[key] for key in ("pass@1", "parse", "empty", "n")] == [0, 0, 2, 2]
+    assert [result[key] for key in ("pass@1", "parse", "n")] == [0, 0, 2]
     result = code.main(["--reference", f"--data={place / 'mini_code'}"])
     assert (result["pass@1"], result["n"], result["outcomes"]) == (1, 3, {"passed": 3})
 
 
-@pytest.mark.skipif(not MBPP.exists(), reason="needs ../shared/data/mbpp")
-def test_real_references_score_all_and_empty_programs_none(tmp_path):
-    """Some of them; python -m eval.code --reference --split=all runs all 874."""
-    path = tmp_path / "p.jsonl"
-    argv = [f"--source={MBPP}", "--split=all", "--n=12"]
-    assert code.main([*argv, "--reference", f"--save={path}"])["pass@1"] == 1
-    rows = [json.loads(line) | {"completion": ""} for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert code.main([*argv, f"--predictions={path}", "--run_code"])["pass@1"] == 0
-
-
 def test_a_completion_of_humaneval_continues_its_prompt(place, tmp_path):
     source, path = f"--source={place / 'human.jsonl'}", tmp_path / "p.jsonl"
-    assert code.main([source, "--reference", f"--save={path}"])["pass@1"] == 1
-    row = json.loads(path.read_text())
-    assert row == {"task_id": "HumanEval/0", "completion": HUMANEVAL["canonical_solution"]}
+    assert code.main([source, "--reference"])["pass@1"] == 1
     cases = {"    return x + x": 1, "def twice(x): return 2 * x": 0, "": 0}
     for completion, share in cases.items():
-        path.write_text(json.dumps(row | {"completion": completion}))
+        path.write_text(json.dumps({"task_id": "HumanEval/0", "completion": completion}))
         assert code.main([source, f"--predictions={path}", "--run_code"])["pass@1"] == share
 
 
@@ -195,17 +178,16 @@ def test_no_program_of_a_model_or_a_file_runs_without_leave(place, tmp_path, mon
             code.main([*argv, "--run_code"])
 
 
-@pytest.mark.parametrize("kind", ["ar", "diffusion"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_samples_differ_and_do_not_depend_on_how_many_there_are(place, tmp_path, kind):
-    path = tmp_path / "p.jsonl"
-    argv = [f"--init_from={place / kind}.pt", f"--save={path}", "--temperature=1.0"]
+    path = tmp_path / "a.json"
+    argv = [f"--init_from={place / kind}.pt", f"--json={path}", "--temperature=1.0"]
     argv += ["--steps=2", "--candidates=2"] if kind == "diffusion" else []
     found = {}
     for samples in (2, 3):
         result = code.main([*argv, f"--samples={samples}", f"--k=1,{samples}"])
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        of_task = {i: [row["completion"] for row in rows if row["task_id"] == i] for i in "01"}
-        found[samples] = of_task
+        items = json.loads(path.read_text())["items"]
+        found[samples] = {i: item["completions"] for i, item in items.items()}
         assert "pass@1" not in result and result["samples"] == samples
     for i in "01":
         assert found[3][i][:2] == found[2][i] and len(set(found[3][i])) == 3
@@ -227,17 +209,10 @@ def test_bodies_are_scored_by_parsing_and_likeness(place, tmp_path):
     "argv, says",
     [
         (["--samples=4"], "--samples=4 at temperature 0 are equal"),
-        (
-            ["--samples=2", "--temperature=1.0", "--k=1,3"],
-            "pass@3 needs --samples=3 or more, got 2",
-        ),
-        (["--samples=0"], "samples must be at least 1"),
-        (["--samples=5000"], "samples must be at most 4096"),
+        (["--samples=2", "--k=1,3"], "pass@3 needs --samples=3 or more, got 2"),
         (["--k=0"], "k must be whole numbers from 1"),
         (["--k=ten"], "k must be whole numbers from 1"),
-        (["--k="], "k must be whole numbers from 1"),
-        (["--split=tset"], "split must be one of"),
-        (["--reference", "--source=mbpp.jsonl", "--split=validation"], "no tasks of the split"),
+        (["--reference", "--source=mbpp.jsonl", "--split=validation"], "has no examples to score"),
     ],
 )
 def test_settings_that_make_no_sense_are_one_line(place, monkeypatch, argv, says):
@@ -254,16 +229,13 @@ ELEVEN = '{"task_id": 11, "completion": "a"}\n'
     [
         (ELEVEN, "1 predictions for 2 examples; missing or unknown: 12"),
         (ELEVEN + '{"task_id": 12, "comple', "line 2: not readable as JSON"),
-        ('{"task_id": ' + "1" * 5000 + "}", "line 1: not readable as JSON"),
         ('{"task_id": 11, "completion": 3}\n', "line 1: must be"),
         (ELEVEN * 2 + ELEVEN.replace("11", "12"), "for each task; task 12 has 1, task 11 has 2"),
-        (b'{"task_id": 11, "completion": "\xe9"}', "not UTF-8"),
-        ("", "empty"),
     ],
 )
 def test_a_bad_file_of_predictions_is_one_line(place, tmp_path, text, says):
     path = tmp_path / "p.jsonl"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.write_text(text)
     argv = [f"--source={place / 'mbpp.jsonl'}", f"--predictions={path}", "--run_code"]
     with pytest.raises(ValueError, match=re.escape(says)) as error:
         code.main(argv)

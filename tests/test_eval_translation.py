@@ -47,18 +47,16 @@ def files(place) -> list[str]:
     return [f"--source={place / 'test.en'}", f"--target_source={place / 'test.fr'}"]
 
 
-def test_bleu_equals_sacrebleus_own_command_on_the_saved_file(place, tmp_path, capsys):
-    guess, saved = place / "guess.txt", tmp_path / "new" / "saved.txt"
-    result = translation.main([*files(place), f"--predictions={guess}", f"--save={saved}"])
-    assert saved.read_bytes() == guess.read_bytes()
-    command = [sys.executable, "-m", "sacrebleu", str(place / "test.fr"), "-i", str(saved)]
+def test_bleu_equals_sacrebleus_own_command(place, capsys):
+    guess = place / "guess.txt"
+    result = translation.main([*files(place), f"--predictions={guess}"])
+    command = [sys.executable, "-m", "sacrebleu", str(place / "test.fr"), "-i", str(guess)]
     command += ["-m", "bleu", "chrf", "-w", "9"]
     theirs = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     ours = [round(result[name], 9) for name in ("bleu", "chrf")]
     assert ours == [row["score"] for row in theirs]
     assert [row["signature"] for row in theirs] == list(result["signatures"].values())
-    assert 20 < result["bleu"] < 80
-    assert (result["exact_match"], result["empty"], result["n"]) == (2 / 6, 1, 6)
+    assert 20 < result["bleu"] < 80 and (result["exact_match"], result["n"]) == (2 / 6, 6)
     assert result["signatures"]["bleu"] in capsys.readouterr().out
 
 
@@ -68,10 +66,8 @@ def test_the_reference_scores_100(place):
     assert scores == pytest.approx([1, 100, 100])
 
 
-def test_a_line_break_in_a_translation_is_a_space(tmp_path):
-    path = str(tmp_path / "p.txt")
-    translation.write_predictions(path, ["a\nb\r\nc", " d ", ""])
-    assert translation.read_predictions(path, [{}] * 3) == ["a b c", "d", ""]
+def test_a_line_break_in_a_translation_is_a_space():
+    assert list(map(translation.one_line, ["a\nb\r\nc", " d ", ""])) == ["a b c", "d", ""]
 
 
 def test_examples_are_the_lines_of_a_file_also_gzipped_after_a_text_that_a_model_knows(place):
@@ -121,8 +117,7 @@ def test_of_the_mixed_set_each_evaluation_takes_its_task(tmp_path):
         found = common.held_out(str(tmp_path / "x"), task)
         assert len(found) == 3 and all(example["prefix"].startswith(tag) for example in found)
     save_pairs(tmp_path / "y", items[:1], 41, 88, command="python -m data.mini")
-    with pytest.raises(ValueError, match="has no examples of the task code"):
-        common.held_out(str(tmp_path / "y"), "code")
+    assert common.held_out(str(tmp_path / "y"), "code") == []
 
 
 def test_a_prompt_that_does_not_fit_goes_unanswered_and_is_told(place, tmp_path, capsys):
@@ -133,26 +128,22 @@ def test_a_prompt_that_does_not_fit_goes_unanswered_and_is_told(place, tmp_path,
     assert result["n"] == 2 and result["items"]["2"] == ""
     assert "1 of 2 prompts are longer than 32 tokens" in capsys.readouterr().err
     path.write_text("long " * 9 + "\tlong\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="all 1 prompts are longer than 32 tokens"):
+    with pytest.raises(ValueError, match="1 of 1 prompts are longer than 32 tokens"):
         translation.main(argv)
 
 
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["--predictions=nowhere.txt"], "nowhere.txt: no such file"),
         (["--predictions=short.txt"], "short.txt: 2 lines for 6 examples"),
-        (["--predictions=latin.txt"], "latin.txt, line 2: not UTF-8"),
         (["--predictions=test.fr", "--reference"], "give --predictions or --reference, not both"),
         (["--reference", "--data=pairs"], "give --source or --data, not both"),
-        (["--reference", "--n=-1"], "n must be at least 0"),
         (["--reference", "--steps=3"], "unknown setting 'steps'"),
     ],
 )
 def test_bad_input_is_one_line(place, monkeypatch, argv, says):
     monkeypatch.chdir(place)
     (place / "short.txt").write_text("a\nb\n")
-    (place / "latin.txt").write_bytes("a\nd\xe9j\xe0\n".encode("latin-1"))
     with pytest.raises(ValueError, match=re.escape(says)) as error:
         translation.main(["--source=test.en", "--target_source=test.fr", *argv])
     assert "\n" not in str(error.value)
