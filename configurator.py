@@ -13,7 +13,6 @@ import os
 import runpy
 import sys
 from collections.abc import Callable
-from functools import partial
 
 # Settings of earlier versions.
 RENAMED = {
@@ -34,10 +33,10 @@ BOOLEANS = {None: True, "true": True, "1": True, "false": False, "0": False}
 
 
 def setting(default, help: str, choices: tuple = (), **limits):
-    """A dataclass field with its limits.
+    """A dataclass field with its limits: minimum, maximum, above (exclusive).
 
-    minimum, maximum, above (exclusive). zero_ok: 0 is allowed below the minimum.
-    path: expand a leading ~. hidden: cannot be typed. may_change: when a run resumes.
+    zero_ok: 0 is allowed below the minimum. path: expand a leading ~.
+    hidden: cannot be typed. may_change: when a run resumes.
     """
     metadata = {"help": help, "choices": choices} | limits
     return dataclasses.field(default=default, metadata=metadata)
@@ -165,7 +164,6 @@ def read_settings(classes, argv: list[str]) -> dict:
 
 
 def typed_fields(*classes: type) -> dict[str, dataclasses.Field]:
-    """Return the settings that can be typed."""
     fields = all_fields(*classes)
     return {name: f for name, f in fields.items() if not f.metadata.get("hidden")}
 
@@ -183,9 +181,8 @@ def _known_field(name: str, fields: dict, arg: str) -> dataclasses.Field:
 
 def _read_file(path: str) -> dict:
     path = os.path.expanduser(path)
-    hint = "settings are given as --key=value"
     is_file = os.path.exists(path) and not os.path.isdir(path)
-    require(is_file, f"{path}: no such config file ({hint})")
+    require(is_file, f"{path}: no such config file (settings are given as --key=value)")
     try:
         names = runpy.run_path(path)
     except Exception as error:  # whatever is wrong in the file, the user can fix it
@@ -217,8 +214,7 @@ def refuse_changes(given: dict, fixed: dict, context, hint="drop the setting", a
 def describe(cfg) -> str:
     """Return the settings that differ from their defaults as flags."""
     fields = all_fields(type(cfg))
-    flat = flatten(cfg).items()
-    changed = [f"--{name}={v}" for name, v in flat if v != fields[name].default]
+    changed = [f"--{k}={v}" for k, v in flatten(cfg).items() if v != fields[k].default]
     return " ".join(changed) or "(all defaults)"
 
 
@@ -242,11 +238,10 @@ def help_text(*classes: type) -> str:
 
 
 def run(main: Callable[[list[str]], object], *classes: type) -> None:
-    """Call main(sys.argv[1:]). An error is one line on stderr and status 2.
+    """Call main(sys.argv[1:]). An error is one line on stderr; --help lists the classes."""
+    from view.streams import secure_streams
 
-    classes: the settings that --help lists.
-    """
-    _secure_streams()
+    secure_streams()
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(sys.modules[main.__module__].__doc__)
         print(help_text(*classes))
@@ -268,35 +263,3 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
     return "\\n".join(text.splitlines())
-
-
-class _Output:
-    """A text stream that drops its text once the reader has left (`| head`)."""
-
-    def __init__(self, stream):
-        self.stream = stream
-        stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name):
-        method = getattr(self.stream, name)
-        return partial(self._call, method) if name in ("write", "flush") else method
-
-    def _call(self, method, *args):
-        try:
-            return method(*args)
-        except BrokenPipeError:  # the work goes on, its output is dropped
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-def _secure_streams() -> None:
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:  # closed by the caller: no file of ours may get this number
-            os.open(os.devnull, os.O_RDWR)
-        if getattr(sys, name) is None:
-            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)
-            setattr(sys, name, stream)
-        stream = getattr(sys, name)
-        if number and hasattr(stream, "reconfigure"):
-            setattr(sys, name, _Output(stream))

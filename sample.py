@@ -1,14 +1,14 @@
 """Sampling: a prompt in, text out. The checkpoint decides whether it is AR or diffusion.
 
-    python sample.py                                                     # a small demonstration model
-    python sample.py --init_from=out/run/ckpt.pt --prompt=hello          # text on stdout, speed on stderr
+    python sample.py                                            # a small demonstration
+    python sample.py --init_from=out/run/ckpt.pt --prompt=hello # speed on stderr
     echo hello | python sample.py --init_from=out/run/ckpt.pt > answer.txt
-    python sample.py --prompt="forty-two" --show                         # watch it in the terminal
-    python sample.py --prompt="forty-two" --html=out/page.html           # or on a page
-    python sample.py --infill="quarante-[[6]]"                           # diffusion: 6 free slots
+    python sample.py --prompt="forty-two" --show                # watch it in the terminal
+    python sample.py --prompt="forty-two" --html=out/page.html  # or on a page
+    python sample.py --infill="quarante-[[6]]"                  # diffusion: 6 free slots
 
---sampler=ar reads a diffusion model with a cached prefix from left to right; --sampler=speculative
-gives the same text in fewer network calls. The one newline at the end of a file or pipe is dropped.
+--sampler=ar reads a diffusion model with a cached prefix from left to right.
+--sampler=speculative gives the same text in fewer network calls.
 """
 
 import re
@@ -17,7 +17,6 @@ import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +24,16 @@ import torch
 
 import autoregressive
 import diffusion
-from configurator import build, read_settings, refuse_changes, run, setting, suggest, validate
+from configurator import (
+    build,
+    read_settings,
+    refuse_changes,
+    require,
+    run,
+    setting,
+    suggest,
+    validate,
+)
 from data.sources import normalize_text
 from data.tokenizer import Tokenizer
 from infra.checkpoint import load_model
@@ -44,24 +52,23 @@ class SampleConfig:
 
     init_from: str = setting(str(DEMO / "diffusion.pt"), "checkpoint", path=True)
     prompt: str = setting("", "the text to continue")
-    prompt_file: str = setting("", "read the prompt from a UTF-8 file; - is stdin", path=True)
-    chat: bool = setting(False, "the prompt is a message; use the model's chat template")
+    prompt_file: str = setting("", "or a UTF-8 file; - is stdin", path=True)
+    chat: bool = setting(False, "use the model's chat template")
     infill: str = setting("", "diffusion: the target, with [[n]] for n free slots")
-    num_samples: int = setting(1, "samples of the same prompt", minimum=1)
+    num_samples: int = setting(1, "of the same prompt", minimum=1)
     seed: int = setting(1337, "of all random numbers", minimum=0, maximum=2**62)
     device: str = setting("auto", "auto, cpu, cuda, mps")
-    dtype: str = setting("float32", "bfloat16: autocast", ("float32", "bfloat16"))
-    show: bool = setting(False, "draw the first sample step by step in the terminal")
+    dtype: str = setting("float32", "of autocast", ("float32", "bfloat16"))
+    show: bool = setting(False, "draw the first sample in the terminal")
     pause: float = setting(0.1, "seconds after each drawn step", minimum=0, maximum=60)
     html: str = setting("", "write a page that plays the first sample", path=True)
     beside: str = setting("", "on the page too: ar, or a checkpoint", path=True)
 
     def __post_init__(self):
         validate(self)
-        if self.show and self.html:
-            raise ValueError("use --show or --html, not both: drawing would change the times")
-        if self.beside and not self.html:
-            raise ValueError("--beside needs --html=FILE")
+        both = self.show and self.html
+        require(not both, "use --show or --html, not both: drawing would change the times")
+        require(self.html or not self.beside, f"--beside={self.beside} needs --html=FILE")
 
 
 class Decoder(NamedTuple):
@@ -75,7 +82,7 @@ class Decoder(NamedTuple):
 
 
 def open_decoder(path: str, given: dict, device: torch.device) -> Decoder:
-    """Read a checkpoint; given: settings of a sampler. Raises ValueError if they do not fit it."""
+    """Read a checkpoint. given: settings, of which those of a sampler must fit it."""
     model, tokenizer, _ = load_model(path, device)
     module, sampler = choose_sampler(model.cfg, given, path)
     template = None
@@ -87,27 +94,24 @@ def open_decoder(path: str, given: dict, device: torch.device) -> Decoder:
 def choose_sampler(model_cfg: ModelConfig, given: dict, path: str):
     """Return the decoding module and its SamplerConfig for a flat dict of settings."""
     module = PARADIGMS[model_cfg.paradigm]
-    name = given.get("sampler")
-    if name in ("ar", "speculative"):
+    name = given.get("sampler", "resample")
+    known = [*diffusion.SAMPLERS, "ar", "speculative"]
+    require(name in known, f"unknown sampler {name!r}{suggest(name, known)}")
+    if name not in diffusion.SAMPLERS:
         given = {key: value for key, value in given.items() if key != "sampler"}
         module = autoregressive
-    elif name is not None and name not in diffusion.SAMPLERS:
-        known = [*diffusion.SAMPLERS, "ar", "speculative"]
-        raise ValueError(f"unknown sampler {name!r}{suggest(name, known)}")
     if name == "speculative":
         from extras import speculative as module
     refuse_changes(given, vars(model_cfg), f"{path} has", "the model's settings are fixed")
     names = {f.name for f in fields(module.SamplerConfig)}
     others = {f.name for cls in sampler_configs() for f in fields(cls)} - names
     for key in given.keys() & others:
-        hint = suggest(key, names)
-        raise ValueError(
-            f"{key!r} is not a setting of {module.__name__}, which decodes {path}{hint}"
-        )
-    if model_cfg.target_length < 2:
-        raise ValueError(f"{path} has target_length={model_cfg.target_length}: train it first")
-    if "infill" in given and module is not diffusion:
-        raise ValueError(f"--infill needs a diffusion model; {path} is read to the right")
+        problem = f"{key!r} is not a setting of {module.__name__}, which decodes {path}"
+        raise ValueError(problem + suggest(key, names))
+    T = model_cfg.target_length
+    require(T > 1, f"{path} has target_length={T}: train it first")
+    fills = "infill" not in given or module is diffusion
+    require(fills, f"--infill needs a diffusion model; {path} is read to the right")
     return module, build(module.SamplerConfig, given)
 
 
@@ -136,6 +140,8 @@ def main(argv: list[str]) -> None:
 
         watch = view.watch_for(decoder, cfg)
     out, seconds = generate(decoder, text, cfg, watch)
+    from view.samples import print_samples
+
     print_samples(decoder, out, seconds, cfg.chat)
     if cfg.html:
         tracks = [view.track_of(decoder, watch, out)]
@@ -146,7 +152,7 @@ def main(argv: list[str]) -> None:
 
 
 def open_beside(decoder: Decoder, cfg: SampleConfig, given: dict) -> Decoder | None:
-    """Return the decoder of the page's second track, with the default settings of its sampler."""
+    """Return the decoder of the page's second track, with its default settings."""
     path = cfg.beside
     if cfg.html and not path and not given.keys() & {"init_from", "infill"}:
         path = str(DEMO / "ar.pt")
@@ -155,13 +161,13 @@ def open_beside(decoder: Decoder, cfg: SampleConfig, given: dict) -> Decoder | N
     if path != "ar":
         return open_decoder(path, {}, pick_device(cfg.device))
     model_cfg = decoder.model.cfg
-    if model_cfg.paradigm == "ar" or model_cfg.prefix_attention == "joint":
-        raise ValueError("--beside=ar needs a diffusion model with a cached prefix")
+    cached = model_cfg.paradigm == "diffusion" and model_cfg.prefix_attention != "joint"
+    require(cached, f"--beside=ar needs a cached prefix, which {cfg.init_from} has not")
     return decoder._replace(module=autoregressive, sampler=autoregressive.SamplerConfig())
 
 
 def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple[GenerateOutput, float]:
-    """Return cfg.num_samples samples and the seconds they took, drawing not counted."""
+    """Return the samples and the seconds they took, without drawing."""
     n = cfg.num_samples
     device = decoder.model.tok.weight.device
     prompt = encode_prompt(text, decoder, cfg.chat)
@@ -180,87 +186,57 @@ def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple[Gen
     return out, time.perf_counter() - start - getattr(watch, "seconds", 0.0)
 
 
-def print_samples(decoder: Decoder, out: GenerateOutput, seconds: float, chat: bool) -> None:
-    """Print texts to stdout; speed, calls and score (mean NLL per slot) to stderr."""
-    from view.cells import printable
-
-    pad_id = decoder.tokenizer.pad_id
-    ends = {pad_id}
-    if chat:
-        from hf.chat import end_ids
-
-        ends |= set(end_ids(decoder.tokenizer))
-    n_tokens = 0
-    for i, (row, score, calls) in enumerate(zip(*(part.tolist() for part in out))):
-        # The first pad ends a text. In a template it is a free slot that was not needed.
-        if decoder.template is None:
-            row = list(takewhile(lambda token: token not in ends, row))
-        row = [token for token in row if token != pad_id]
-        n_tokens += len(row)
-        if len(out.calls) > 1:
-            print(f"--- sample {i} | {calls} network calls | score {score:.4f}")
-        text = decoder.tokenizer.decode(row)
-        print(printable(text) if sys.stdout.isatty() else text, flush=True)
-    calls = f"{float(out.calls.float().mean()):g} network calls per sample"
-    n = getattr(decoder.sampler, "candidates", 1)
-    best = f" | best of {n}" if n > 1 else ""
-    speed = f"{n_tokens / seconds:,.0f} tokens/s ({n_tokens} in {seconds:.3f} s)"
-    print(f"{speed} | {calls} | score {float(out.score.mean()):.4f}{best}", file=sys.stderr)
-
-
 def read_prompt(cfg: SampleConfig, given: dict) -> str:
-    """Return the prompt: as given, from a file or stdin, or an example for the demonstration."""
-    if cfg.prompt and cfg.prompt_file:
-        raise ValueError("use --prompt=TEXT or --prompt_file=PATH, not both")
+    """Return the prompt: as given, from a file or stdin, or an example."""
+    text = cfg.prompt
     path = cfg.prompt_file
+    require(not (text and path), "use --prompt=TEXT or --prompt_file=PATH, not both")
     asked = given.keys() & {"prompt", "prompt_file", "infill"}
     if not asked and sys.stdin is not None and not sys.stdin.isatty():
         path = "-"
-    text = cfg.prompt
     if path:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        # The one newline at the end of a file or pipe is dropped.
         text = normalize_text(raw, "stdin" if path == "-" else path).removesuffix("\n")
     if not text and not asked and "init_from" not in given:
         print(f"no prompt given, using the example {DEMO_PROMPT!r}", file=sys.stderr)
         return DEMO_PROMPT
-    if not text and not cfg.infill:
-        raise ValueError("the prompt is empty; use --prompt=TEXT, --prompt_file=PATH or stdin")
+    ways = "use --prompt=TEXT, --prompt_file=PATH or stdin"
+    require(text or cfg.infill, f"the prompt is empty; {ways}")
     return text
 
 
 def encode_prompt(text: str, decoder: Decoder, chat: bool) -> list[int]:
-    """Return the token ids of the prompt. Raises ValueError if the target does not fit after it."""
+    """Return the token ids of the prompt. The target must fit after it."""
     if chat:
         from hf.chat import chat_ids
 
         ids = chat_ids(decoder.tokenizer, [{"role": "user", "content": text}])
     else:
         ids = decoder.tokenizer.encode_prompt(text)
-    longest = decoder.model.cfg.block_size - decoder.model.cfg.target_length
-    if len(ids) > longest:
-        raise ValueError(f"the prompt has {len(ids)} tokens, the model reads at most {longest}")
+    n = len(ids)
+    most = decoder.model.cfg.block_size - decoder.model.cfg.target_length
+    require(n <= most, f"the prompt has {n} tokens, the model reads at most {most}")
     return ids
 
 
 def parse_template(text: str, tokenizer: Tokenizer, model_cfg: ModelConfig) -> list[int]:
-    """Return the ids of T - 1 slots, -1 for a free one; pads after the template are fixed.
+    """Return the ids of T - 1 slots, -1 for a free one, which may become a pad: nothing.
 
-    "ab[[2]]c" -> [97, 98, -1, -1, 99, 256, 256, ..]. A free slot may become a pad, that is, nothing.
+    "ab[[2]]c" -> [97, 98, -1, -1, 99, 256, 256, ..].
     """
     slots = []
     parts = re.split(r"\[\[([^\[\]]*)\]\]", text)  # text, n, text, n, .., text
+    require(len(parts) > 1, f"infill: no slot is free in {text!r}; write [[12]] for 12 slots")
     for i, part in enumerate(parts):
         if i % 2 == 0:
             slots += tokenizer.encode(part)
-        elif re.fullmatch("[0-9]{1,6}", part) and int(part):
-            slots += [-1] * int(part)
-        else:
-            raise ValueError(f"infill: [[{part}]] is not a number of slots, such as [[12]]")
-    if len(parts) == 1:
-        raise ValueError("infill: no slot is free; write [[12]] where 12 tokens are wanted")
+            continue
+        valid = re.fullmatch("[0-9]{1,6}", part) and int(part)
+        require(valid, f"infill: [[{part}]] is not a number of slots, such as [[12]]")
+        slots += [-1] * int(part)
     free = model_cfg.target_length - 1 - len(slots)
-    if free < 0:
-        raise ValueError(f"infill: {len(slots)} slots, {-free} more than the model has")
+    require(free >= 0, f"infill: {len(slots)} slots, {-free} more than the model has")
     return slots + [model_cfg.pad_id] * free
 
 
