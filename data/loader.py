@@ -38,9 +38,6 @@ SETS |= dict.fromkeys(("python_code", "python_pairs"), "data.python_code")
 SETS |= {"squad": "data.squad", "mbpp": "data.mbpp", "multi30k": "data.parallel"}  # downloads
 
 
-# Reading
-
-
 class _Dataset:
     """One split of a data set: the meta data and the memory-mapped tokens."""
 
@@ -119,14 +116,12 @@ class TokenStream(_Dataset):
         """
         examples = step * batch_size + np.arange(batch_size)[rows]
         rng = _rng("stream", seed, step)
-        if self.objective == "span_corruption":
-            width = self.longest
-        else:
-            split = int(rng.integers(1, self.block_size - self.target_length + 1))
-            width = split + self.target_length - 1
+        spans = self.objective == "span_corruption"
+        split = 0 if spans else int(rng.integers(1, self.block_size - self.target_length + 1))
+        width = self.longest if spans else split + self.target_length - 1
         starts = rng.integers(0, len(self.tokens) - width + 1, size=batch_size)[rows]
         windows = [self.tokens[start : start + width] for start in starts]
-        if self.objective == "span_corruption":
+        if spans:
             pairs = [self._cut(w, _rng("spans", seed, e)) for w, e in zip(windows, examples)]
         else:
             pairs = [prefix_lm(window, split, self.target_length) for window in windows]
@@ -151,12 +146,12 @@ class Pairs(_Dataset):
 
     def pair(self, i: int) -> tuple[list[int], list[int]]:
         """Return (prefix, target) ids of pair i in file order, without separator and padding."""
-        prefix, target = self._pair(i)
-        return prefix.tolist(), target.tolist()
+        start, split, end = self.index[i]
+        return self.tokens[start:split].tolist(), self.tokens[split:end].tolist()
 
     def text(self, i: int) -> tuple[str, str]:
         """Return (prefix, target) of pair i in file order as text."""
-        prefix, target = self._pair(i)
+        prefix, target = self.pair(i)
         return self.tokenizer.decode(prefix), self.tokenizer.decode(target)
 
     def batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
@@ -173,16 +168,12 @@ class Pairs(_Dataset):
             lengths = self.index[chosen, 1] - self.index[chosen, 0]
             place = np.argsort(lengths, kind="stable")
         examples = step * batch_size + place[rows]
-        pairs = [self._pair(i) for i in chosen[place[rows]]]
+        pairs = [self.pair(i) for i in chosen[place[rows]]]
         if self.objective != "auto":
-            line_end = np.array(self.tokenizer.encode("\n"), dtype=self.tokens.dtype)
-            texts = [np.concatenate([prefix, line_end, target]) for prefix, target in pairs]
+            line_end = self.tokenizer.encode("\n")
+            texts = [prefix + line_end + target for prefix, target in pairs]
             pairs = [self._cut(t, _rng("cut", seed, e)) for t, e in zip(texts, examples)]
         return self._collate(pairs, examples)
-
-    def _pair(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        start, split, end = self.index[i]
-        return self.tokens[start:split], self.tokens[split:end]
 
     def _epoch(self, seed: int, epoch: int, batch_size: int) -> np.ndarray:
         """Return the order of the pairs, (steps, batch_size). The last one is cached."""
@@ -196,10 +187,8 @@ class Pairs(_Dataset):
         return order
 
 
-def open_dataset(
-    folder: str | Path, split: str, objective: ObjectiveConfig | None = None
-) -> TokenStream | Pairs:
-    """Open the 'train' or 'valid' split of a data set.
+def open_dataset(folder, split: str, objective: ObjectiveConfig | None = None):
+    """Open the 'train' or 'valid' split of a data set, a TokenStream or Pairs.
 
     Raises ValueError, with the command that builds the data set, if a file is missing or damaged.
     """
@@ -230,9 +219,7 @@ def build_if_missing(folder: str | Path) -> Path:
     return folder
 
 
-def prefetch(
-    load: Callable[..., Batch], places: Iterable[tuple], device: torch.device
-) -> Iterator[Batch]:
+def prefetch(load: Callable, places: Iterable, device: torch.device) -> Iterator[Batch]:
     """Yield load(*place) for each place, on the device. A thread loads the next batch meanwhile."""
     cuda = device.type == "cuda"
 
@@ -287,9 +274,6 @@ def _rng(purpose: str, seed: int, place: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(entropy))
 
 
-# Writing
-
-
 def write_stream(folder, splits: dict, tokenizer: str, target_length, block_size, **free) -> dict:
     """Write the token chunks of each split, end to end. Return meta.json. free: more fields."""
     if not 2 <= target_length < block_size:
@@ -310,14 +294,13 @@ def write_pairs(folder, splits: dict, tokenizer: str, target_length, block_size,
     limits = (block_size - target_length, target_length - 1)
     with _writer(folder, "pairs", tokenizer, target_length, block_size, free) as (meta, write):
         for split, pairs in splits.items():
+            sizes = f"target_length={target_length} and block_size={block_size}"
             if not pairs:
-                sizes = f"target_length={target_length} and block_size={block_size}"
                 raise ValueError(f"{folder}: no {split} pair fits {sizes}")
             lengths = np.array([[len(side) for side in pair] for pair in pairs])  # (N, 2)
-            for i in np.flatnonzero((lengths > limits).any(axis=1) | (lengths[:, 1] == 0)):
-                got = f"{lengths[i][0]} and {lengths[i][1]} tokens"
-                limit = f"allowed are up to {limits[0]} and 1 to {limits[1]}"
-                raise ValueError(f"{folder}: {split} pair {i} has {got}, {limit}")
+            bad = (lengths > limits).any(axis=1) | (lengths[:, 1] == 0)
+            if bad.any():
+                raise ValueError(f"{folder}: {split} pair {bad.argmax()} does not fit {sizes}")
             n = write(f"{split}.bin", chain.from_iterable(pairs))
             ends = lengths.cumsum().reshape(-1, 2)  # (N, 2)
             starts = np.concatenate([[0], ends[:-1, 1]])
@@ -346,7 +329,11 @@ def _writer(folder, kind: str, tokenizer_name: str, target_length: int, block_si
             for part in parts:
                 array = np.asarray(part, dtype="<i8")
                 if name.endswith(".bin"):
-                    array = _ordinary(array, tokenizer).astype(dtype)
+                    outside = array[(array < 0) | (array >= tokenizer.n_ordinary)]
+                    if len(outside):
+                        limit = tokenizer.n_ordinary - 1
+                        raise ValueError(f"{folder}: ids must be 0 to {limit}, got {outside[0]}")
+                    array = array.astype(dtype)
                 n += len(array)
                 digest.update(array.tobytes())
                 file.write(array.tobytes())
@@ -365,10 +352,3 @@ def _writer(folder, kind: str, tokenizer_name: str, target_length: int, block_si
         if folder.exists():
             folder.rename(Path(scratch, "old"))  # a folder with files cannot be replaced
         new.rename(folder)
-
-
-def _ordinary(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    if len(ids) and not (0 <= ids.min() and ids.max() < tokenizer.n_ordinary):
-        limits = f"token ids must be 0 to {tokenizer.n_ordinary - 1}"
-        raise ValueError(f"{tokenizer.name}: {limits}, got {ids.min()} to {ids.max()}")
-    return ids

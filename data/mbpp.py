@@ -8,11 +8,10 @@
     """                                                    return 2 * x
 
 The prompt is a docstring: Python, as in pretraining. It holds all asserts, because only they name
-the function. The AR2Diff paper does not show its prompt. Its MBPP scores are multiples of 1/90, so
-it probably scores the 90 validation tasks, although it says test.
+the function. The AR2Diff paper does not show its prompt, and probably scores the 90 validation
+tasks, although it says test: its scores are multiples of 1/90. They are the held-out split here.
 
-The data set holds the tasks of train, and of validation as held-out split. `read` also reads
-HumanEval (Chen et al. 2021, 2107.03374), for evaluation only.
+`read` also reads HumanEval (Chen et al. 2021, 2107.03374), for evaluation only.
 '''
 
 from collections import Counter
@@ -74,7 +73,6 @@ def _mbpp(item: dict) -> dict:
     docstring = "\n".join([item["text"].strip(), *asserts])
     return {
         "split": split,
-        "text": item["text"].strip(),
         "prefix": f'"""\n{docstring}\n"""\n',
         "tests": "\n".join([*([setup] if setup else []), *asserts]) + "\n",
         "target": _newlines(item["code"]).strip("\n").rstrip(),
@@ -99,12 +97,10 @@ def _newlines(code: str) -> str:
 def main(argv: list[str]) -> None:
     cfg = configure(MbppConfig, argv)
     examples = read(cfg.source)
-    if "entry_point" in examples[0]:
-        raise ValueError(f"{cfg.source}: HumanEval has no training tasks; it is for evaluation")
-    train = [e for e in examples if e["split"] == "train"]
-    valid = [e for e in examples if e["split"] == "validation"]
+    train = [example for example in examples if example["split"] == "train"]
+    valid = [example for example in examples if example["split"] == "validation"]
     counts = Counter(example["split"] for example in examples)
-    write_set(cfg, train, valid, ["data.mbpp", *argv], tasks=dict(counts))
+    write_set(cfg, {"train": train, "valid": valid}, ["data.mbpp", *argv], tasks=counts)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,19 @@
     qa            qa ann 4821. bob 9035. eva 1177. bob?          -> 9035
     code          py add 7 then double                           -> def f(x): return (x + 7) * 2
 
-All examples are generated, the same on every machine, with an exact scorer. A held-out example
-tests composition: all its words (or digits) occur in training, but not together. Writes mini (the
-three tasks in equal shares), mini_translation, mini_qa and mini_code, all with the same lengths.
+All examples are generated. A held-out example tests composition: all its words (or digits) occur
+in training, but not together. The set "mini" holds the three tasks in equal shares.
 """
 
+import ast
 import re
 from collections.abc import Callable
 from itertools import cycle, islice, product
 from typing import NamedTuple
 
 from configurator import run
-from data.hashing import hash_number, percent
-from data.sources import OutConfig, write_generated
-from data.syntax import same_code
+from data.sources import OutConfig, hash_number, percent, write_generated
+from data.syntax import parse_python
 
 PREFIX_LENGTH = 47  # bytes; the longest prefix has 45
 TARGET_LENGTH = 41  # bytes with separator; the longest target has 39, so every text ends with a pad
@@ -29,9 +28,7 @@ HELD_OUT_NUMBERS = 29  # percent of the numbers from 100 on
 LONG_PROGRAMS = 15  # percent of the programs of three steps; all of them would outnumber the others
 N_QUESTIONS = 12_000
 
-
 # Translation: numbers from English to French
-
 ENGLISH = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"
@@ -41,17 +38,15 @@ FRENCH = (
     "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze "
     "quinze seize dix-sept dix-huit dix-neuf"
 ).split()
-FRENCH_TENS = (
-    "- - vingt trente quarante cinquante soixante soixante quatre-vingt quatre-vingt".split()
-)
+FRENCH_TENS = "- - vingt trente quarante cinquante soixante soixante".split()
+FRENCH_TENS += ["quatre-vingt"] * 2
 
 
 def english(n: int) -> str:
     """Spell 0 to 9999 in American English: 2101 -> "two thousand one hundred one"."""
-    if n >= 1000:
-        return f"{ENGLISH[n // 1000]} thousand" + _rest(n % 1000, english)
-    if n >= 100:
-        return f"{ENGLISH[n // 100]} hundred" + _rest(n % 100, english)
+    for size, word in ((1000, "thousand"), (100, "hundred")):
+        if n >= size:
+            return f"{ENGLISH[n // size]} {word}" + _rest(n % size, english)
     if n < 20:
         return ENGLISH[n]
     return ENGLISH_TENS[n // 10] + (f"-{ENGLISH[n % 10]}" if n % 10 else "")
@@ -102,7 +97,6 @@ def score_translation(prediction: str, example: dict) -> bool:
 
 
 # Question answering: three people, the room of each, and a question about one of them
-
 NAMES = ["ann", "bob", "eva"]  # a fixed order: small networks learn it ten times faster
 
 
@@ -118,7 +112,7 @@ def qa_examples(split: str) -> list[dict]:
         asked = NAMES[number % len(NAMES)]
         facts = " ".join(f"{name} {room}." for name, room in rooms.items())
         targets[f"qa {facts} {asked}?"] = rooms[asked]
-    return [{"prefix": p, "target": t} for p, t in targets.items() if _split_of(p) == split]
+    return [{"prefix": p, "target": t} for p, t in targets.items() if _is_in(split, p)]
 
 
 def score_qa(prediction: str, example: dict) -> bool:
@@ -131,8 +125,7 @@ def _normalized(text: str) -> list[str]:
     return [word for word in words if word not in ("a", "an", "the")]
 
 
-# Code: a sentence that names steps, and the function that performs them
-
+# Code: a sentence that names steps, and the function that performs them.
 # Step -> (template, precedence of the result, precedence that its operand needs). Higher binds
 # tighter: 1 is + and -, 2 is *, 3 is the unary minus, 4 is **, 5 is a name.
 STEPS = {f"add {n}": (f"{{}} + {n}", 1, 1) for n in range(1, 10)}
@@ -160,7 +153,7 @@ def code_examples(split: str) -> list[dict]:
         [
             {"prefix": f"py {sentence}", "target": code}
             for sentence, code in programs
-            if len(code) < TARGET_LENGTH - 1 and _split_of(code) == split
+            if len(code) < TARGET_LENGTH - 1 and _is_in(split, code)
         ]
     )
 
@@ -209,10 +202,11 @@ def _apply(steps: str, x: int) -> int:
 
 def score_code(prediction: str, example: dict) -> bool:
     """Equal syntax trees: spaces, comments and redundant brackets do not count. Nothing is run."""
-    return same_code(prediction, example["target"])
-
-
-# The three together
+    trees = [parse_python(text) for text in (prediction, example["target"])]
+    try:
+        return None not in trees and ast.dump(trees[0]) == ast.dump(trees[1])
+    except RecursionError:
+        return False
 
 
 class Task(NamedTuple):
@@ -240,8 +234,8 @@ def examples(set_name: str, split: str) -> list[dict]:
     return [item for turn in zip(*(islice(cycle(x), longest) for x in lists)) for item in turn]
 
 
-def _split_of(key: str) -> str:
-    return "valid" if percent(key) < HELD_OUT else "train"
+def _is_in(split: str, key: str) -> bool:
+    return (percent(key) < HELD_OUT) == (split == "valid")
 
 
 def _shuffled(items: list[dict]) -> list[dict]:

@@ -36,9 +36,7 @@ class ObjectiveConfig:
     """How a text is cut. Diffusion adds its noise later, to the target only."""
 
     objective: str = setting(
-        "auto",
-        "auto: given pairs as they are, a stream of text as prefix_lm",
-        choices=("auto", "prefix_lm", "span_corruption"),
+        "auto", "auto: given pairs, or text as prefix_lm", ("auto", "prefix_lm", "span_corruption")
     )
 
     def __post_init__(self):

@@ -3,11 +3,7 @@
     python -m data.parallel [--source=multi30k|tatoeba|wmt14] [--tokenizer=gpt2]
     python -m data.parallel --source=train.en --target=train.fr --valid_source=val.en \\
         --valid_target=val.fr
-    python -m data.parallel --source=fra-eng.zip --name=tatoeba
 
-    A dog runs.  ->  Un chien court.
-
-Files may be gzipped, tabbed lines may be in a .zip; ARCHIVE.tgz::MEMBER is a file of an archive.
 Without a held-out file, some sentences are held out by a hash of the source, so no source is in
 both splits, whatever its translations, case and punctuation.
 
@@ -17,7 +13,6 @@ wmt14: the paper's task, 40 million pairs in archives of 4 GB (statmt.org/wmt14)
 out is newstest2013. To try it: --limit=100000 pairs of each corpus.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
@@ -72,8 +67,6 @@ class ParallelConfig(SetConfig):
     def __post_init__(self):
         self.name = self.name or (self.source if self.source in NAMED else "parallel")
         super().__post_init__()
-        if self.valid_target and not self.valid_source:
-            raise ValueError("--valid_target needs --valid_source")
         if self.source in NAMED and (self.target or self.valid_source):
             raise ValueError(f"--source={self.source} has its own files; drop the other files")
 
@@ -98,11 +91,10 @@ def stream(source: str, target: str, task_prefix: str) -> Iterator[dict]:
 
 
 def _zipped(source: str, target: str) -> Iterator[tuple[str, str]]:
-    both = zip_longest(_sentences(source), _sentences(target))
+    both = zip_longest(read_lines(source), read_lines(target))
     for number, (given, translation) in enumerate(both):
         if given is None or translation is None:
-            shorter, longer = (source, target) if given is None else (target, source)
-            fault = f"{shorter} has {number} lines, {longer} has more"
+            fault = f"{source} or {target} has {number} lines, the other has more"
             raise ValueError(f"{fault}; line i must translate line i")
         yield given, translation
 
@@ -113,18 +105,6 @@ def _tabbed(path: str) -> Iterator[tuple[str, str]]:
         if not tab:
             raise ValueError(f"{path}, line {number}: no tab; give --target=FILE or tabbed lines")
         yield source, rest.split("\t")[0]
-
-
-def _sentences(path: str) -> Iterator[str]:
-    """Yield the lines of a text, or the segments of an .sgm file: <seg id="1">A sentence.</seg>.
-
-    Entities stay as they are, as in sacrebleu, so that scores are comparable.
-    """
-    for line in read_lines(path):
-        if not path.endswith(".sgm"):
-            yield line
-        elif segment := re.match(r"\s*<seg[^>]*>(.*)</seg>", line):
-            yield " ".join(segment[1].split())
 
 
 def main(argv: list[str]) -> None:
@@ -142,7 +122,8 @@ def main(argv: list[str]) -> None:
     else:  # the file is read twice, so that it need not fit into memory
         train = (e for e in train if not is_held_out(e["source"], cfg.held_out))
         valid = (e for e in training_pairs() if is_held_out(e["source"], cfg.held_out))
-    write_set(cfg, train, valid, ["data.parallel", *argv], task_prefix=cfg.task_prefix)
+    splits = {"train": train, "valid": valid}
+    write_set(cfg, splits, ["data.parallel", *argv], task_prefix=cfg.task_prefix)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ the installed packages. Writes python_code and python_pairs. A pair is a functio
         \"\"\"The average of the values.\"\"\"
 
 Whole files are held out, by a hash of their path. Tests, demos and generated tables are left out.
-So are near-duplicates: files, and bodies of functions, that differ only in comment lines, blank
-lines and spaces. Training files are read first, so nothing held out is a near-duplicate of them.
+So are near-duplicates: files, and bodies of functions, that differ only in comments and spaces.
 """
 
 import ast
@@ -24,11 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configurator import configure, run, setting
-from data.hashing import hash_number, percent
-from data.sources import SetConfig, write_set, write_texts
+from data.sources import SetConfig, hash_number, percent, write_set, write_texts
 from data.syntax import parse_python
 
-PAIR_SIZES = (192, 384)  # target_length and block_size of the pairs, by default
 HELD_OUT = 10  # percent of the files
 MAX_FILE = 400_000  # bytes; longer files are tables written by programs
 # Folders without code worth learning: tests, demos, generated tables, copies of other packages.
@@ -47,10 +44,9 @@ class PythonCodeConfig(SetConfig):
 
 
 def read_corpus(source: str) -> tuple[dict, dict, Counter]:
-    """Return the texts of the files and (prefix, body) of their functions, both by split.
+    """Return the files, the (prefix, body) of their functions, and how much was left out and why.
 
-    They are in the order of their paths, without near-duplicates. The third value counts what was
-    left out, by reason.
+    Files and functions are by split, in the order of the paths, without near-duplicates.
     """
     files = {"train": [], "valid": []}
     pairs = {"train": [], "valid": []}
@@ -78,9 +74,6 @@ def read_corpus(source: str) -> tuple[dict, dict, Counter]:
                     dropped["functions that cannot be dedented"] += 1
                 else:
                     pairs[split].append((prefix, body))
-    for split, texts in files.items():
-        if not texts:
-            raise ValueError(f"--source={source}: no Python files for {split}; give more files")
     return files, pairs, dropped
 
 
@@ -92,10 +85,9 @@ def functions(text: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
     """
     lines = re.split(r"\r\n|\r|\n", text)  # Python's lines: splitlines would split at form feeds
     for node in _outer_functions(tree):
-        if len(node.body) < 2 or ast.get_docstring(node, clean=False) is None:
-            continue
+        documented = len(node.body) > 1 and ast.get_docstring(node, clean=False) is not None
         end = node.body[0].end_lineno
-        if node.body[1].lineno > end:
+        if documented and node.body[1].lineno > end:
             prefix = _dedent(lines[node.lineno - 1 : end], node.col_offset)
             yield prefix + "\n", _dedent(lines[end : node.end_lineno], node.col_offset)
 
@@ -116,9 +108,9 @@ def split_of(path: str) -> str:
 
 def _roots(source: str) -> list[Path]:
     paths = sysconfig.get_paths()
-    kinds = {"stdlib": ["stdlib"], "all": ["stdlib", "purelib", "platlib"]}.get(source)
-    if kinds:
-        return [Path(path) for path in dict.fromkeys(paths[kind] for kind in kinds)]
+    kinds = {"stdlib": ["stdlib"], "all": ["stdlib", "purelib", "platlib"]}
+    if source in kinds:
+        return list(dict.fromkeys(Path(paths[kind]) for kind in kinds[source]))
     if not Path(source).exists():
         raise ValueError(f"--source must be stdlib, all or a path; {source!r} does not exist")
     return [Path(source)]
@@ -130,10 +122,9 @@ def _walk(root: Path, dropped: Counter) -> Iterator[Path]:
         folders = set(path.relative_to(root).parts[:-1])
         if folders & PACKAGES or not path.is_file():
             continue
-        if folders & SKIPPED or re.match(TEST_FILE, path.name):
+        table = path.stat().st_size > MAX_FILE
+        if table or folders & SKIPPED or re.match(TEST_FILE, path.name):
             dropped["files of tests, demos, tables"] += 1
-        elif path.stat().st_size > MAX_FILE:
-            dropped[f"files over {MAX_FILE:,} bytes"] += 1
         else:
             yield path
 
@@ -179,16 +170,12 @@ def main(argv: list[str]) -> None:
     free = {"source": cfg.source, "python": platform.python_version()}
     free |= {"licence": "each file keeps the licence of its package", "dropped": dropped}
     write_texts(replace(cfg, name=f"{cfg.name}_code"), files, command, **free)
-    pairs_cfg = replace(
-        cfg,
-        name=f"{cfg.name}_pairs",
-        target_length=cfg.target_length or PAIR_SIZES[0],
-        block_size=cfg.block_size or PAIR_SIZES[1],
-    )
-    splits = [[{"prefix": p, "target": body} for p, body in part] for part in pairs.values()]
-    write_set(pairs_cfg, *splits, command, **free)
-    for reason, n in dropped.items():
-        print(f"left out: {n:6,} {reason}")
+    sizes = {"target_length": cfg.target_length or 192, "block_size": cfg.block_size or 384}
+    splits = {
+        split: [{"prefix": prefix, "target": body} for prefix, body in part]
+        for split, part in pairs.items()
+    }
+    write_set(replace(cfg, name=f"{cfg.name}_pairs", **sizes), splits, command, **free)
 
 
 if __name__ == "__main__":

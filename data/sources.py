@@ -1,7 +1,6 @@
 """What the builders of data sets share: settings, downloads, text files, and examples to pairs.
 
-A source is a path or a URL. Downloads are kept in out/downloads, under their host and path.
-An example is a dict with at least "prefix" (what the model reads) and "target".
+A source is a path or a URL. An example is a dict with "prefix" (what the model reads) and "target".
 """
 
 import gzip
@@ -10,13 +9,13 @@ import http.client
 import json
 import os
 import shlex
-import shutil
+import socket
 import tarfile
 import urllib.request
 import zipfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +24,10 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 
 from configurator import configure, setting, validate
-from data.hashing import hash_number
 from data.loader import OUT, SETS, write_pairs, write_stream
 from data.tokenizer import Tokenizer, get_tokenizer
 
 DOWNLOADS = "out/downloads"
-STREAM_SIZES = (128, 256)  # target_length and block_size of a stream, by default
-FIT = 99  # percent of the training targets, and of the prefixes, that fit by default
-TIMEOUT = 30  # seconds without a byte
-GZIP = b"\x1f\x8b"  # how gzip files begin
 # What a damaged or encrypted archive raises.
 DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, RuntimeError)
 
@@ -48,68 +42,39 @@ class OutConfig:
 
 @dataclass
 class SetConfig(OutConfig):
-    """Settings of a data set of pairs. Their defaults differ from set to set."""
-
     name: str = setting("", "the data set becomes the folder out/name")
     tokenizer: str = setting("bytes", "bytes, gpt2, or the path of a tokenizer.json")
     target_length: int = setting(0, "tokens with separator; 0: automatic", minimum=2, zero_ok=True)
     block_size: int = setting(0, "tokens of prefix and target; 0: automatic", minimum=0)
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.name or Path(self.name).name != self.name:
-            raise ValueError(f"--name=NAME must be a plain folder name, got {self.name!r}")
-
-
-# Downloads
-
 
 def local(source: str, checksums: dict[str, str] | None = None) -> str:
-    """Return the path of a source. Download a URL first, unless its copy is in DOWNLOADS.
-
-    checksums: sha256 by URL. ARCHIVE::MEMBER stays so.
-    """
+    """Return the path of a source. A URL is downloaded once. checksums: sha256 by URL."""
     if "://" not in source:
         return os.path.expanduser(source)
     address, separator, member = source.partition("::")
     url = urlsplit(address)
-    parts = [part for part in unquote(url.path).split("/") if part not in ("", ".", "..")]
-    path = Path(DOWNLOADS, url.netloc, *parts)
+    path = Path(DOWNLOADS, url.netloc, unquote(url.path).lstrip("/"))
     if not path.exists():
         print(f"downloading {address}", flush=True)
+        opener = urllib.request.build_opener()
+        opener.addheaders = [("User-Agent", "Mozilla/5.0 (ar2diff data)")]  # some hosts want a name
+        urllib.request.install_opener(opener)
+        socket.setdefaulttimeout(30)
+        partial = path.with_name(path.name + ".part")
+        wanted = (checksums or {}).get(address)
         try:
-            _download(address, path, (checksums or {}).get(address, ""))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            urllib.request.urlretrieve(address, partial)  # raises if the connection breaks
+            if wanted and hashlib.sha256(partial.read_bytes()).hexdigest() != wanted:
+                raise ValueError(f"its sha256 is not {wanted}")
+            partial.rename(path)
         except (OSError, ValueError, http.client.HTTPException) as error:
+            partial.unlink(missing_ok=True)
             reason = str(error).removeprefix("<urlopen error ").removesuffix(">")
             remedy = f"give a copy on disk with --source, or put it at {path}"
             raise ValueError(f"{address}: cannot be downloaded ({reason}); {remedy}") from None
     return f"{path}{separator}{member}"
-
-
-def _download(url: str, path: Path, sha256: str) -> None:
-    """Write the whole file to path, or nothing."""
-    # Some hosts refuse a client without a known name.
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (ar2diff data)"})
-    partial = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            with open(partial, "w+b") as file:
-                shutil.copyfileobj(response, file)
-                size = file.tell()
-                file.seek(0)
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            expected = int(response.headers.get("Content-Length") or size)
-        if size != expected:  # a broken connection looks like the end of the file
-            raise ValueError(f"got {size:,} bytes, expected {expected:,}")
-        if digest != (sha256 or digest):
-            raise ValueError(f"its sha256 is {digest}, expected {sha256}")
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-# Reading
 
 
 def normalize_text(raw: bytes, source: str) -> str:
@@ -123,15 +88,8 @@ def normalize_text(raw: bytes, source: str) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a file, gunzipped if needed. Raises ValueError that names the file."""
-    try:
-        raw = Path(path).expanduser().read_bytes()
-        raw = gzip.decompress(raw) if raw.startswith(GZIP) else raw
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-    text = normalize_text(raw, str(path))
+    """Return the text of a file that `read_lines` can read, with any line ends."""
+    text = normalize_text(b"".join(_raw_lines(path)), str(path))
     if not text.strip():
         raise ValueError(f"{path}: empty")
     return text
@@ -155,20 +113,27 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
 def read_lines(path: str) -> Iterator[str]:
     """Yield the lines of a UTF-8 file, without line ends and byte order mark.
 
-    The file is plain or .gz, or ARCHIVE::MEMBER of a .tar or .tgz, or a .zip with one text file.
+    The file is plain or gzipped, or ARCHIVE::MEMBER of a tar file, or a .zip with one text file.
     Line i of a translation must stay line i, so only "\\n" ends a line, and no form feed.
     """
-    number = 0
+    for number, line in enumerate(_raw_lines(path), start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            fault = f"not UTF-8 text (byte {error.start})"
+            raise ValueError(f"{path}, line {number}: {fault}") from None
+        yield text.rstrip("\r\n")
+
+
+def _raw_lines(path: str | Path) -> Iterator[bytes]:
+    """Yield the lines of a file as bytes. Raises ValueError that names the file."""
     try:
         with ExitStack() as stack:
-            for number, line in enumerate(_open(path, stack), start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            yield from _open(os.path.expanduser(path), stack)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not UTF-8 text (byte {error.start})") from None
     except DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read at or after line {number} ({error})") from None
+        raise ValueError(f"{path}: cannot be read ({error})") from None
 
 
 def _open(path: str, stack: ExitStack) -> Iterable[bytes]:
@@ -189,8 +154,18 @@ def _open(path: str, stack: ExitStack) -> Iterable[bytes]:
     else:
         file = open(path, "rb")
     stack.enter_context(file)
-    gzipped = (member or path).endswith(".gz")
+    gzipped = file.peek(2).startswith(b"\x1f\x8b")
     return stack.enter_context(gzip.open(file)) if gzipped else file
+
+
+def hash_number(key: str) -> int:
+    """Return 256 bits: the same on every machine and in every version of Python."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest(), "big")
+
+
+def percent(key: str) -> int:
+    """Return 0 to 99, by a hash of the key."""
+    return (hash_number(key) >> 192) % 100
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -199,26 +174,15 @@ def is_held_out(key: str, share: float) -> bool:
     return hash_number(letters) < share * 2**256
 
 
-# Writing
-
-
-def write_set(
-    cfg: SetConfig,
-    train: Iterable[dict],
-    valid: Iterable[dict],
-    command: list[str],
-    fit=FIT,
-    **free,
-) -> None:
-    """Write the data set out/name and print a summary.
+def write_set(cfg: SetConfig, examples: dict, command: list[str], fit=99, **free) -> None:
+    """Write the data set out/name from the examples of each split, and print a summary.
 
     Pairs with an empty target or "source", and pairs that are too long, are left out and counted.
     They are never cut, because at test time nobody knows where in a text the answer is.
-    command: module and flags. fit: percent of the training pairs that automatic lengths fit.
-    free: fields of meta.json.
+    fit: percent of the training pairs that automatic lengths fit. free: fields of meta.json.
     """
     tokenizer = get_tokenizer(cfg.tokenizer)
-    splits = {"train": _encode(train, tokenizer), "valid": _encode(valid, tokenizer)}
+    splits = {split: _encode(examples[split], tokenizer) for split in ("train", "valid")}
     lengths = np.array([[len(side) for side in pair] for pair in splits["train"] or [((), ())]])
     prefix, target = np.percentile(lengths, fit, axis=0, method="inverted_cdf").astype(int).tolist()
     target_length = cfg.target_length or max(2, target + 1)
@@ -232,8 +196,8 @@ def write_set(
         ]
         empty = sum(not target for _, target in pairs)
         left_out[split] = {"empty": empty, "too_long": len(pairs) - len(splits[split]) - empty}
-    sizes = (target_length, block_size)
-    _write(write_pairs, cfg, splits, sizes, command, left_out=left_out, **free)
+    free |= {"command": shlex.join(["python", "-m", *command]), "left_out": left_out}
+    _write(write_pairs, cfg, splits, target_length, block_size, free)
 
 
 def _encode(examples: Iterable[dict], tokenizer: Tokenizer) -> list[tuple[array, array]]:
@@ -257,31 +221,26 @@ def write_texts(cfg: SetConfig, splits: dict, command: list[str], **free) -> Non
         split: (tokenizer.encode(text.strip("\n") + "\n\n") for text in texts)
         for split, texts in splits.items()
     }
-    sizes = (cfg.target_length or STREAM_SIZES[0], cfg.block_size or STREAM_SIZES[1])
-    _write(write_stream, cfg, chunks, sizes, command, **free)
-
-
-def _write(
-    writer: Callable, cfg: SetConfig, splits: dict, sizes: tuple, command: list[str], **free
-):
-    folder = Path(cfg.out) / cfg.name
     free["command"] = shlex.join(["python", "-m", *command])
-    meta = writer(folder, splits, cfg.tokenizer, *sizes, **free)
-    settings = [f"{name} {meta[name]}" for name in ("tokenizer", "target_length", "block_size")]
-    print(f"{folder}: {', '.join(settings)}")
-    for field in ("splits", "left_out"):
-        for split, counts in meta.get(field, {}).items():
-            numbers = ", ".join(f"{n:,} {what}" for what, n in counts.items())
-            print(f"  {field} {split}: {numbers}")
+    _write(write_stream, cfg, chunks, cfg.target_length or 128, cfg.block_size or 256, free)
 
 
-def write_generated(
-    argv: list[str], names: list[str], examples: Callable, target_length: int, prefix_length: int
-) -> None:
+def _write(writer, cfg: SetConfig, splits: dict, target_length: int, block_size: int, free: dict):
+    folder = Path(cfg.out) / cfg.name
+    if folder.parent != Path(cfg.out):
+        raise ValueError(f"--name=NAME must be a plain folder name, got {cfg.name!r}")
+    meta = writer(folder, splits, cfg.tokenizer, target_length, block_size, **free)
+    print(folder)
+    for field in ("tokenizer", "target_length", "block_size", "splits", "left_out"):
+        if field in meta:
+            print(f"  {field}: {meta[field]}")
+
+
+def write_generated(argv, names, examples, target_length: int, prefix_length: int) -> None:
     """Write data sets of generated examples. examples: (name, split) -> examples."""
     out = configure(OutConfig, argv).out
     sizes = {"target_length": target_length, "block_size": prefix_length + target_length}
     for name in names:
         cfg = SetConfig(out=out, name=name, **sizes)
-        splits = [examples(name, split) for split in ("train", "valid")]
-        write_set(cfg, *splits, [SETS[name], f"--out={out}"])
+        splits = {split: examples(name, split) for split in ("train", "valid")}
+        write_set(cfg, splits, [SETS[name], f"--out={out}"])

@@ -1,6 +1,6 @@
 """SQuAD v1.1: answer a question with words of a paragraph (Rajpurkar et al. 2016, 1606.05250).
 
-    python -m data.squad [--source=FOLDER] [--tokenizer=gpt2] [--block_size=512]
+    python -m data.squad [--tokenizer=gpt2] [--block_size=512]
     python -m data.squad --source=train-v1.1.json --valid_source=dev-v1.1.json
 
     Ann read the book.\\nQuestion: Who read it?\\nAnswer:  ->   Ann
@@ -10,7 +10,6 @@ files are downloaded. Of a single file, some paragraphs are held out.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from configurator import configure, run, setting
 from data.sources import SetConfig, is_held_out, local, parse_json, read_text, write_set
@@ -26,7 +25,7 @@ CHECKSUMS = {
 
 @dataclass
 class SquadConfig(SetConfig):
-    source: str = setting(TRAIN, "the training file, or a folder with train* and dev*", path=True)
+    source: str = setting(TRAIN, "the training file, or its URL", path=True)
     valid_source: str = setting("", "the held-out file", path=True)
     held_out: float = setting(0.1, "share of the paragraphs of a single file", above=0, maximum=0.9)
     name: str = setting("squad", "the data set becomes the folder out/name")
@@ -34,36 +33,35 @@ class SquadConfig(SetConfig):
     target_length: int = setting(25, "tokens with separator; 0: 99% fit", minimum=2, zero_ok=True)
 
 
-def find_files(source: str, valid_source: str) -> tuple[str, str]:
-    """Return the training and the held-out file. The second is "" if there is none."""
-    if source == TRAIN:
-        return TRAIN, valid_source or DEV
-    if not Path(source).is_dir():
-        return source, valid_source
-    files = [sorted(Path(source).glob(f"{split}*.json*")) for split in ("train", "dev")]
-    if not all(files):
-        raise ValueError(f"{source}: must hold train*.json and dev*.json (or .json.gz)")
-    return str(files[0][0]), valid_source or str(files[1][0])
-
-
 def read(source: str) -> list[dict]:
-    """Return the questions of a file: id, title, context, question, answers, prefix, target.
-
-    Raises ValueError that names the place of a fault.
-    """
+    """Return the questions of a file: id, title, context, question, answers, prefix, target."""
     path = local(source, CHECKSUMS)
     content = parse_json(read_text(path), path)
     examples = {}
     try:
-        if content["version"] != "1.1":
-            raise ValueError(f"{path}: SQuAD version {content['version']!r}, must be '1.1'")
-        for article in content["data"]:
-            for paragraph in article["paragraphs"]:
-                for item in paragraph["qas"]:
-                    example = _example(article["title"], paragraph["context"], item)
-                    if example["id"] in examples:
-                        raise ValueError(f"{path}: id {example['id']!r} occurs twice")
-                    examples[example["id"]] = example
+        items = (
+            (article["title"], paragraph["context"], item)
+            for article in content["data"]
+            for paragraph in article["paragraphs"]
+            for item in paragraph["qas"]
+        )
+        for title, context, item in items:
+            question = item["question"]
+            answers = [answer["text"] for answer in item["answers"]]
+            for text in (title, context, question, item["id"], *answers):
+                if not isinstance(text, str):
+                    raise TypeError(f"expected text, got {str(text)[:40]}")
+            if item["id"] in examples:
+                raise ValueError(f"{path}: id {item['id']!r} occurs twice")
+            examples[item["id"]] = {
+                "id": item["id"],
+                "title": title,
+                "context": context,
+                "question": question,
+                "answers": answers,
+                "prefix": f"{context}\nQuestion: {question}\nAnswer:",
+                "target": f" {answers[0]}",
+            }
     except (KeyError, TypeError, IndexError) as error:
         fault = f"not SQuAD 1.1 after question {len(examples)} ({type(error).__name__}: {error})"
         raise ValueError(f"{path}: {fault}") from None
@@ -72,33 +70,16 @@ def read(source: str) -> list[dict]:
     return list(examples.values())
 
 
-def _example(title: str, context: str, item: dict) -> dict:
-    question = item["question"]
-    answers = [answer["text"] for answer in item["answers"]]
-    for text in (title, context, question, item["id"], *answers):
-        if not isinstance(text, str):
-            raise TypeError(f"expected text, got {str(text)[:40]}")
-    return {
-        "id": item["id"],
-        "title": title,
-        "context": context,
-        "question": question,
-        "answers": answers,
-        "prefix": f"{context}\nQuestion: {question}\nAnswer:",
-        "target": f" {answers[0]}",
-    }
-
-
 def main(argv: list[str]) -> None:
     cfg = configure(SquadConfig, argv)
-    source, valid_source = find_files(cfg.source, cfg.valid_source)
-    train = read(source)
+    valid_source = cfg.valid_source or (DEV if cfg.source == TRAIN else "")
+    train = read(cfg.source)
     if valid_source:
         valid = read(valid_source)
     else:
         valid = [e for e in train if is_held_out(e["context"], cfg.held_out)]
         train = [e for e in train if not is_held_out(e["context"], cfg.held_out)]
-    write_set(cfg, train, valid, ["data.squad", *argv])
+    write_set(cfg, {"train": train, "valid": valid}, ["data.squad", *argv])
 
 
 if __name__ == "__main__":

@@ -12,19 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from configurator import configure, run, setting
-from data.hashing import hash_number
-from data.sources import SetConfig, read_json_lines, read_text, write_set, write_texts
+from data.sources import SetConfig, hash_number, read_json_lines, read_text, write_set, write_texts
 
 
 @dataclass
 class TextFileConfig(SetConfig):
     input: str = setting("", "a .txt or .jsonl file; repeat --input for several files", path=True)
     held_out: float = setting(0.1, "share of the text or of the prefixes", above=0, maximum=0.9)
-
-    def __post_init__(self):
-        if not self.input:
-            raise ValueError("no input: give --input=FILE (.txt or .jsonl)")
-        super().__post_init__()
 
 
 def split_text(text: str, held_out: float) -> tuple[str, str]:
@@ -48,8 +42,8 @@ def read_pairs(path: str) -> Iterator[dict]:
         yield {"prefix": sides[0], "target": sides[1], "where": where}
 
 
-def split_pairs(items: list[dict], held_out: float) -> tuple[list[dict], list[dict]]:
-    """Return (train, valid). Prefixes are held out by their hash: at least one, never all."""
+def split_pairs(items: list[dict], held_out: float) -> dict[str, list[dict]]:
+    """Return the pairs by split. Prefixes are held out by their hash: at least one, never all."""
     usable = [item for item in items if item["target"]]
     prefixes = sorted({item["prefix"] for item in usable}, key=hash_number)
     if len(prefixes) < 2:
@@ -58,20 +52,22 @@ def split_pairs(items: list[dict], held_out: float) -> tuple[list[dict], list[di
     n = round(held_out * len(prefixes))
     chosen = set(prefixes[: min(max(1, n), len(prefixes) - 1)])
     train = [item for item in items if not item["target"] or item["prefix"] not in chosen]
-    return train, [item for item in usable if item["prefix"] in chosen]
+    return {"train": train, "valid": [item for item in usable if item["prefix"] in chosen]}
 
 
 def main(argv: list[str]) -> None:
-    inputs = [arg.removeprefix("--input=") for arg in argv if arg.startswith("--input=")]
     cfg = configure(TextFileConfig, argv)
+    inputs = [arg.removeprefix("--input=") for arg in argv if arg.startswith("--input=")]
     inputs = inputs or [cfg.input]  # a config file gives one
+    if not all(inputs):
+        raise ValueError("no input: give --input=FILE (.txt or .jsonl)")
     command = ["data.text_file", *argv]
     kinds = {path.removesuffix(".gz").endswith(".jsonl") for path in inputs}
     if len(kinds) > 1:
         raise ValueError("--input: give text files or .jsonl files, not both")
     if kinds == {True}:
         items = [item for path in inputs for item in read_pairs(path)]
-        write_set(cfg, *split_pairs(items, cfg.held_out), command, fit=100)
+        write_set(cfg, split_pairs(items, cfg.held_out), command, fit=100)
     else:
         parts = [split_text(read_text(path), cfg.held_out) for path in inputs]
         write_texts(cfg, dict(zip(("train", "valid"), zip(*parts))), command)

@@ -8,8 +8,7 @@ Random strings of 1 to 10 lower-case letters, the same on every machine.
 """
 
 from configurator import run
-from data.hashing import hash_number
-from data.sources import OutConfig, write_generated
+from data.sources import OutConfig, hash_number, write_generated
 
 LONGEST = 10  # letters
 TARGET_LENGTH = LONGEST + 2  # bytes: separator, string, and a pad after the longest string
@@ -21,15 +20,13 @@ TASKS = {"copy": str, "reverse": lambda s: s[::-1], "sort": lambda s: "".join(so
 
 def strings(split: str) -> list[str]:
     """Return different strings of 1 to LONGEST letters. No string is in both splits."""
-    drawn = dict.fromkeys(_string(i) for i in range(N_STRINGS))
+    drawn = {}
+    for i in range(N_STRINGS):
+        number, length = divmod(hash_number(f"toy {i}"), LONGEST)
+        drawn["".join(LETTERS[number // 26**k % 26] for k in range(length + 1))] = None
     # By a hash and not by place, because the 26 one-letter strings are all drawn early.
     held_out = {s for s in drawn if hash_number(f"toy {s}") % 100 < HELD_OUT}
     return [s for s in drawn if (s in held_out) == (split == "valid")]
-
-
-def _string(i: int) -> str:
-    number, length = divmod(hash_number(f"toy {i}"), LONGEST)
-    return "".join(LETTERS[number // 26**k % 26] for k in range(length + 1))
 
 
 def examples(set_name: str, split: str) -> list[dict]:

@@ -70,7 +70,6 @@ def test_a_task_becomes_a_docstring_and_a_function(tmp_path):
         "id": "511",
         "task_id": 511,
         "split": "validation",
-        "text": "Write a function to double a number.",
         "prefix": '"""\nWrite a function to double a number.\nassert double(2) == 4\n'
         'assert double(SMALL) == 0\n"""\n',
         "tests": "assert double(2) == 4\nassert double(SMALL) == 0\n",
@@ -89,6 +88,8 @@ def test_a_humaneval_completion_continues_its_prompt(tmp_path):
     completions = [example["target"], "    return x\n", ""]
     jobs = [(mbpp.program(example, c), example["tests"]) for c in completions]
     assert outcomes(jobs) == [True, False, False]
+    with pytest.raises(ValueError, match="no train pair fits"):  # it is for evaluation only
+        mbpp.main([f"--source={tmp_path / 'HumanEval.jsonl'}", f"--out={tmp_path}"])
 
 
 def test_splits_are_those_of_the_mbpp_paper(tmp_path):
@@ -106,16 +107,10 @@ SANITIZED = {"source_file": "x", "task_id": 2, "prompt": "p", "code": "c", "test
     "items, message",
     [
         ([TASK, SANITIZED], "line 2: not a task of MBPP or HumanEval"),
-        ([["text"]], "line 1: not a task of MBPP or HumanEval"),
         ([TASK | {"code": None}], "line 1: not a task of MBPP or HumanEval"),
-        ([HUMAN | {"test": 3}], "line 1: not a task of MBPP or HumanEval"),
         ([TASK | {"task_id": 975}], "line 1: .*task_id must be 1 to 974, got 975"),
         ([TASK | {"test_list": []}], "line 1: .*test_list must be a list of tests"),
-        ([TASK | {"test_list": "assert"}], "line 1: .*test_list must be a list of tests"),
         ([TASK, TASK], "line 2: .*task_id 511 occurs twice"),
-        ([HUMAN], "HumanEval has no training tasks"),
-        (json.dumps(TASK).encode() + b'\n{"text": "cut', "line 2: not readable as JSON"),
-        (b"", "empty"),
     ],
 )
 def test_other_formats_and_faulty_lines_are_refused_by_name(tmp_path, items, message):
@@ -139,7 +134,7 @@ def test_the_real_set_holds_train_and_validation(tmp_path):
     assert Counter(e["split"] for e in examples) == data.meta["tasks"] == counts
     for e in examples:
         (docstring,) = parse_python(e["prefix"]).body
-        assert docstring.value.value.strip().split("\n")[0] == e["text"]
+        assert isinstance(docstring.value.value, str)
         assert parse_python(e["prefix"] + e["target"])
         assert "\r" not in e["prefix"] + e["target"] + e["tests"]
 

@@ -62,14 +62,14 @@ def test_four_files_become_a_set_without_empty_lines(tmp_path):
     files = {
         "source": write(tmp_path / "t.en", lines("dog", 50) + "\nhalf\n"),
         "target": write(tmp_path / "t.fr", lines("chien", 50) + "x\n\n"),
-        "valid_source": write(tmp_path / "v.en", "cat\ndog 7\n"),
-        "valid_target": write(tmp_path / "v.fr", "chat\nchien 7\n"),
+        "valid_source": write(tmp_path / "v.en", "cat\n"),
+        "valid_target": write(tmp_path / "v.fr", "chat\n"),
     }
     argv = [f"--{name}={path}" for name, path in files.items()]
     parallel.main([*argv, *SIZES, "--task_prefix=fr: ", f"--out={tmp_path}"])
     pairs = [(f"fr: dog {i}", f"chien {i}") for i in range(50)]
     assert texts(tmp_path / "parallel", "train") == pairs
-    assert texts(tmp_path / "parallel", "valid") == [("fr: cat", "chat"), ("fr: dog 7", "chien 7")]
+    assert texts(tmp_path / "parallel", "valid") == [("fr: cat", "chat")]
     meta = open_dataset(tmp_path / "parallel", "valid").meta
     assert meta["left_out"]["train"]["empty"] == 2 and meta["task_prefix"] == "fr: "
 
@@ -88,9 +88,8 @@ def test_a_zip_of_tabbed_lines_keeps_a_source_in_one_split(tmp_path):
     assert not stems[0] & stems[1] and 10 <= len(stems[1]) <= 30
 
 
-@pytest.fixture
-def archives(tmp_path, monkeypatch):
-    """WMT14's archives, where a download would be kept. Members are in another order."""
+def test_wmt14_is_read_from_its_archives_in_order(tmp_path, monkeypatch):
+    """The archives are where a download would be kept. Their members are in another order."""
     monkeypatch.setattr(sources, "DOWNLOADS", str(tmp_path / "downloads"))
     corpora, held_out = parallel.NAMED["wmt14"]
     for pair in [*corpora, held_out]:
@@ -100,13 +99,8 @@ def archives(tmp_path, monkeypatch):
             raw = lines(Path(member).name, 4).encode()
             members[member] = gzip.compress(raw) if member.endswith(".gz") else raw
         write_tar(tmp_path / "downloads" / address.removeprefix("https://"), members)
-    return tmp_path / "downloads" / "www.statmt.org"
-
-
-def test_wmt14_is_read_from_its_archives_in_order(archives, tmp_path):
-    parallel.main(
-        ["--source=wmt14", "--limit=3", "--task_prefix=fr: ", *SIZES, f"--out={tmp_path}"]
-    )
+    argv = ["--source=wmt14", "--limit=3", "--task_prefix=fr: ", *SIZES, f"--out={tmp_path}"]
+    parallel.main(argv)
     train, valid = (texts(tmp_path / "wmt14", split) for split in ("train", "valid"))
     assert len(train) == 5 * 3 and len(valid) == 4
     assert train[0] == ("fr: europarl-v7.fr-en.en 0", "europarl-v7.fr-en.fr 0")
@@ -114,35 +108,10 @@ def test_wmt14_is_read_from_its_archives_in_order(archives, tmp_path):
     assert train[14] == last and valid[3] == ("fr: newstest2013.en 3", "newstest2013.fr 3")
 
 
-SGM = """<srcset setid="newstest2014" srclang="any">
-<doc sysid="ref" docid="1" genre="news" origlang="en">
-<p>
-<seg id="1">{} &amp; one ,  two</seg>
-<seg id="2"> <b> three </seg>
-</p>
-</doc>
-</srcset>
-"""
-
-
-def test_segments_are_those_of_sacrebleu(tmp_path):
-    sgml = pytest.importorskip("sacrebleu.dataset.fake_sgml", reason="needs sacrebleu")
-    members = {"t/src.en.sgm": SGM.format("a").encode(), "t/ref.fr.sgm": SGM.format("b").encode()}
-    write_tar(tmp_path / "test.tgz", members)
-    sides = [f"{tmp_path / 'test.tgz'}::{member}" for member in members]
-    examples = parallel.read(*sides)
-    reader = sgml.FakeSGMLDataset("x", langpairs={})
-    for raw, field in zip(members.values(), ("source", "target")):
-        (tmp_path / "a.sgm").write_bytes(raw)
-        reader._convert_format(str(tmp_path / "a.sgm"), str(tmp_path / "a.txt"))
-        assert [e[field] for e in examples] == (tmp_path / "a.txt").read_text().splitlines()
-
-
 @pytest.mark.parametrize(
     "source, target, message",
     [
-        (lines("a", 5), lines("b", 3), "b.fr has 3 lines, .*a.en has more; line i must translate"),
-        ("", lines("b", 2), "a.en has 0 lines, .*b.fr has more"),
+        (lines("a", 5), lines("b", 3), "b.fr has 3 lines, the other has more; line i must"),
         ("", "", "a.en: empty"),
         (lines("a", 2), b"ok\ncaf\xe9\n", "b.fr, line 2: not UTF-8 text .byte 3"),
         (lines("a", 2), None, "a.en, line 1: no tab; give --target=FILE"),
@@ -164,7 +133,7 @@ def test_bad_files_are_one_line_and_nothing_is_written(tmp_path, source, target,
 
 @real_multi30k
 def test_multi30k_is_the_published_one(tmp_path, monkeypatch):
-    """29,000, 1,014 and 1,000 pairs. The checksums are those that a download is compared with."""
+    """29,000 and 1,014 pairs. The checksums are those that a download is compared with."""
     monkeypatch.setattr(sources, "DOWNLOADS", str(tmp_path / "downloads"))
     for url, sha256 in parallel.CHECKSUMS.items():
         raw = (MULTI30K / Path(url).name).read_bytes()
@@ -177,8 +146,6 @@ def test_multi30k_is_the_published_one(tmp_path, monkeypatch):
     for split, n in (("train", 29_000), ("valid", 1_014)):
         assert meta["splits"][split]["pairs"] + meta["left_out"][split]["too_long"] == n
     assert meta["left_out"]["train"]["too_long"] < 2 * 0.01 * 29_000
-    test = [str(MULTI30K / f"test_2016_flickr.{language}.gz") for language in ("en", "fr")]
-    assert len([e for e in parallel.read(*test) if e["source"] and e["target"]]) == 1000
 
 
 @pytest.mark.slow  # reads 140,000 lines

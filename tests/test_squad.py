@@ -18,8 +18,8 @@ def question(i, *answers):
     return {"id": f"q{i}", "question": f"Who {i}?", "answers": answers}
 
 
-def dump(*paragraphs, version="1.1"):
-    return {"version": version, "data": [{"title": "T", "paragraphs": list(paragraphs)}]}
+def dump(*paragraphs):
+    return {"data": [{"title": "T", "paragraphs": list(paragraphs)}]}
 
 
 GOOD = dump(
@@ -67,29 +67,22 @@ def test_a_single_file_is_split_by_context(tmp_path):
     assert not contexts[0] & contexts[1] and 4 <= len(contexts[1]) <= 18
 
 
-@pytest.mark.parametrize("as_folder", [False, True])
-def test_two_files_are_the_two_splits_and_long_answers_are_left_out(tmp_path, as_folder, capsys):
+def test_two_files_are_the_two_splits_and_long_answers_are_left_out(tmp_path):
     valid = dump({"context": "c", "qas": [question(9, "c" * 24), question(8, "c" * 23)]})
-    (tmp_path / "in ä").mkdir()
-    train = write(tmp_path / "in ä" / "train-v1.1.json", GOOD)
-    valid = write(tmp_path / "in ä" / "dev-v1.1.json.gz", valid)
-    files = [f"--source={train}", f"--valid_source={valid}"]
-    files = [f"--source={tmp_path / 'in ä'}"] if as_folder else files
-    squad.main([*files, "--name=q", f"--out={tmp_path}"])
+    train = write(tmp_path / "train.json", GOOD)
+    valid = write(tmp_path / "dev.json.gz", valid)
+    squad.main([f"--source={train}", f"--valid_source={valid}", "--name=q", f"--out={tmp_path}"])
     assert texts(tmp_path / "q", "train") == sides(squad.read(train))
     assert texts(tmp_path / "q", "valid") == sides(squad.read(valid))[1:]
     meta = open_dataset(tmp_path / "q", "valid").meta
     assert meta["target_length"] == 25 and meta["left_out"]["valid"]["too_long"] == 1
-    assert "left_out valid: 0 empty, 1 too_long" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (dump(version="v2.0"), "SQuAD version 'v2.0', must be '1.1'"),
-        ({"data": []}, "not SQuAD 1.1 .*'version'"),
+        ({"articles": []}, "not SQuAD 1.1 .*'data'"),
         (dump(), "has no questions"),
-        (json.dumps(GOOD).encode()[:-9], "not readable as JSON"),
         (dump({"context": "c", "qas": [question(1, "c"), question(2)]}), "1.1 after question 1"),
         (dump({"context": "c", "qas": [question(1, "c")] * 2}), "id 'q1' occurs twice"),
         (dump({"context": "c", "qas": [{"id": 3}]}), "not SQuAD 1.1 .*'question'"),
@@ -108,7 +101,7 @@ def test_bad_files_are_one_line_and_nothing_is_written(tmp_path, content, messag
 @real
 def test_the_real_files_hold_what_their_description_says():
     """Counted when the files were made."""
-    train, dev = (squad.read(path) for path in squad.find_files(str(REAL), ""))
+    train, dev = (squad.read(str(next(REAL.glob(f"{name}*")))) for name in ("train", "dev"))
     assert len(dev) == 8582 and sum(len(e["answers"]) for e in dev) == 27471
     assert len({e["title"] for e in dev}) == 38 and len({e["context"] for e in dev}) <= 1646
     assert len(train) == 4000 and len({e["context"] for e in train}) == 800
