@@ -7,16 +7,7 @@ import pytest
 
 from data import mini
 from data.loader import open_dataset
-from data.mini import (
-    TAGS,
-    TASKS,
-    english,
-    examples,
-    french,
-    score_code,
-    score_qa,
-    score_translation,
-)
+from data.mini import TAGS, TASKS, english, examples, french
 
 NUMBERS = {
     0: ("zero", "zéro"),
@@ -99,15 +90,15 @@ def test_code_is_compared_by_syntax():
     item = {"target": "def f(x): return (x + 7) * 2"}
     same = ("def f(x):\n    return (x+7)*2\n", "def f(x): return ((x + 7)) * 2  # twice")
     other = ("def f(x): return x + 7 * 2", "return (x + 7) * 2", "((" * 5000, item["target"] + "\0")
-    assert all(score_code(text, item) for text in same)
-    assert not any(score_code(text, item) for text in other)
+    assert all(mini.score_code(text, item) for text in same)
+    assert not any(mini.score_code(text, item) for text in other)
 
 
 def test_spaces_and_case_are_ignored_if_they_mean_nothing():
-    assert score_translation(" deux cents \n", {"target": "deux cents"})
-    assert not score_translation("deux  cents", {"target": "deux cents"})
-    assert score_qa("The  Red hat.", {"target": "red hat"})
-    assert not score_qa("hat", {"target": "red hat"})
+    assert mini.score_translation(" deux cents \n", {"target": "deux cents"})
+    assert not mini.score_translation("deux  cents", {"target": "deux cents"})
+    assert mini.score_qa("The  Red hat.", {"target": "red hat"})
+    assert not mini.score_qa("hat", {"target": "red hat"})
 
 
 def test_the_mix_has_equal_shares(items):

