@@ -66,49 +66,31 @@ def test_exact_match_and_f1_of_answers_worked_by_hand(prediction, answers, exact
     assert answer_f1(prediction, answers) == pytest.approx(f1)
 
 
-@pytest.mark.parametrize("answers", [[], "cat"])
-@pytest.mark.parametrize("score", [answer_exact_match, answer_f1])
-def test_a_question_without_answers_is_refused(answers, score):
-    with pytest.raises(ValueError, match="list of at least one answer"):
-        score("cat", answers)
-
-
 @pytest.mark.skipif(not SQUAD.exists(), reason="needs ../shared/data/squad")
 def test_a_thousand_noised_real_answers_score_as_in_squads_own_script():
     """evaluate-v1.1.py gave 43.0 and 56.19093342931582 percent for these very predictions."""
     with gzip.open(SQUAD, "rt", encoding="utf-8") as file:
         paragraphs = [p for article in json.load(file)["data"] for p in article["paragraphs"]]
-    asked = [
-        (p["context"], [answer["text"] for answer in qa["answers"]])
-        for p in paragraphs
-        for qa in p["qas"]
-    ]
+    asked = []
+    for p in paragraphs:
+        asked += [(p["context"], [a["text"] for a in qa["answers"]]) for qa in p["qas"]]
     rng = random.Random(0)
-    scores = []
+    exact = f1 = 0
     for context, answers in rng.sample(asked, 1000):
         prediction = noised(rng.choice(answers), context, rng)
-        scores.append((answer_exact_match(prediction, answers), answer_f1(prediction, answers)))
-    exact, f1 = map(sum, zip(*scores))
+        exact += answer_exact_match(prediction, answers)
+        f1 += answer_f1(prediction, answers)
     assert exact == 430 and f1 == pytest.approx(561.9093342931582, abs=1e-9)
 
 
 def noised(answer: str, context: str, rng: random.Random) -> str:
     """What a model might answer: nothing, another case, one word more or less, another span."""
-    words, start = answer.split(), rng.randrange(len(context))
-    return rng.choice(
-        [
-            answer,
-            answer.upper(),
-            f"The {answer}.",
-            " ".join(words[1:]),
-            " ".join([*words, *context[start:].split()[:2]]),
-            "".join(rng.sample(answer, len(answer))),
-            context[start : start + 30],
-            "",
-            f"“{answer}”",
-            f"  {answer}\n",
-        ]
-    )
+    words = answer.split()
+    start = rng.randrange(len(context))
+    choices = [answer, answer.upper(), f"The {answer}.", " ".join(words[1:])]
+    choices += [" ".join([*words, *context[start:].split()[:2]])]
+    choices += ["".join(rng.sample(answer, len(answer))), context[start : start + 30]]
+    return rng.choice([*choices, "", f"“{answer}”", f"  {answer}\n"])
 
 
 # Code
@@ -128,12 +110,6 @@ def test_pass_at_k_equals_the_product_form_that_codex_prints(n, c, k):
     """arXiv 2107.03374, figure 3: 1 - product over i from n - c + 1 to n of (1 - k / i)."""
     product = math.prod(1 - k / i for i in range(n - c + 1, n + 1)) if n - c >= k else 0.0
     assert pass_at_k(n, c, k) == pytest.approx(1 - product, abs=1e-12)
-
-
-@pytest.mark.parametrize("n, c, k", [(10, 11, 1), (10, 1, 11), (10, 1, 0), (10, -1, 1)])
-def test_pass_at_k_refuses_what_cannot_be(n, c, k):
-    with pytest.raises(ValueError, match=r"pass@k needs"):
-        pass_at_k(n, c, k)
 
 
 @pytest.mark.parametrize(
@@ -168,14 +144,6 @@ def test_bleu_and_chrf_are_sacrebleus_own():
     for name, score in (("bleu", sacrebleu.corpus_bleu), ("chrf", sacrebleu.corpus_chrf)):
         theirs = score(PREDICTIONS, [REFERENCES]).score
         assert found[name].value == pytest.approx(theirs, abs=1e-9)
-    version = f"version:{sacrebleu.__version__}"
-    assert found["bleu"].signature == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|{version}"
-    assert found["chrf"].signature.startswith(
-        "nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:"
-    )
-    for ours, references in ((PREDICTIONS[:3], REFERENCES), ([], [])):
-        with pytest.raises(ValueError, match="as many predictions as references"):
-            translation_metrics(ours, references)
 
 
 def test_the_bootstrap_of_bleu_and_its_paired_p_agree_with_sacrebleus():
@@ -211,7 +179,6 @@ def test_the_bootstrap_of_bleu_and_its_paired_p_agree_with_sacrebleus():
         (10, 10, 0.7225, 1.0),
         (5, 10, 0.2366, 0.7634),
         (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
-        (0, 0, 0.0, 1.0),
     ],
 )
 def test_wilson_equals_published_values(hits, n, low, high):
@@ -225,11 +192,6 @@ def test_a_share_has_wilsons_interval_and_a_mean_the_normal_one_in_the_limit():
     half = 1.96 * values.std() / 20
     expected = (values.mean() - half, values.mean() + half)
     assert how == "bootstrap" and (low, high) == pytest.approx(expected, abs=0.02)
-
-
-def test_an_interval_is_a_function_of_its_seed():
-    metric = mean([0.1 * i**2 for i in range(20)])
-    assert interval(metric, 200, 3) == interval(metric, 200, 3) != interval(metric, 200, 4)
 
 
 def test_mcnemar_counts_coins():
@@ -260,8 +222,6 @@ def test_means_are_compared_as_by_a_z_test():
 
 
 def test_only_a_mean_of_zeros_and_ones_is_a_share():
-    with pytest.raises(ValueError, match="no items"):
-        mean([])
     other_score = Metric(np.array([[1.0, 1.0], [0.0, 1.0]]), lambda total: total[0])
     assert mean([True, False]).is_share
     assert not mean([0.5, 1.0]).is_share and not other_score.is_share
