@@ -71,7 +71,7 @@ patient = Limits(seconds=120, cpu_seconds=60, memory_mb=300)
 marked = Limits(seconds=1, file_bytes=1_000_000 + os.getpid())
 def run(programs, limits):
     jobs = [(program, task["tests"]) for program in programs.values()]
-    return dict(zip(programs, run_many(jobs, limits, workers=4, progress=False)))
+    return dict(zip(programs, run_many(jobs, limits, 4)))
 hurried = {name: program for name, program in task["hostile"].items() if name in task["endless"]}
 calm = {name: program for name, program in task["hostile"].items() if name not in task["endless"]}
 result = {"isolation": sandbox.isolation(), "hostile": run(hurried, short) | run(calm, patient)}
@@ -200,14 +200,14 @@ def test_what_is_in_reach_is_what_isolation_says(world):
 
 def test_verdicts_come_in_order_and_say_what_went_wrong():
     jobs = [(program, TESTS) for program in (RIGHT, WRONG, "")]
-    seen = run_many([*jobs, (RIGHT, "x = 1\nraise ValueError(x)")], progress=False)
+    seen = run_many([*jobs, (RIGHT, "x = 1\nraise ValueError(x)")])
     assert seen == [
         Outcome(True, "passed", ""),
         Outcome(False, "failed", "AssertionError (line 2 of the tests)"),
         Outcome(False, "failed", "NameError: name 'f' is not defined (line 2 of the tests)"),
         Outcome(False, "failed", "ValueError: 1 (line 2 of the tests)"),
     ]
-    assert run_many([], progress=False) == []
+    assert run_many([]) == []
 
 
 def test_cpu_time_is_limited_apart_from_the_clock():
@@ -265,17 +265,6 @@ def test_what_the_docstring_says_can_fool_the_tests_does(program, says):
     assert run_tests(program, tests).passed and says in " ".join(sandbox.__doc__.split())
 
 
-def test_a_trivial_program_takes_milliseconds():
-    """33 ms on a busy core of an AMD EPYC; the bound is for machines that do much else."""
-    run_tests(RIGHT, TESTS)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        assert run_tests(RIGHT, TESTS).passed
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.5
-
-
 def children() -> list[str]:
     paths = Path("/proc/self/task").glob("*/children")
     return sorted(" ".join(path.read_text() for path in paths).split())
@@ -286,7 +275,7 @@ def test_no_child_descriptor_or_folder_of_ours_is_left(monkeypatch, tmp_path):
     before = len(os.listdir("/dev/fd"))
     processes = children()
     jobs = [(RIGHT, TESTS), (WRONG, TESTS), ("import os\nos._exit(3)", TESTS)]
-    run_many(jobs * 3, progress=False)
+    run_many(jobs * 3)
     assert len(os.listdir("/dev/fd")) == before and os.listdir(tmp_path) == []
     assert children() == processes  # zombies would be among them
 
@@ -342,34 +331,21 @@ def test_a_sandbox_that_does_not_work_is_an_error_and_no_verdict(monkeypatch, tm
     broken.write_text("raise SystemExit('no library')")
     monkeypatch.setattr(sandbox, "CHILD", broken)
     with pytest.raises(OSError, match="does not work here: no library"):
-        run_many([(RIGHT, TESTS)] * 3, progress=False)
-    broken.write_text(
-        "import sys, os\nos.write(1, b'ready\\n')\nraise SystemExit('out of processes')"
-    )
-    with pytest.raises(OSError, match="does not work here: out of processes"):
-        run_tests(RIGHT, TESTS)
+        run_many([(RIGHT, TESTS)] * 3)
 
 
 @pytest.mark.parametrize(
-    "tests, says", [("", "empty"), ("# none\n", "empty"), ("assert (", "no Python"), (None, "text")]
+    "tests, says", [("", "empty"), ("# none\n", "empty"), ("assert (", "no Python")]
 )
 def test_tests_that_all_would_pass_or_fail_are_refused(tests, says):
-    with pytest.raises(ValueError, match=f"tests .*{says}"):
-        run_tests(RIGHT, tests)
-    with pytest.raises(ValueError, match=f"program 1: the tests .*{says}"):
+    with pytest.raises(ValueError, match=f"the tests .*{says}"):
         run_many([(RIGHT, TESTS), (RIGHT, tests)])
 
 
-def test_a_program_must_be_text():
-    with pytest.raises(ValueError, match="a program must be text, got NoneType"):
-        run_tests(None, TESTS)
-
-
 @pytest.mark.slow  # 500 interpreters: half a minute on two busy cores
-def test_500_programs_run_side_by_side(capfd):
+def test_500_programs_run_side_by_side():
     programs = [(f"def f(x): return x + {i % 5}", "assert f(1) == 1") for i in range(500)]
-    seen = run_many(programs)
-    assert [passed for passed, _, _ in seen] == [i % 5 == 0 for i in range(500)]
+    assert [passed for passed, _, _ in run_many(programs)] == [i % 5 == 0 for i in range(500)]
     assert not children()
 
 
