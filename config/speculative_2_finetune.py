@@ -1,6 +1,6 @@
 # Self-speculation, 2 of 2: fine-tuning on one task. A minute and a quarter on one CPU core.
 # Held-out loss: 0.087 nats per position (diffusion), 0.0011 (AR).
-# The same weights decode in three ways: with --sampler=ar, --sampler=speculative or --temperature=0 in
+# The same weights decode in three ways, by --sampler=ar, --sampler=speculative or --temperature=0:
 #   python -m eval.exact_match --init_from=out/speculative_2_finetune/ckpt.pt --n=200 --sampler=ar
 # Expect, on 200 held-out items after pretraining with seed 1 (one run):
 #   ar            97.5% exact match, 25.0 network calls a text
