@@ -3,44 +3,31 @@
 import json
 
 import pytest
-import torch
 from eval_models import KINDS, save_model, save_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configurator import all_fields, one_line
 from eval import bound, code, exact_match, python_code, qa, translation
+from eval.common import PairsConfig
 
 COMMANDS = {
     bound: bound.BoundEvalConfig,
     code: code.CodeConfig,
     exact_match: exact_match.ExactMatchConfig,
-    python_code: python_code.PythonCodeConfig,
+    python_code: PairsConfig,
     qa: qa.QaConfig,
     translation: translation.TranslationConfig,
 }
 TASKS = {qa: ".json", code: ".jsonl", translation: ".txt"}
 # Not drawn: they write where they please, read other files, or ask for hours of work.
-PATHS = {"json", "save", "init_from", "data", "source", "target_source", "predictions"}
-WORK = {"samples", "draws", "noise_steps", "steps", "candidates", "run_code", "device"}
+LEFT_OUT = {"json", "init_from", "data", "source", "target_source", "predictions", "device"}
+LEFT_OUT |= {"samples", "draws", "noise_steps", "steps", "candidates", "run_code"}
 NUMBERS = [-(10**30), -7, -1, 0, 1, 2, 3, 64, 2**31, 2**63, 10**30]
-WORDS = [
-    "",
-    "ar",
-    "resample",
-    "speculative",
-    "mixture",
-    "all",
-    "nan",
-    "inf",
-    "-inf",
-    "1e400",
-    "1,2",
-]
-VALUES = st.one_of(st.sampled_from([*map(str, NUMBERS), *WORDS]), st.text(max_size=8))
-QUIET = dict(
-    deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+WORDS = ["", "ar", "resample", "speculative", "mixture", "all", "nan", "inf", "1e400", "1,2"]
+VALUES = st.sampled_from([*map(str, NUMBERS), *WORDS]) | st.text(max_size=8)
+QUIET = dict(deadline=None, derandomize=True, database=None)
+QUIET |= dict(suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +38,6 @@ def place(tmp_path_factory):
     for kind, config in KINDS.items():
         sizes = dict(block_size=48, target_length=16)
         save_model(folder / f"{kind}.pt", folder / "pairs", **sizes, **config)
-    torch.set_num_threads(1)
     return folder
 
 
@@ -69,12 +55,12 @@ def ends_well(main, argv: list[str]) -> bool:
 @given(st.data())
 def test_flags(place, data):
     module = data.draw(st.sampled_from(list(COMMANDS)))
-    names = sorted({*all_fields(COMMANDS[module]), "temperature", "sampler"} - PATHS - WORK)
-    kind = data.draw(st.sampled_from(["ar", "diffusion"]))
+    names = sorted({*all_fields(COMMANDS[module]), "temperature", "sampler"})
+    pairs = st.tuples(st.sampled_from(names) | st.text(max_size=6), VALUES)
+    drawn = data.draw(st.lists(pairs, min_size=1, max_size=3))
+    kind = data.draw(st.sampled_from(list(KINDS)))
     argv = [f"--init_from={place / kind}.pt", "--n=2"]
-    name = st.sampled_from(names) | st.text(max_size=6)
-    pairs = st.lists(st.tuples(name, VALUES), min_size=1, max_size=3)
-    argv += [f"--{name}={value}" for name, value in data.draw(pairs) if name not in PATHS | WORK]
+    argv += [f"--{name}={value}" for name, value in drawn if name not in LEFT_OUT]
     argv += ["--steps=1", "--draws=1"][: data.draw(st.integers(0, 2))]
     ends_well(module.main, argv)
 
