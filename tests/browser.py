@@ -1,7 +1,4 @@
-"""A headless Chromium, controlled over its debugging pipe.
-
-Commands and events are JSON over two pipes: no package, no port.
-"""
+"""A headless Chromium, controlled over its debugging pipe: no package, no port."""
 
 import fcntl
 import json
@@ -13,32 +10,29 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe "
     "--no-first-run --disable-background-networking --disable-dev-shm-usage"
 ).split()
-KEYS = {" ": 32, "t": 84, "Enter": 13, "Tab": 9, "Escape": 27, "End": 35, "Home": 36}
-KEYS |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
-CODES = {" ": "Space", "t": "KeyT"}  # of the other keys it is their name
-TYPED = {" ": " ", "t": "t", "Enter": "\r"}  # the text that a key types
-
-
-def find_browser() -> str | None:
-    return next((path for path in map(shutil.which, NAMES) if path), None)
+TIMEOUT = 120  # seconds
 
 
 class Browser:
     """One page in one browser. requests: addresses it asked for. errors: on its console."""
 
-    def __init__(self, path: str, timeout: float = 120):
-        self.timeout = timeout
+    def __init__(self):
+        path = next((path for path in map(shutil.which, NAMES) if path), None)
+        if path is None:
+            pytest.skip("neither chromium nor chrome is installed")
         self.number = 0
         self.requests = []
         self.errors = []
         self.profile = tempfile.mkdtemp()
         self.rest = b""
-        self.session = None
+        self.session = {}
         read_end, self.to = os.pipe()
         self.back, write_end = os.pipe()
         # Chromium uses descriptors 3 and 4, which may be taken: copy ours out of the way.
@@ -55,7 +49,7 @@ class Browser:
             os.close(end)
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         answer = self.ask("Target.attachToTarget", targetId=target, flatten=True)
-        self.session = answer["sessionId"]
+        self.session = {"sessionId": answer["sessionId"]}
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.ask(f"{domain}.enable")
 
@@ -69,48 +63,36 @@ class Browser:
     def ask(self, method: str, **params) -> dict:
         """Send a command, wait for its answer, keep the events that arrive before it."""
         self.number += 1
-        command = {"id": self.number, "method": method, "params": params}
-        if self.session:
-            command["sessionId"] = self.session
+        command = {"id": self.number, "method": method, "params": params} | self.session
         os.write(self.to, json.dumps(command).encode() + b"\0")
-        end = time.monotonic() + self.timeout
         while True:
-            answer = self._next(end)
+            answer = self._next()
+            params = answer.get("params", {})
             if answer.get("id") == self.number:
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return answer["result"]
-            self._keep(answer)
+            if answer.get("method") == "Network.requestWillBeSent":
+                self.requests.append(params["request"]["url"])
+            elif answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.errors.append(str(params))
 
-    def _next(self, end: float) -> dict:
+    def _next(self) -> dict:
         while b"\0" not in self.rest:
-            ready, _, _ = select.select([self.back], [], [], max(end - time.monotonic(), 0))
-            assert ready, f"no answer from the browser within {self.timeout} seconds"
+            ready, _, _ = select.select([self.back], [], [], TIMEOUT)
+            assert ready, f"no answer from the browser within {TIMEOUT} seconds"
             new = os.read(self.back, 1 << 20)
             assert new, f"the browser ended with status {self.process.poll()}"
             self.rest += new
         one, _, self.rest = self.rest.partition(b"\0")
         return json.loads(one)
 
-    def _keep(self, event: dict) -> None:
-        params = event.get("params", {})
-        method = event.get("method")
-        if method == "Network.requestWillBeSent":
-            self.requests.append(params["request"]["url"])
-        elif method == "Runtime.exceptionThrown":
-            self.errors.append(str(params["exceptionDetails"]))
-        elif method == "Log.entryAdded":
-            self.errors.append(params["entry"]["text"])
-
-    def open(self, path: Path, width: int = 1200, height: int = 800, dark: bool = False) -> None:
-        """Load a file and wait until its scripts have run. A width below 700 means a phone."""
-        self.requests, self.errors = [], []
-        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 700)
-        self.ask("Emulation.setDeviceMetricsOverride", **size)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.ask("Emulation.setEmulatedMedia", features=[scheme])
+    def open(self, path: Path) -> None:
+        """Load a file and wait until its scripts have run."""
+        self.requests = []
+        self.errors = []
         self.ask("Page.navigate", url=path.resolve().as_uri())
-        end = time.monotonic() + self.timeout
-        while self.run("document.readyState + location.protocol") != "completefile:":
+        end = time.monotonic() + TIMEOUT
+        while self.run("document.readyState + location.href") != f"complete{path.as_uri()}":
             assert time.monotonic() < end, f"{path} was not loaded"
             time.sleep(0.02)
 
@@ -120,27 +102,3 @@ class Browser:
         answer = self.ask("Runtime.evaluate", expression=script, **options)
         assert "exceptionDetails" not in answer, f"{script}: {answer['exceptionDetails']}"
         return answer["result"].get("value")
-
-    def press(self, key: str) -> None:
-        about = dict(key=key, code=CODES.get(key, key), windowsVirtualKeyCode=KEYS[key])
-        down = dict(type="rawKeyDown")
-        if key in TYPED:
-            down = dict(type="keyDown", text=TYPED[key])
-        self.ask("Input.dispatchKeyEvent", **about, **down)
-        self.ask("Input.dispatchKeyEvent", **about, type="keyUp")
-
-    def mouse(self, selector: str, kind: str = "move") -> None:
-        """Move to the middle of the first element that matches, or click there (kind="click")."""
-        x, y = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
-            "e.scrollIntoView({block: 'center'}); const b = e.getBoundingClientRect();"
-            "return [b.left + b.width / 2, b.top + b.height / 2]; })()"
-        )
-        self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        if kind == "click":
-            self.click(x, y)
-
-    def click(self, x: float, y: float) -> None:
-        for kind in ("mousePressed", "mouseReleased"):
-            place = dict(x=x, y=y, button="left", clickCount=1)
-            self.ask("Input.dispatchMouseEvent", type=kind, **place)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ from model import ModelConfig, Transformer
 from view.cells import printable, spans, width
 from view.terminal import ENTER, LEAVE, TerminalView, lay_out
 
-ROOT = Path(__file__).parent.parent
 BYTES = get_tokenizer("bytes")
 PAD = BYTES.pad_id
 NASTY = ["x\n" * 50, "q" * 100, "\x1b[2J" + "w" * 96, "\té日本😀" + "\n" * 40 + "\x9b" * 23]
@@ -55,47 +55,25 @@ def draw_growing(text: str) -> TerminalView:
     return view
 
 
-def lines_of(capsys) -> list[str]:
-    """Return the lines on stdout without the speed, which is never the same."""
+# Plain lines and characters
+
+
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        (partial(draw, ["ab\nq", "cb\nx", "cb\ny"]), "0: ab↵ q  1: cb↵ x  2: y"),
+        (partial(draw_growing, "hi"), "1: h  2: hi  3: hi░"),
+        # A guess among 288 tokens has probability 0.0035. A given token is never noise.
+        (partial(draw, ["a", "b", "b"], 0.003), "0: a  1: b  2: b"),
+        (partial(draw, ["a", "b", "b"], 0.004), "0: a  1: b  2:"),
+        (partial(draw, ["a", "b", "b"], 0.003, [0]), "0:  1:  2:"),
+    ],
+)
+def test_plain_lines_show_what_changed(capsys, call, expected):
+    call()
     out = capsys.readouterr().out
-    return [re.sub(r" \| [\d,]+ tokens/s", "", line) for line in out.splitlines()]
-
-
-# Plain lines
-
-
-def test_plain_lines_mark_what_changed(capsys):
-    draw(["qqqq", "héy", "hé\n", "hé\n"])
-    assert lines_of(capsys) == [
-        "step 0 of 3 | 0 network calls | noise", "qqqq", "~~~~",
-        "step 1 of 3 | 1 network calls | 100% changed", "héy", "^^^",
-        "step 2 of 3 | 2 network calls | 25% changed", "hé↵", "  ^",
-        "step 3 of 3 | 3 network calls | 0% changed",
-        "settled | █▃ | 1 of 4 changed their mind",
-    ]  # fmt: skip
-
-
-def test_digits_count_changes_of_mind(capsys):
-    draw(["xxx", "abc", "aac", "abd", "acd"])
-    shown = lines_of(capsys)
-    assert shown[shown.index("abd") + 1] == " ^^" and shown[shown.index("acd") + 1] == " ^1"
-    assert shown[-1] == "settled | █ ██| 2 of 3 changed their mind"
-
-
-def test_a_text_that_grows(capsys):
-    assert draw_growing("hi").calls == 3
-    assert lines_of(capsys) == [
-        "step 1 of 4 | 1 network calls | 1 tokens", "h", "^",
-        "step 2 of 4 | 2 network calls | 2 tokens", "hi", " ^",
-        "step 3 of 4 | 3 network calls | 2 tokens", "hi░", "  ^",
-    ]  # fmt: skip
-
-
-def test_a_given_token_is_never_noise_and_an_improbable_one_is(capsys):
-    draw(["abc", "ade"], p=0.003, fixed=[0])  # a guess among 288 tokens: 0.0035
-    assert lines_of(capsys)[1:3] == ["abc", " ~~"]
-    draw(["abc", "ade"], p=0.004, fixed=[0])
-    assert lines_of(capsys)[-3:] == ["ade", " ^^", "settled | █| 0 of 2 changed their mind"]
+    shown = re.sub(r"step (\d+) of \d+ \| \1 network calls \| .*", r" \1:", out)
+    assert " ".join(shown.splitlines()).strip() == expected
 
 
 def test_a_converged_row_is_not_drawn_but_its_candidates_are_counted(capsys):
@@ -104,10 +82,7 @@ def test_a_converged_row_is_not_drawn_but_its_candidates_are_counted(capsys):
     logits = logits_of([97, 98]).repeat(6, 1, 1)
     rows = torch.tensor([-1, 1, 2, 3, 4, -1])  # rows 3 to 5 belong to the next prompt
     view(1, torch.tensor([[97, 98]] * 6), logits, rows)
-    assert lines_of(capsys) == [] and view.calls == 2
-
-
-# Characters
+    assert capsys.readouterr().out == "" and view.calls == 2
 
 
 def test_tokens_that_form_one_character_are_one_cell():
@@ -116,13 +91,12 @@ def test_tokens_that_form_one_character_are_one_cell():
     assert [end - start for _, start, end in found] == [2, 3, 4, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("columns", [1, 2, 3, 4, 79])
+@pytest.mark.parametrize("columns", [2, 3, 4, 79])
 def test_lines_fit_and_lose_no_character(columns):
     text = "日a本\n" * 3 + "\n\nx"
-    lines = lay_out([(char, "", " ") for char in text], columns, True)
-    assert max(sum(width(char) for char, _, _ in line) for line in lines) <= columns
-    shown = "".join(char for line in lines for char, _, _ in line)
-    assert shown == re.sub("[日本]", "·" if columns == 1 else r"\g<0>", text.replace("\n", "↵"))
+    lines = lay_out([(char, "") for char in text], columns)
+    assert max(sum(width(char) for char, _ in line) for line in lines) <= columns
+    assert "".join(char for line in lines for char, _ in line) == text.replace("\n", "↵")
 
 
 def test_printable_text_has_no_commands_and_keeps_its_letters():
@@ -143,21 +117,19 @@ class Stream(io.TextIOWrapper):
     def isatty(self) -> bool:
         return self.tty
 
-    def text(self) -> str:
-        self.flush()
-        return self.buffer.getvalue().decode(self.encoding)
-
 
 @pytest.fixture
 def on_terminal(monkeypatch):
-    """on_terminal(f, ...) returns what f(...) writes to a terminal of 80 x 10."""
-    for name, value in {"COLUMNS": "80", "LINES": "10", "TERM": "xterm", "NO_COLOR": ""}.items():
-        monkeypatch.setenv(name, value)
+    """on_terminal(f) returns what f() writes to a terminal of this size, encoding and kind."""
 
-    def call(f, *args, **kwargs):
-        with redirect_stdout(Stream()) as stream:
-            f(*args, **kwargs)
-        return stream.text()
+    def call(f, columns=80, height=10, encoding="utf-8", tty=True, **variables):
+        sizes = {"COLUMNS": str(columns), "LINES": str(height)}
+        for name, value in ({"TERM": "xterm", "NO_COLOR": ""} | sizes | variables).items():
+            monkeypatch.setenv(name, value)
+        with redirect_stdout(Stream(encoding, tty)) as stream:
+            f()
+            print("the text", flush=True)
+        return stream.buffer.getvalue().decode(encoding)
 
     return call
 
@@ -176,78 +148,47 @@ def frames_of(raw: str, columns: int = 80, height: int = 10) -> list[list[str]]:
 
 
 def test_a_frame_replaces_the_one_before_and_the_last_one_stays(on_terminal):
-    raw = on_terminal(draw, ["a\n" * 20, "q" * 40, "w" * 38 + "é", "é" + "w" * 38], candidates=64)
+    texts = ["a\n" * 20, "q" * 40, "w" * 38 + "é", "é" + "w" * 38]
+    raw = on_terminal(partial(draw, texts, candidates=64))
     frames = frames_of(raw)
     assert len(frames) == 4 and frames[-1][0] == "é" + "w" * 38 and ENTER in raw
     after = re.sub(r"\x1b\[[\d;]*m", "", raw.split(LEAVE)[1]).splitlines()
-    assert after[0] == "é" + "w" * 38 and after[-2].startswith("step 3 of 3 | 192 network calls | ")
-    assert re.match(
-        r"settled \|.{4}\| \d+ of 40 changed their mind \| candidate 1 of 64", after[-1]
-    )
+    assert after[0] == "é" + "w" * 38 and after[1].startswith("step 3 of 3 | 192 network calls | ")
 
 
-@pytest.mark.parametrize("p, code", [(0.999, "32"), (0.6, "33"), (0.3, "31")])
+@pytest.mark.parametrize("p, code", [(0.999, "32"), (0.6, "33"), (0.3, "31"), (0.6, "0")])
 def test_colour_shows_the_probability_and_bold_what_is_new(on_terminal, p, code):
-    noise, first, second, third = on_terminal(draw, ["ab", "cb", "cd", "cd"], p).split("\x1b[H")[1:]
+    """Without colours, new tokens are still bold."""
+    call = partial(draw, ["ab", "cb", "cd", "cd"], p)
+    raw = on_terminal(call, NO_COLOR="1" if code == "0" else "")
+    noise, first, second, third = raw.split("\x1b[H")[1:]
     assert "\x1b[2ma\x1b[0m\x1b[2mb\x1b[0m" in noise
     assert f"\x1b[{code};1;4mc\x1b[0m\x1b[{code}mb\x1b[0m" in first
     assert f"\x1b[{code}mc\x1b[0m\x1b[{code};1;4md\x1b[0m" in second
     assert f"\x1b[{code}mc\x1b[0m\x1b[{code}md\x1b[0m" in third
 
 
-@pytest.mark.parametrize("colour", [True, False])
-def test_the_part_with_the_last_change_is_shown(on_terminal, monkeypatch, colour):
-    monkeypatch.setenv("NO_COLOR", "" if colour else "1")
+def test_the_part_with_the_last_change_is_shown(on_terminal):
     text = "\n".join("abcdefghijklmnopqrst")
-    raw = on_terminal(draw, ["?" * 39, text, text, text.replace("m", "M")])
+    raw = on_terminal(partial(draw, ["?" * 39, text, text, text.replace("m", "M")]))
     rows = frames_of(raw)[-1]
-    assert "M↵" in rows and rows[-2].startswith("step 3") and rows[-1].startswith("settled")
-    assert ("^" in rows) == (not colour) == (not re.search(r"\x1b\[[\d;]*[1-9]m", raw))
+    assert rows[-2] == "M↵" and rows[-1].startswith("step 3")
 
 
-def test_a_dumb_terminal_gets_plain_lines(on_terminal, monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    drawn = on_terminal(draw, ["ab", "cb"])
-    assert "\x1b" not in drawn and "\ncb\n^\n" in drawn
-
-
-# Any terminal, any stream: the view never raises and never prevents the text
-
-
-@pytest.mark.parametrize("tty", [True, False])
+@pytest.mark.parametrize("kind", [{}, {"tty": False}, {"TERM": "dumb"}])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252", "latin-1"])
-@pytest.mark.parametrize("size", [(80, 10), (0, 0), (1, 1), (2, 3), (3, 1), (7, 200)])
-def test_any_size_and_encoding(on_terminal, monkeypatch, size, encoding, tty):
-    monkeypatch.setenv("COLUMNS", str(size[0]))
-    monkeypatch.setenv("LINES", str(size[1]))
+@pytest.mark.parametrize("size", [(80, 10), (0, 0), (3, 1), (3, 3), (7, 200)])
+def test_any_terminal(on_terminal, size, encoding, kind):
+    """Every frame fits, no text of a model is a command, and the text comes last."""
     columns, height = size if all(size) else (80, 24)
-    for call in (lambda: draw(NASTY), lambda: draw_growing("é\n" * 9), lambda: draw(["日"] * 2)):
-        with redirect_stdout(Stream(encoding, tty)) as stream:
-            call()
-            print("the text")
-        raw = stream.text()
+    for call in (partial(draw, NASTY), partial(draw_growing, "é\n" * 9), partial(draw, ["日"] * 2)):
+        raw = on_terminal(call, *size, encoding, **kind)
         assert raw.endswith("the text\n") and "\x1b[2J" not in raw
-        if tty:
+        if kind:
+            assert "\x1b" not in raw
+            assert max(map(len, raw.splitlines()[:-1])) < columns
+        else:
             frames_of(raw, columns, height)
-        assert tty or max(map(len, raw.splitlines()[:-1])) < max(columns, 2)
-
-
-def broken_pipe():
-    read_end, write_end = os.pipe()
-    os.close(read_end)
-    return io.TextIOWrapper(open(write_end, "wb", buffering=0), write_through=True)
-
-
-def closed_stream():
-    stream = Stream()
-    stream.close()
-    return stream
-
-
-@pytest.mark.parametrize("make", [broken_pipe, closed_stream, lambda: None])
-def test_a_stream_that_cannot_be_written(monkeypatch, make):
-    monkeypatch.setattr(sys, "stdout", make())
-    assert draw(["ab", "cd", "ce"]).calls == 2 and draw_growing("xy").calls == 3
 
 
 # Through sample.py
@@ -260,14 +201,8 @@ def flags(tmp_path_factory) -> list[str]:
     both = dict(prefix_attention="bidirectional", target_attention="bidirectional")
     shape = dict(n_layer=1, n_head=2, n_embd=16, block_size=220, target_length=201)
     save(path, Transformer(ModelConfig(paradigm="diffusion", **both, **shape)), 0, "bytes")
-    return [
-        sys.executable,
-        "sample.py",
-        f"--init_from={path}",
-        "--device=cpu",
-        "--prompt=é",
-        "--show",
-    ]
+    start = [sys.executable, "sample.py", f"--init_from={path}", "--device=cpu"]
+    return [*start, "--prompt=é", "--show"]
 
 
 def start_on_terminal(command: list[str], columns: int, height: int):
@@ -275,7 +210,8 @@ def start_on_terminal(command: list[str], columns: int, height: int):
     end, own = pty.openpty()
     termios.tcsetwinsize(end, (height, columns))
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), own)
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TERM": "xterm"}, **streams)
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(command, cwd=root, env=os.environ | {"TERM": "xterm"}, **streams)
     os.close(own)
     return process, end
 
@@ -295,12 +231,11 @@ def read(end: int, until: str = "\0") -> str:
 @pytest.mark.slow
 def test_after_a_resize_the_next_frame_fits(flags):
     process, end = start_on_terminal([*flags, "--steps=6", "--pause=0.3"], 100, 20)
-    raw = read(end, "step 2 of 6")
+    read(end, "step 2 of 6")
     termios.tcsetwinsize(end, (9, 40))
-    raw += read(end, "step 4 of 6")
+    read(end, "step 4 of 6")
     rest = read(end)
-    assert process.wait() == 0
-    assert len(frames_of(rest, 40, 9)) >= 2
+    assert process.wait() == 0 and len(frames_of(rest, 40, 9)) >= 2
     seconds = float(re.search(r"in ([\d.]+) s", rest)[1])
     assert seconds < 1.8  # the pauses are not counted as time of the network
 
@@ -313,17 +248,3 @@ def test_an_interrupt_gives_the_screen_back(flags, number, status):
     process.send_signal(number)
     rest = read(end)
     assert process.wait() == status and rest.count(LEAVE) == 1 and "step 50" not in rest
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("streams", ["", ">&-", "2>&-", ">&- 2>&-", "| head -c 30"])
-def test_sample_ends_well_on_any_stream(flags, streams):
-    done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {' '.join(flags)} --steps=3 {streams}"], cwd=ROOT,
-        env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and "Traceback" not in done.stderr
-    assert ("tokens/s (" in done.stderr) == ("2>&-" not in streams)
-    if streams in ("", "2>&-"):  # the text follows the drawing
-        assert "step 3 of 3" in done.stdout
-        assert not done.stdout.splitlines()[-1].startswith("settled")

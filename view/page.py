@@ -6,7 +6,6 @@ script and the style whose hashes it names.
 
 import base64
 import hashlib
-import html
 import json
 import re
 from collections.abc import Iterable
@@ -28,18 +27,14 @@ class Track(NamedTuple):
     fixed: list[bool]  # (S,) True at tokens that were given (infilling)
 
 
-def write_page(path, title: str, prompt: str, facts: dict[str, str], tracks: list[Track]) -> None:
+def write_page(path, prompt: str, facts: dict[str, str], tracks: list[Track]) -> None:
     """Write the page atomically. facts: the foot of the page, such as the seed."""
     data = {"prompt": prompt, "facts": facts, "tracks": [pack(track) for track in tracks]}
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    fill = {
-        "TITLE": html.escape(title),
-        # Without "<" no text in the data can end the element or start a comment.
-        "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-        "STYLE_HASH": _hash(template, "style"),
-        "SCRIPT_HASH": _hash(template, "script"),
-    }
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: fill[match[1]], template)
+    page = template.replace("{{STYLE_HASH}}", _hash(template, "style"))
+    page = page.replace("{{SCRIPT_HASH}}", _hash(template, "script"))
+    # Without "<" no text in the data can end the element or start a comment.
+    page = page.replace("{{DATA}}", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(page.encode("utf-8", errors="replace")))
 
@@ -53,14 +48,15 @@ def pack(track: Track) -> dict:
     """Return a track as plain values. A frame holds only the positions that changed, each as
     [position, *row of the frame's table], with probabilities in thousandths."""
     frames = []
-    used = {track.tokenizer.pad_id}
+    tokenizer = track.tokenizer
+    used = {tokenizer.pad_id}
     before = [[]] * len(track.fixed)
     for frame in track.frames:
         table = frame.table.clone()
         table[:, 1::2] = (1000 * table[:, 1::2]).round().clamp(min=-1)
         rows = table.long().tolist()
-        changed = [s for s in range(len(rows)) if rows[s] != before[s] and rows[s][0] >= 0]
-        changes = [[s, *rows[s]] for s in changed]
+        pairs = enumerate(zip(rows, before))
+        changes = [[s, *row] for s, (row, old) in pairs if row != old and row[0] >= 0]
         used.update(token for row in changes for token in row[1::2] if token >= 0)
         ms = round(1000 * frame.seconds, 3)
         frames.append({"name": frame.name, "calls": frame.calls, "ms": ms, "changes": changes})
@@ -69,9 +65,9 @@ def pack(track: Track) -> dict:
         "title": track.title,
         "flags": track.flags,
         "length": len(track.fixed),
-        "pad": track.tokenizer.pad_id,
+        "pad": tokenizer.pad_id,
         "fixed": [i for i, fixed in enumerate(track.fixed) if fixed],
-        "vocabulary": {i: _piece(i, track.tokenizer) for i in sorted(used)},
+        "vocabulary": {i: _piece(i, tokenizer) for i in sorted(used)},
         "frames": frames,
     }
 

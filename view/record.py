@@ -44,15 +44,14 @@ class Recorder:
         self.start = time.perf_counter()
         return self
 
-    def __exit__(self, *_) -> None:
-        pass
+    def __exit__(self, *_) -> None: ...
 
     def __call__(self, step: int, canvas: Tensor, logits: Tensor | None, rows: Tensor) -> None:
         numbers = rows[: len(self.history)].tolist()  # waits for the device: not recording time
         now = time.perf_counter()
-        active = [r for r, number in enumerate(numbers) if number >= 0]
-        if self.growing and step > 1 and canvas[0, step - 2] == self.pad_id:
-            active = []  # this text has ended, others have not
+        # An AR text ends with its first pad, while others of the batch go on.
+        ended = self.growing and step > 1 and canvas[0, step - 2] == self.pad_id
+        active = [r for r, number in enumerate(numbers) if number >= 0 and not ended]
         if active:
             self.clock = now - self.start - self.seconds
             self.calls += 0 if logits is None else len(active)
@@ -64,10 +63,9 @@ class Recorder:
     def _table(self, step: int, ids: Tensor, logits: Tensor | None) -> Tensor:
         """Return the table of a frame for ids (S,) with logits (S, V), or (1, V) if growing."""
         table = torch.full((len(ids), 2 + 2 * TOP), UNKNOWN, dtype=torch.double)
-        new = slice(None)
-        if self.growing:
-            new = slice(step - 1, step)
-            table = self.history[0][-1].table.clone() if self.history[0] else table
+        new = slice(step - 1, step) if self.growing else slice(None)
+        if self.growing and self.history[0]:
+            table = self.history[0][-1].table.clone()
         table[new, 0] = ids[new].cpu()
         if logits is not None:
             log_p = logits.float().log_softmax(-1)  # before temperature
@@ -78,30 +76,20 @@ class Recorder:
         return table
 
     def frames(self, tokens: Tensor) -> Iterator[Frame]:
-        """Yield the canvases of the chosen candidate. The last one is its text, tokens (S,).
-
-        The chosen candidate is the one that agrees with the text at most positions.
-        """
-        if not any(self.history):
-            raise ValueError("nothing was recorded: the decoder never called on_step")
+        """Yield the canvases of the candidate closest to the text, tokens (S,), then the text."""
         tokens = tokens.cpu()
-        chosen = max(self.history, key=lambda frames: _agreement(frames[-1], tokens))
+
+        def agreement(frames: list[Frame]) -> int:
+            # Some samplers return the canvas, others the most probable tokens.
+            return max(int((frames[-1].table[:, column] == tokens).sum()) for column in (0, 2))
+
+        chosen = max(self.history, key=agreement)
         yield from chosen
         last = chosen[-1]
-        if not self.growing and (last.calls < self.calls or not torch.equal(last.ids, tokens)):
-            yield Frame("answer", self.calls, self.clock, _answer(last.table, tokens))
-
-
-def _agreement(frame: Frame, tokens: Tensor) -> int:
-    # Some samplers return the canvas, others the most probable tokens.
-    return max(int((frame.table[:, column] == tokens).sum()) for column in (0, 2))
-
-
-def _answer(table: Tensor, tokens: Tensor) -> Tensor:
-    """Return the table with the tokens (S,) in place of the canvas."""
-    same = table[:, 2::2] == tokens[:, None]  # (S, TOP)
-    known = torch.where(same, table[:, 3::2], UNKNOWN).amax(1)
-    answer = table.clone()
-    answer[:, 0] = tokens
-    answer[:, 1] = torch.where(table[:, 0] == tokens, table[:, 1], known)
-    return answer
+        if self.growing or (last.calls == self.calls and torch.equal(last.ids, tokens)):
+            return
+        answer = last.table.clone()
+        answer[:, 0] = tokens
+        known = torch.where(answer[:, 2::2] == tokens[:, None], answer[:, 3::2], UNKNOWN).amax(1)
+        answer[:, 1] = torch.where(last.ids == tokens, answer[:, 1], known)
+        yield Frame("answer", self.calls, self.clock, answer)

@@ -1,7 +1,6 @@
 """What sample.py shows: --show draws in the terminal, --html writes a page."""
 
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -14,17 +13,14 @@ from view.terminal import TerminalView
 
 def watch_for(decoder, cfg):
     """Return the context manager whose on_step records or draws a generation."""
+    tokenizer = decoder.tokenizer
+    growing = decoder.module is autoregressive
     candidates = getattr(decoder.sampler, "candidates", 1)
     if not cfg.show:
-        return Recorder(decoder.tokenizer.pad_id, is_growing(decoder), candidates)
-    steps = getattr(decoder.sampler, "steps", "?")
-    total = decoder.model.cfg.target_length - 1 if is_growing(decoder) else steps
-    facts = (is_growing(decoder), total, candidates, fixed_slots(decoder), cfg.pause)
-    return TerminalView(decoder.tokenizer, *facts)
-
-
-def is_growing(decoder) -> bool:
-    return decoder.module is autoregressive
+        return Recorder(tokenizer.pad_id, growing, candidates)
+    fixed = fixed_slots(decoder)
+    total = len(fixed) if growing else getattr(decoder.sampler, "steps", "?")
+    return TerminalView(tokenizer, growing, total, candidates, fixed, cfg.pause)
 
 
 def fixed_slots(decoder) -> list[bool]:
@@ -33,11 +29,9 @@ def fixed_slots(decoder) -> list[bool]:
 
 
 def track_of(decoder, recorder: Recorder, out) -> Track:
-    sampler = decoder.sampler
-    title = getattr(sampler, "sampler", "speculative")
-    if is_growing(decoder):
-        title = "autoregressive" if decoder.model.cfg.paradigm == "ar" else "left to right"
-    flags = " ".join(f"--{f.name}={getattr(sampler, f.name)}" for f in fields(sampler))
+    settings = vars(decoder.sampler)
+    title = settings.get("sampler", decoder.module.__name__.removeprefix("extras."))
+    flags = " ".join(f"--{name}={value}" for name, value in settings.items())
     frames = recorder.frames(out.tokens[0])
     return Track(title, flags, frames, decoder.tokenizer, fixed_slots(decoder))
 
@@ -48,5 +42,5 @@ def write(cfg, text: str, tracks: list[Track], demo: Path) -> None:
     path = path.relative_to(demo.parent) if path.is_relative_to(demo) else path
     facts = {"checkpoint": str(path), "seed": str(cfg.seed), "dtype": cfg.dtype}
     facts |= {"threads": str(torch.get_num_threads()), "torch": torch.__version__}
-    write_page(cfg.html, "How a text is generated", text, facts, tracks)
+    write_page(cfg.html, text, facts, tracks)
     print(cfg.html, file=sys.stderr)
