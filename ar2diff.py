@@ -4,9 +4,8 @@
     python ar2diff.py --init_from=Qwen/Qwen2.5-0.5B --out_dir=out/qwen --check
     python ar2diff.py --init_from=out/qwen/ckpt.pt --export=out/qwen_hf  # and back
 
-The weights do not change. What changes is which tokens see each other, where a
-slot is predicted, and the loss. train.py continues from OUT_DIR/ckpt.pt: N steps
-on the pretraining data (AR2Diff_N), then fine-tuning. Only this file converts.
+The weights stay. What changes is the mask, the position that predicts a slot, and the
+loss. train.py continues from ckpt.pt: N steps of adaptation (AR2Diff_N), fine-tuning.
 """
 
 import math
@@ -26,7 +25,7 @@ from data.objectives import Batch
 from data.tokenizer import Tokenizer
 from infra.checkpoint import load_model, save
 from infra.rng import EDGES, make_rng
-from model import NEW_MODULES, ModelConfig, Transformer, model_from_state_dict
+from model import NEW_MODULES, Transformer, model_from_state_dict
 
 
 @dataclass
@@ -58,8 +57,6 @@ class ConvertConfig:
 
 
 class Check(NamedTuple):
-    """One line of the report of --check."""
-
     claim: str
     measured: str
     ok: bool
@@ -68,8 +65,8 @@ class Check(NamedTuple):
 def convert(source: Transformer, copy: bool = True, **settings) -> Transformer:
     """Return a new model with the same weights and other settings.
 
-    Only NEW_MODULES may be added. They are zero, so the network computes what it did
-    wherever it sees the same tokens. copy=False shares the tensors with the source.
+    NEW_MODULES may be added. They are zero, so the network computes what it did wherever
+    it sees the same tokens. copy=False shares the tensors with the source.
     """
     weights = source.state_dict()
     if copy:
@@ -86,8 +83,7 @@ def new_weights(model: Transformer) -> dict[str, Tensor]:
 def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
     """Return the extra edges (T, T), or (P + T, P + T) if joint, open at this step.
 
-    Their random share grows linearly from causal to bidirectional over `steps` steps
-    (DiffuLLaMA, arXiv 2410.17891, section 3.2). All micro-batches of a step agree.
+    Their random share grows linearly up to 1 (DiffuLLaMA, arXiv 2410.17891, section 3.2).
     """
     P = batch.prefix.shape[1] if joint else 0
     T = batch.target.shape[1]
@@ -97,7 +93,7 @@ def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
     return uniform[:, row] < (step + 1) / steps
 
 
-# The checks. They hold for any weights; only loss_before needs a trained source.
+# The checks. They hold for any weights, except that of the loss before.
 
 
 @torch.no_grad()
@@ -107,34 +103,28 @@ def verify(source, model, batch: Batch, seed: int = 0, knows_text: bool = True) 
     knows_text: whether the source should predict this text better than guessing.
     """
     weights = model.state_dict()
-    for name in new_weights(model):
-        del weights[name]
-    as_source = model_from_state_dict(source.cfg, weights)
+    new = new_weights(model)
+    as_source = model_from_state_dict(source.cfg, {k: weights[k] for k in weights if k not in new})
+    difference = as_source(batch.prefix, batch.target) - source(batch.prefix, batch.target)
+    error = difference.abs().max().item()
+    largest = max((w.abs().max().item() for w in new.values()), default=0.0)
     ar_loss = autoregressive.loss(source, batch, None, None).item()
+    guess = math.log(model.cfg.n_ordinary + 1)
+    before = f"{ar_loss:.3f} (guessing: {guess:.3f})"
+    if ar_loss >= guess:
+        before += ": random weights, or ids of another tokenizer"
+    equal = "with the causal mask the logits equal the source's"
+    names = ", ".join(new) or "none"
     return [
-        check_logits(source, as_source, batch),
-        check_new_modules(model),
+        Check(equal, f"largest difference {error:.1e}", error < 1e-4),
+        Check("new layers are zero", f"{names}: {largest:.1e}", largest == 0),
         check_future(source, batch, sees=False),
         check_future(model, batch, sees=True),
         check_prefix(model, batch, seed),
         check_alignment(as_source, batch, ar_loss),
-        check_loss_before(ar_loss, model.cfg, knows_text),
+        Check("AR loss before, nats per slot", before, ar_loss < guess or not knows_text),
         check_loss_after(model, batch, seed),
     ]
-
-
-def check_logits(source, as_source, batch) -> Check:
-    logits = source(batch.prefix, batch.target)
-    difference = (as_source(batch.prefix, batch.target) - logits).abs().max().item()
-    claim = "with the causal mask the logits equal the source's"
-    return Check(claim, f"largest difference {difference:.1e}", difference < 1e-4)
-
-
-def check_new_modules(model) -> Check:
-    new = new_weights(model)
-    largest = max((w.abs().max().item() for w in new.values()), default=0.0)
-    names = ", ".join(new) or "none"
-    return Check("new layers are zero", f"{names}: {largest:.1e}", largest == 0)
 
 
 def check_future(model, batch, sees: bool) -> Check:
@@ -184,14 +174,6 @@ def check_alignment(as_source, batch, ar_loss: float) -> Check:
     return Check("position i - 1 predicts slot i", measured, ok)
 
 
-def check_loss_before(ar_loss: float, cfg: ModelConfig, knows_text: bool) -> Check:
-    guess = math.log(cfg.n_ordinary + 1)
-    measured = f"{ar_loss:.3f} (guessing: {guess:.3f})"
-    if ar_loss >= guess:
-        measured += ": random weights, or ids of another tokenizer"
-    return Check("AR loss before, nats per slot", measured, ar_loss < guess or not knows_text)
-
-
 def check_loss_after(model, batch, seed: int) -> Check:
     rng = make_rng(seed, batch.example)
     losses = diffusion.loss_by_rate(model, batch, rng, [0.0, 0.5, 1.0]).values()
@@ -220,26 +202,24 @@ def main(argv: list[str]) -> None:
         from hf.convert import export
 
         return export(cfg.init_from, Path(cfg.export), cfg.overwrite)
-    folder = Path(cfg.out_dir)
-    out = folder / "ckpt.pt"
+    out = Path(cfg.out_dir) / "ckpt.pt"
     free = cfg.overwrite or not out.exists()
     require(free, f"{out} exists; use another --out_dir, or --overwrite")
-    foreign = (folder / "config.json").exists()
-    require(not foreign, f"{folder} is a Hugging Face folder; use another --out_dir")
+    foreign = (out.parent / "config.json").exists()
+    require(not foreign, f"{out.parent} is a Hugging Face folder; use another --out_dir")
     source = open_source(cfg)
     names = ("prefix_attention", "noise", "shift", "self_conditioning")
     settings = {name: getattr(cfg, name) for name in names}
     settings |= {"paradigm": "diffusion", "target_attention": "bidirectional"}
-    model = source.model
-    if cfg.paradigm == "diffusion":
-        # With shared tensors, --check would compare the model with itself.
-        model = convert(source.model, copy=cfg.check, **settings)
+    # With shared tensors, --check would compare the model with itself.
+    import_only = cfg.paradigm == "ar"
+    model = source.model if import_only else convert(source.model, copy=cfg.check, **settings)
     if cfg.check:
         report(source, model, cfg)
-    folder.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"train_config": {"data": source.data}, "converted_from": source.origin}
     save(out, model, 0, source.tokenizer.name, **facts)
-    if model is source.model:
+    if import_only:
         print(f"{out}: {source.origin} as an AR model, not converted")
         return
     new = sum(w.numel() for w in new_weights(model).values())
@@ -279,14 +259,14 @@ def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
         print(f"{'ok  ' if ok else 'FAIL'}  {claim:<52} {measured}")
     failed = sum(not ok for *_, ok in checks)
     if failed:
-        problem = "The converted model does not match its source."
-        print(f"FAILED: {failed} of {len(checks)} checks. {problem}")
+        print(f"FAILED: {failed} of {len(checks)} checks.", end=" ")
+        print("The converted model does not match its source.")
         raise SystemExit(1)
     print(f"passed: {len(checks)} checks")
 
 
 def check_batch(source: Source, cfg: ConvertConfig) -> Batch:
-    """Return text to check on: held-out data, or a paragraph for imported weights."""
+    """Return held-out data, or a paragraph for imported weights."""
     data = cfg.data or source.data
     if not data and source.path is not None:
         from hf.convert import text_batch
@@ -294,9 +274,8 @@ def check_batch(source: Source, cfg: ConvertConfig) -> Batch:
         return text_batch(cfg.prompt, source.tokenizer, source.model.cfg)
     require(data, f"{cfg.init_from} does not name its data; give a data set with --data")
     valid_set = open_dataset(build_if_missing(data), "valid")
-    ours = {"tokenizer_name": source.tokenizer.name}
-    ours["target_length"] = source.model.cfg.target_length
-    for name, value in ours.items():
+    ours = source.tokenizer.name, source.model.cfg.target_length
+    for name, value in zip(("tokenizer_name", "target_length"), ours):
         got = getattr(valid_set, name)
         require(got == value, f"{data} has {name} {got!r}, the model {value!r}; use other --data")
     return valid_set.batch(cfg.seed, 0, 16)

@@ -27,10 +27,7 @@ class SamplerConfig:
 
 
 def losses(model, batch, cfg, rng: CounterRNG, extra_edges=None, scale=1.0) -> Iterator[Tensor]:
-    """Yield the one term, times scale: cross-entropy of the target, nats per slot.
-
-    Pads are predicted too: that is how a text ends.
-    """
+    """Yield the one term, times scale: cross-entropy, nats per slot, pads included."""
     logits = model(batch.prefix, batch.target)  # (B, T, V); position i predicts slot i + 1
     expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)  # -100 is not scored
     yield cross_entropy_in_place(logits, expected) * scale
@@ -47,7 +44,7 @@ def generate(
 ) -> GenerateOutput:
     """Continue each prefix (B, P), one token a call, until a pad or the target's end.
 
-    example (B,): keys of the rows' random numbers; 0 .. B - 1 by default.
+    example (B,): keys of the random numbers.
     on_step: called with (step, tokens (B, T - 1), logits (B, 1, V), rows (B,)).
     """
     model_cfg = model.cfg
@@ -81,10 +78,7 @@ def generate(
 
 
 def draw_next(logits: Tensor, cfg: SamplerConfig, rng: CounterRNG) -> Tensor:
-    """Draw a token (B,) from logits (B, V) under temperature, top-k and top-p.
-
-    top-p (arXiv 1904.09751): the smallest set with this probability.
-    """
+    """Draw a token (B,) from logits (B, V); top-p: arXiv 1904.09751."""
     if cfg.temperature == 0:
         return logits.argmax(-1)
     uniform, _ = rng.uniform(SAMPLE, 1)  # (B, 1)

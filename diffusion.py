@@ -1,10 +1,9 @@
 """Text diffusion: noise, loss, samplers, generate. Compare it with autoregressive.py.
 
-Training corrupts the target at a random rate and predicts the clean text. The
-model then reads its own prediction and predicts again: AR2Diff's loss (arXiv
-2401.17181, section 3), after SUNDAE (arXiv 2112.06749). Generation starts from
-noise, the canvas, and rewrites it a few times. A canvas holds text, then pads:
-so the model itself decides how long its text is.
+Training corrupts the target at a random rate and predicts the clean text. The model
+then reads its own prediction and predicts again: AR2Diff's loss (arXiv 2401.17181,
+section 3), after SUNDAE (arXiv 2112.06749). Generation starts from noise, the canvas,
+and rewrites it a few times. It holds text, then pads: the model decides the length.
 """
 
 import math
@@ -32,7 +31,7 @@ from model import split_prompt
 
 
 def sample_noise(uniform: Tensor, model_cfg) -> Tensor:
-    """Map numbers in [0, 1) to noise: ordinary tokens and pad, or the mask token."""
+    """Map numbers in [0, 1) to noise: any ordinary token or pad (SUNDAE), or mask_id (D3PM)."""
     if model_cfg.noise == "mask":
         return torch.full(uniform.shape, model_cfg.mask_id, device=uniform.device)
     skip_eos = model_cfg.eos_id >= 0  # no text contains it
@@ -43,10 +42,7 @@ def sample_noise(uniform: Tensor, model_cfg) -> Tensor:
 
 
 def corrupt(target: Tensor, rate: Tensor, model_cfg, rng: CounterRNG) -> Tensor:
-    """Replace tokens (B, T), except slot 0, by noise with probability rate (B, 1).
-
-    uniform: a random token (SUNDAE). mask: mask_id (D3PM, arXiv 2107.03006).
-    """
+    """Replace tokens (B, T), except slot 0, by noise with probability rate (B, 1)."""
     chance, value = rng.uniform(CORRUPT, target.shape[1])
     hit = chance < rate  # (B, T)
     hit[:, 0] = False
@@ -83,9 +79,8 @@ def align_logits(logits: Tensor, shift: bool) -> Tensor:
 def losses(model, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None, scale=1.0):
     """Yield the terms L(1), L(2), ..., times scale: nats per slot, pads included.
 
-    Call backward() on each term before the next is computed: that frees its graph.
-    The prefix is read once: a last term of value 0 carries all gradients into it.
-    rate (B, 1): corruption, drawn if None. extra_edges: see model.attention_mask.
+    Call backward() on each before the next is computed: that frees its graph. The
+    prefix is read once: a last term of value 0 carries all gradients into it.
     """
     cache = model.encode(batch.prefix, reserve=batch.target.shape[1])
     detached, pairs = cache.detach()
@@ -100,8 +95,8 @@ def losses(model, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None, scal
 def loss_terms(model, cache, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None):
     """Yield the terms for a prefix that was read into cache.
 
-    L(k + 1) reads the prediction of pass k, as tokens and as self-conditioning. No
-    gradient flows through it. With ar_loss_weight the last term is causal_loss.
+    L(k + 1) reads the prediction of pass k, without a gradient, as tokens and as
+    self-conditioning. With ar_loss_weight the last term is causal_loss.
     """
     model_cfg = model.cfg
     target = batch.target  # (B, T)
@@ -192,12 +187,9 @@ def resample(logits, state, step, cfg, rng, model_cfg):
 
 
 def argmax_unrolled(logits, state, step, cfg, rng, model_cfg):
-    """Rewrite the slots that were least confident in the last pass (SUNDAE, section 2.4).
-
-    The first pass rewrites all. aux: log-probability of each slot's argmax.
-    """
+    """Rewrite the slots that were least confident in the last pass (SUNDAE, section 2.4)."""
     drawn = argmax(logits)
-    confidences = -token_nll(logits, drawn)  # (R, S)
+    confidences = -token_nll(logits, drawn)  # (R, S); aux: those of the last pass
     chosen = state.editable
     if step > 0:
         # 50 x 0.3 is 15.000001 in float32, hence the small number.
@@ -272,16 +264,13 @@ def _replace_masks(tokens: Tensor, drawn: Tensor, model_cfg) -> Tensor:
 
 
 def _keep_or_renoise(logits, state, kept, drawn, entropies, cfg, rng, model_cfg):
-    """Kept slots get their drawn token, the others noise. aux: the last output.
-
-    A row converges if its output repeats at low entropy, given entropies.
-    """
+    """Kept slots get their drawn token, the others noise. aux: the last output."""
     noise = sample_noise(rng.uniform(RENOISE, kept.shape[1])[0], model_cfg)
     canvas = torch.where(kept, drawn, noise)
     canvas = torch.where(state.editable, canvas, state.canvas)
     output = torch.where(state.editable, argmax(logits), state.canvas)
     converged = state.converged
-    if entropies is not None:
+    if entropies is not None:  # a row converges if its output repeats at low entropy
         n = state.editable.sum(1).clamp(min=1)
         mean_entropy = entropies.masked_fill(~state.editable, 0.0).sum(1) / n
         repeats = (output == state.aux.long()).all(1)
@@ -304,9 +293,8 @@ def generate(
 ) -> GenerateOutput:
     """Denoise N = cfg.candidates canvases per prefix (B, P); keep the best (section 4.2).
 
-    example (B,): keys of the rows' random numbers; 0 .. B - 1 by default.
-    on_step: see denoise; row r is candidate r % N of prompt r // N.
-    given (B, T - 1): tokens that stay fixed, -1 for a free slot (infilling).
+    example (B,): keys of the random numbers. on_step: see denoise; row r is candidate
+    r % N of prompt r // N. given (B, T - 1): fixed tokens, -1 for a free slot.
     """
     model_cfg = model.cfg
     B = len(prefix)
@@ -341,9 +329,8 @@ def denoise(
 ) -> GenerateOutput:
     """Rewrite R canvases in at most cfg.steps calls. Converged rows are frozen.
 
-    start (R, 1): slot 0, never rewritten. on_step: called with (step, canvas (R, S),
-    logits (R, S, V), rows (R,)) after each call, and before with step 0 and logits
-    None. rows: -1 if frozen.
+    start (R, 1): slot 0. on_step: called with (step, canvas (R, S), logits (R, S, V),
+    rows (R,): -1 if frozen) after each call, and with step 0 and logits None before.
     """
     model_cfg = model.cfg
     step_fn = SAMPLERS[cfg.sampler]

@@ -118,13 +118,10 @@ class ModelConfig:
 
 
 def rope_table(cfg: ModelConfig) -> Tensor:
-    """Return cos and sin of the rotary position embedding, (2, block_size, D).
-
-    RoFormer, arXiv 2104.09864, section 3.2. rope_factor: Llama 3's published code.
-    """
+    """Return cos and sin (2, block_size, D) of RoPE (arXiv 2104.09864, section 3.2)."""
     D = cfg.head_size
     frequency = cfg.rope_base ** (-torch.arange(0, D, 2).float() / D)  # (D / 2,)
-    if cfg.rope_factor != 1:
+    if cfg.rope_factor != 1:  # as in Llama 3's published code
         turns = cfg.rope_trained_length * frequency / (2 * math.pi)
         width = cfg.rope_fast_turns - cfg.rope_slow_turns
         kept = ((turns - cfg.rope_slow_turns) / width).clamp(0, 1)
@@ -134,7 +131,7 @@ def rope_table(cfg: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate x (B, H, T, D) by its positions; pairs are (i, i + D/2), as in Llama's weights."""
+    """Rotate x (B, H, T, D) by its positions; pairs are (i, i + D/2), as in Llama."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
@@ -143,16 +140,9 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 def attention_mask(kind, past: Tensor, new: Tensor, extra_edges=None) -> Tensor:
     """Return which keys each of T new tokens attends to: (B, 1, T, S + T) bool.
 
-    past (B, S) and new (B, T) are False for padding. Example with two cached
-    tokens, the second one padding, and three new tokens:
-
-        causal        bidirectional
-        x . x . .     x . x x x
-        x . x x .     x . x x x
-        x . x x x     x . x x x
-
-    Two settings give the five patterns of the literature: rows attend to columns,
-    p is the prefix, t the target.
+    past (B, S) and new (B, T) are False for padding, which only attends to itself. Two
+    settings give the five patterns of the literature: rows attend to columns, p is
+    the prefix, t the target.
 
         prefix causal    bidirectional    joint            bidirectional    causal
         target causal    causal           bidirectional    bidirectional    bidirectional
@@ -174,8 +164,7 @@ def attention_mask(kind, past: Tensor, new: Tensor, extra_edges=None) -> Tensor:
     elif kind == "causal":
         square = square.tril()
     diagonal = torch.eye(T, dtype=torch.bool, device=new.device)
-    # A padding token attends to itself, because softmax over an empty row is NaN.
-    among_new = (square & new[:, None]) | diagonal  # (B, T, T)
+    among_new = (square & new[:, None]) | diagonal  # softmax over an empty row is NaN
     before = past[:, None].expand(B, T, S)
     return torch.cat([before, among_new], dim=2)[:, None]
 
@@ -183,8 +172,7 @@ def attention_mask(kind, past: Tensor, new: Tensor, extra_edges=None) -> Tensor:
 def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
     """Split a prompt (B, P) into the prefix and slot 0 of the target (B, 1).
 
-    Slot 0 is the separator. With sep_id=-1 it is the prompt's last token, which
-    leaves the prefix, or a pad if the prompt is empty.
+    Slot 0 is the separator or, with sep_id=-1, the last token, which leaves the prefix.
     """
     if cfg.sep_id >= 0 or not prompt.shape[1]:
         first = cfg.sep_id if cfg.sep_id >= 0 else cfg.pad_id
@@ -198,8 +186,7 @@ def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
 class KVCache:
     """Keys and values k[l], v[l] (B, H, capacity, D) of the `length` tokens read so far.
 
-    New tokens are written after `length`. AR decoding then increases `length`.
-    Diffusion does not, so the next canvas overwrites the last one.
+    AR decoding appends to them. A diffusion canvas overwrites the last one.
     """
 
     def __init__(self, n_layer: int, reserve: int = 0):
@@ -239,11 +226,11 @@ class KVCache:
         return other
 
     def fork(self) -> "KVCache":
-        """Return a cache that shares the tokens read, but no later ones."""
+        """Return a cache that shares the tokens read so far, but no later ones."""
         return self.map(lambda tensor: tensor)
 
     def select(self, index: Tensor) -> "KVCache":
-        """Return the cache of some rows, in the order of index. Rows may repeat."""
+        """Return the cache of the rows in index."""
         other = self.map(lambda tensor: tensor[index])
         other.valid = None if self.valid is None else self.valid[index]
         other.prefix = None if self.prefix is None else self.prefix[index]
@@ -373,10 +360,7 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def encode(self, prefix: Tensor, reserve: int = 0) -> KVCache:
-        """Read the prefix (B, P) and keep what later calls can reuse.
-
-        reserve: tokens that will follow, so that buffers are allocated once.
-        """
+        """Read the prefix (B, P). reserve: tokens that will follow, to allocate once."""
         P = prefix.shape[1]
         cache = KVCache(len(self.blocks), P + reserve)
         if self.cfg.prefix_attention == "joint":
@@ -395,7 +379,6 @@ class Transformer(nn.Module):
 
         self_cond (B, T, C): expected embedding of the last prediction of each slot.
         attention: "causal" or "bidirectional" instead of cfg.target_attention.
-        extra_edges: see attention_mask. Raises ValueError for append with a joint prefix.
         """
         kind = attention or self.cfg.target_attention
         if cache.prefix is not None:
@@ -416,7 +399,7 @@ class Transformer(nn.Module):
         return self.head(self._read(x, None, kind, valid, extra_edges)[:, P:])
 
     def forward(self, prefix, target, self_cond=None, attention=None, extra_edges=None):
-        """Return logits (B, T, V): decode(encode(prefix), target), in one pass if possible."""
+        """Return decode(encode(prefix), target) (B, T, V), in one pass if possible."""
         if self.cfg.single_pass and not attention and extra_edges is None:
             return self._decode_joint(prefix, target, self_cond, self.cfg.target_attention)
         cache = self.encode(prefix)
@@ -488,8 +471,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def init_weights(self):
-        # Matrices: normal, GPT-2's 0.02 at a width of about 600, larger below it.
-        std = 0.5 * self.cfg.n_embd**-0.5
+        std = 0.5 * self.cfg.n_embd**-0.5  # GPT-2's 0.02 at a width of about 600
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)

@@ -23,17 +23,9 @@ from typing import NamedTuple
 import torch
 
 import autoregressive
+import configurator
 import diffusion
-from configurator import (
-    build,
-    read_settings,
-    refuse_changes,
-    require,
-    run,
-    setting,
-    suggest,
-    validate,
-)
+from configurator import build, refuse_changes, require, setting, suggest, validate
 from data.sources import normalize_text
 from data.tokenizer import Tokenizer
 from infra.checkpoint import load_model
@@ -125,7 +117,7 @@ def sampler_configs() -> list[type]:
 
 
 def main(argv: list[str]) -> None:
-    given = read_settings((SampleConfig, *sampler_configs(), ModelConfig), argv)
+    given = configurator.read_settings((SampleConfig, *sampler_configs(), ModelConfig), argv)
     cfg = build(SampleConfig, given)
     text = read_prompt(cfg, given)
     decoder = open_decoder(cfg.init_from, given, pick_device(cfg.device))
@@ -241,4 +233,4 @@ def parse_template(text: str, tokenizer: Tokenizer, model_cfg: ModelConfig) -> l
 
 
 if __name__ == "__main__":
-    run(main, SampleConfig, diffusion.SamplerConfig, autoregressive.SamplerConfig)
+    configurator.run(main, SampleConfig, diffusion.SamplerConfig, autoregressive.SamplerConfig)

@@ -140,7 +140,7 @@ class Run:
         self.ctx.barrier()
 
     def batch_places(self):
-        """Yield the arguments of dataset.batch for every micro-batch of the run."""
+        """Yield the arguments of dataset.batch for every micro-batch."""
         cfg = self.cfg
         for step in range(self.first_step, cfg.max_steps):
             for micro in range(cfg.grad_accum_steps):
@@ -211,26 +211,25 @@ def train_step(run: Run, batches, step: int) -> dict:
     torch.manual_seed(cfg.seed + step + (ctx.rank << 40))  # dropout
     learning_rate = learning_rate_at(step, cfg)
     set_learning_rate(run.optimizers, learning_rate)
-    terms = [0.0] * n_terms(cfg)
+    passes = (cfg.loss.unroll_steps, cfg.loss.ar_loss_weight)
+    diffuses = cfg.model.paradigm == "diffusion"
+    # A last term of value 0 carries the gradients into a cached prefix.
+    cached = diffuses and cfg.model.prefix_attention != "joint"
+    n = passes[0] + (passes[1] > 0) + cached if diffuses else 1
+    terms = [0.0] * n
     tokens = 0
     n_flops = 0
     for micro in range(cfg.grad_accum_steps):
         batch = next(batches)
         P = batch.prefix.shape[1]
         B, T = batch.target.shape
-        try:
-            backward(run, batch, step, terms, micro + 1 == cfg.grad_accum_steps)
-        except (RuntimeError, MemoryError) as error:
-            if not flops.is_out_of_memory(error):
-                raise
-            raise ValueError(flops.out_of_memory_message(cfg, step, P)) from None
-        passes = (cfg.loss.unroll_steps, cfg.loss.ar_loss_weight)
+        backward(run, batch, step, terms, micro + 1 == cfg.grad_accum_steps)
         tokens += ctx.world_size * B * (P + T)
         n_flops += ctx.world_size * B * flops.train_flops(cfg.model, P, T, *passes)
     ctx.average_gradients(run.model)
     norm = ctx.clip_gradients(run.model, cfg.grad_clip)
     terms = list(ctx.mean(dict(enumerate(terms))).values())
-    terms = terms[: len(terms) - prefix_is_cached(cfg)]  # without the one of value 0
+    terms = terms[: n - cached]
     loss = sum(terms)
     remedy = "try a lower --learning_rate or --dtype=float32"
     good = f"{run.out / 'ckpt.pt'} holds the last good step"
@@ -247,23 +246,20 @@ def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
     """Compute the gradients of a micro-batch, and add its loss to terms."""
     cfg = run.cfg
     rng = make_rng(cfg.seed, batch.example, step)
-    options = {"extra_edges": extra_edges(batch, step, cfg), "scale": 1 / cfg.grad_accum_steps}
-    with device.autocast(run.ctx.device, cfg.dtype):
-        for k, term in enumerate(run.paradigm.losses(run.model, batch, cfg.loss, rng, **options)):
-            run.ctx.set_gradient_sync(run.model, is_last and k + 1 == len(terms))
-            term.backward()  # frees the graph before the next term is computed
-            terms[k] += term.detach()
-
-
-def n_terms(cfg: TrainConfig) -> int:
-    if cfg.model.paradigm == "ar":
-        return 1
-    return cfg.loss.unroll_steps + (cfg.loss.ar_loss_weight > 0) + prefix_is_cached(cfg)
-
-
-def prefix_is_cached(cfg: TrainConfig) -> bool:
-    """Whether a last term of value 0 carries the gradient into the prefix."""
-    return cfg.model.paradigm == "diffusion" and cfg.model.prefix_attention != "joint"
+    edges = extra_edges(batch, step, cfg)
+    options = {"extra_edges": edges, "scale": 1 / cfg.grad_accum_steps}
+    try:
+        with device.autocast(run.ctx.device, cfg.dtype):
+            losses = run.paradigm.losses(run.model, batch, cfg.loss, rng, **options)
+            for k, term in enumerate(losses):
+                run.ctx.set_gradient_sync(run.model, is_last and k + 1 == len(terms))
+                term.backward()  # frees the graph before the next term is computed
+                terms[k] += term.detach()
+    except (RuntimeError, MemoryError) as error:
+        if not flops.is_out_of_memory(error):
+            raise
+        message = flops.out_of_memory_message(cfg, step, batch.prefix.shape[1])
+        raise ValueError(message) from None
 
 
 def extra_edges(batch, step: int, cfg: TrainConfig) -> Tensor | None:
@@ -282,10 +278,7 @@ def extra_edges(batch, step: int, cfg: TrainConfig) -> Tensor | None:
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict:
-    """Return the validation loss, nats per slot. Examples and noise are always the same.
-
-    For diffusion it is the mean of L(1) over RATES; the parts are returned too.
-    """
+    """Return the validation loss, nats per slot; for diffusion the mean of L(1) over RATES."""
     cfg = run.cfg
     ctx = run.ctx
     model = run.model
@@ -378,10 +371,7 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
 
 
 def prepare(given: dict, out: Path, resume: bool, world_size: int):
-    """Validate everything. Returns (settings, weights or None, resumed checkpoint or None).
-
-    The only side effect: the data set is built if it is missing.
-    """
+    """Validate everything and build missing data. Returns (settings, weights, checkpoint)."""
     from_data = ("block_size", "target_length")  # 0 means: not given
     given = {name: value for name, value in given.items() if value or name not in from_data}
     found = run_dir.checkpoints(out)
@@ -392,7 +382,10 @@ def prepare(given: dict, out: Path, resume: bool, world_size: int):
     data = TrainConfig.data
     if resume and found:
         path, state = run_dir.latest_checkpoint(out)
-        check_resumable(path, state)
+        names = {"train_config", "optimizer", "best_loss", "fingerprint", "environment"}
+        missing = ", ".join(sorted(names - state.keys()))
+        remedy = f"start from its weights: --init_from={path} and another --out_dir"
+        require(not missing, f"{path} cannot be resumed, it has no {missing}; {remedy}")
         data = state["train_config"]["data"]
         print(f"resuming {path} at step {state['step']}")
     elif resume:
@@ -410,15 +403,8 @@ def prepare(given: dict, out: Path, resume: bool, world_size: int):
     return cfg, weights, state
 
 
-def check_resumable(path: Path, state: dict) -> None:
-    """Raise ValueError if the checkpoint is a model without a run."""
-    names = {"train_config", "optimizer", "best_loss", "fingerprint", "environment"}
-    missing = ", ".join(sorted(names - state.keys()))
-    remedy = f"start from its weights: --init_from={path} and another --out_dir"
-    require(not missing, f"{path} cannot be resumed, it has no {missing}; {remedy}")
-
-
 def resumed_config(given: dict, state: dict, train_set, path: Path) -> TrainConfig:
+    """Return the settings of a run that continues. Some may change."""
     stored = state["train_config"]
     fields = configurator.all_fields(TrainConfig)
     allowed = [name for name, field in fields.items() if field.metadata.get("may_change")]
