@@ -45,9 +45,6 @@ def lines_of(axis) -> dict[str, list[tuple]]:
     return {line.get_label(): list(zip(*line.get_data())) for line in axis.get_lines()}
 
 
-# Training curves and quality
-
-
 def test_the_curves_are_those_of_the_logs(tmp_path, drawn):
     entries = [{"step": step, "loss": 1 / step} for step in range(1, 7)]
     entries[2] |= {"val_loss": 0.5}
@@ -174,9 +171,7 @@ def test_what_makes_no_sense_is_refused(tmp_path):
     for argv, message in (
         ([], "give one of"),
         (["out/run", "--docs=a"], "give one of"),
-        (["out/run", "--titel=x"], "unknown setting"),
         ([f"--canvas={ar}", *canvas[1:]], "needs a diffusion checkpoint"),
-        ([canvas[0], canvas[2]], "needs --prompt"),
         ([*canvas, "--candidates=2"], "and --candidates=1"),
         ([*canvas[:2], "--out=a.gif"], "--out=FILE.svg"),
     ):

@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from statistics import median
 
 import pytest
 import torch
@@ -168,20 +167,6 @@ def test_the_gpt2_of_transformers_has_our_size_and_writes_the_whole_text():
     assert call().shape == (2, 4 + 6)
 
 
-@pytest.mark.slow  # 5 seconds per sampler
-@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
-def test_the_loop_costs_less_than_the_network(sampler, monkeypatch):
-    """GPT-2's vocabulary and width, two blocks: a sort or a float64 softmax would cost more."""
-    shape = {"n_layer": 2, "n_head": 12, "n_embd": 768, "vocab_size": 50257}
-    monkeypatch.setattr(speed, "SHAPES", {"gpt2": shape})
-    monkeypatch.setattr(speed, "LONGEST", 64)
-    config = diffusion.SamplerConfig
-    monkeypatch.setattr(diffusion, "SamplerConfig", partial(config, sampler=sampler))
-    case = {"shape": "gpt2", "dtype": "float32", "batch": 1, "length": 64}
-    line = speed.loop_case(speed.SpeedConfig(), case, CPU)
-    assert median(line["systems"]["loop"]["ratio"]) < 0.5
-
-
 # Tables
 
 
@@ -206,13 +191,9 @@ def test_a_row_for_each_system():
     case = {"dtype": "float32", "batch": 2}
     line = make_line("train", case, {"a": [1.0, 2.0], "b": [4.0, 4.0]}, "b", aim=">= 1")
     line["systems"]["a"]["roofline"] = 0.75
-    _, _, row = lines_table([line]).splitlines()
-    assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        "train, float32, batch 2",
-        "a",
-        "1.5 s",
-        "b: 4 s",
-        "3.00 (2.00 to 4.00) speed",
-        ">= 1",
-        "50%",
-    ]
+    row = lines_table([line]).splitlines()[2]
+    ratio = "3.00 (2.00 to 4.00) speed"
+    assert (
+        row
+        == f"| train, float32, batch 2 | a      | 1.5 s  | b: 4 s   | {ratio} | >= 1 | 50%      |"
+    )
