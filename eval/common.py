@@ -200,10 +200,9 @@ def environment() -> dict:
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):  # git may be missing
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.SubprocessError):  # git or the history may be missing
         return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def _cpu() -> str:

@@ -6,17 +6,15 @@ Bits per byte: the nats of all target slots / ln 2 / the UTF-8 bytes of the targ
 but are no bytes. The bits of AR are exact. Those of diffusion are the mean of L(1) at nine
 corruption rates: no likelihood, so they compare with other diffusion models only.
 
-Prefix and body are parsed together and never run. A body is trivial if it does nothing.
+Prefix and body are parsed together and never run.
 """
 
-import ast
 import math
 from functools import partial
 
 import numpy as np
 
 from configurator import flatten, run
-from data.syntax import parse_python
 from eval import common
 from eval.bound import fitting_pairs, rate_with_error, slot_nats, split_nats
 from eval.code import is_python
@@ -45,25 +43,9 @@ def held_out_loss(model, pairs: list, n_bytes: list[int], cfg: EvalConfig) -> di
     return loss | {"by_rate": {rate: bits(found) for rate, found in by_rate.items()}}
 
 
-def is_trivial(prefix: str, body: str) -> bool:
-    """Return whether a function does nothing: only pass, constants, and return of a constant."""
-    statements = parse_python(prefix + body + "\n").body[0].body[1:]  # without the docstring
-    return all(
-        isinstance(s, ast.Pass)
-        or (isinstance(s, ast.Expr | ast.Return) and isinstance(s.value, ast.Constant | None))
-        for s in statements
-    )
-
-
-def parse_shares(prefixes: list[str], bodies: list[str]) -> dict:
-    n = len(bodies)
-    parsed = [pair for pair in zip(prefixes, bodies) if is_python(*pair)]
-    trivial = sum(is_trivial(*pair) for pair in parsed)
-    return {
-        "parse": len(parsed) / n,
-        "parse_interval": list(wilson(len(parsed), n)),
-        "parse_and_not_trivial": (len(parsed) - trivial) / n,
-    }
+def parse_share(prefixes: list[str], bodies: list[str]) -> dict:
+    parsed = sum(map(is_python, prefixes, bodies))
+    return {"parse": parsed / len(bodies), "parse_interval": list(wilson(parsed, len(bodies)))}
 
 
 def main(argv: list[str]) -> dict:
@@ -75,14 +57,13 @@ def main(argv: list[str]) -> dict:
     n_bytes = [len(target.encode()) for target in targets]
     bodies, cost = generator.texts([prefix for prefix, _ in pairs])
     result = {"n": len(chosen), "loss": held_out_loss(generator.model, pairs, n_bytes, cfg.run)}
-    result |= {"generated": parse_shares(prefixes, bodies)}
-    result |= {"held_out": parse_shares(prefixes, targets)} | cost
+    result |= {"generated": parse_share(prefixes, bodies)}
+    result |= {"held_out": parse_share(prefixes, targets)} | cost
     result |= common.origin("python_code", argv, flatten(cfg) | generator.settings(), state)
     loss = result["loss"]
     text = f"{loss['bits_per_byte']:.3f} bits per byte: {loss['measure']}"
-    for name in ("generated", "held_out"):
-        parsed, _, useful = result[name].values()
-        text += f"\n{name}: {parsed:.1%} of {len(chosen)} bodies parse, {useful:.1%} do something"
+    shares = [f"{result[name]['parse']:.1%}" for name in ("generated", "held_out")]
+    text += f"\nof {len(chosen)} bodies parse: {shares[0]}; of the held-out ones: {shares[1]}"
     return common.finish(cfg.run.json, result, f"{text}\n{common.cost_line(cost)}")
 
 

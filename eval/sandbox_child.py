@@ -22,7 +22,6 @@ CALLS = {
 }
 PARENT_DEATH_SIGNAL, DUMPABLE, SET_FILTER, NO_NEW_PRIVILEGES = 1, 4, 22, 38  # of prctl(2)
 CLIP = 4000  # bytes of an answer; a pipe never splits a write below 4,096 bytes
-UNUSED_USERS = (1_900_000_000, 40_000)  # plus a process id; the second if user ids have 16 bits
 
 
 def main(argv: list[str]) -> None:
@@ -113,7 +112,7 @@ def confine(down: int, up: int, out: int, judge_id: int, namespaces: bool) -> li
 
 def drop_user(judge_id: int) -> list[str]:
     """Become an unused user. Changes nothing if root is the only user."""
-    for first in UNUSED_USERS:
+    for first in (1_900_000_000, 40_000):  # the second if user ids have 16 bits
         user = first + judge_id % 20_000
         try:
             os.chown(".", user, user)
@@ -292,11 +291,10 @@ def describe(error: BaseException, stage: str) -> bytes:
         if isinstance(error, SystemExit) and stage == "failed":
             stage = "exit"
         trace = error.__traceback__
-        while trace:
-            if trace.tb_frame.f_code.co_filename == "<tests>":
-                text += f" (line {trace.tb_lineno} of the tests)"
-                break
+        while trace and trace.tb_frame.f_code.co_filename != "<tests>":
             trace = trace.tb_next
+        if trace:
+            text += f" (line {trace.tb_lineno} of the tests)"
         return f"{stage} {text}".replace("\n", " ").encode(errors="replace")[:CLIP] + b"\n"
     except BaseException:  # the program may define __str__
         return stage.encode() + b" an exception that cannot be shown\n"

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from eval_models import KINDS, save_model, save_pairs
 
-from data import mbpp, mini
+from data import mini
 from eval import code, sandbox
-from eval.common import TaskConfig
 
 PROBLEMS = [
     ("Double it.", "def f(x):\r\n    return 2 * x", ["assert f(2) == 4", "assert f(0) == 0"]),
@@ -97,16 +96,6 @@ def test_a_completion_of_humaneval_continues_its_prompt(place, tmp_path):
     for completion, share in cases.items():
         path.write_text(json.dumps({"task_id": "HumanEval/0", "completion": completion}))
         assert code.main([source, f"--predictions={path}", "--run_code"])["pass@1"] == share
-
-
-def test_a_program_is_put_together_as_its_data_set_says(place):
-    for name in ("mbpp.jsonl", "human.jsonl"):
-        task = TaskConfig(source=str(place / name))
-        for example in code.examples(code.CodeConfig(task=task)):
-            assert code.program("    pass", example) == mbpp.program(example, "    pass")
-    for name, program in (("bodies", f"{HEAD}    return x"), ("mini_code", None)):
-        example = code.examples(code.CodeConfig(task=TaskConfig(data=str(place / name))))[0]
-        assert code.program(example["target"], example) == (program or example["target"])
 
 
 @pytest.mark.parametrize(

@@ -105,13 +105,6 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_draw():
             assert pass_at_k(n, c, k) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("n, c, k", [(80, 1, 80), (80, 3, 10), (200, 150, 100), (80, 0, 80)])
-def test_pass_at_k_equals_the_product_form_that_codex_prints(n, c, k):
-    """arXiv 2107.03374, figure 3: 1 - product over i from n - c + 1 to n of (1 - k / i)."""
-    product = math.prod(1 - k / i for i in range(n - c + 1, n + 1)) if n - c >= k else 0.0
-    assert pass_at_k(n, c, k) == pytest.approx(1 - product, abs=1e-12)
-
-
 @pytest.mark.parametrize(
     "one, other, similar",
     [

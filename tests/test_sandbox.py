@@ -342,13 +342,6 @@ def test_tests_that_all_would_pass_or_fail_are_refused(tests, says):
         run_many([(RIGHT, TESTS), (RIGHT, tests)])
 
 
-@pytest.mark.slow  # 500 interpreters: half a minute on two busy cores
-def test_500_programs_run_side_by_side():
-    programs = [(f"def f(x): return x + {i % 5}", "assert f(1) == 1") for i in range(500)]
-    assert [passed for passed, _, _ in run_many(programs)] == [i % 5 == 0 for i in range(500)]
-    assert not children()
-
-
 @pytest.mark.slow  # 874 programs
 def test_the_gold_answers_of_mbpp_pass():
     source = Path(__file__).parent.parent / "../shared/data/mbpp/mbpp.jsonl"
