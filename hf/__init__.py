@@ -4,6 +4,7 @@ Only functions of the core may import this package: it needs packages that requi
 """
 
 import importlib
+import json
 from pathlib import Path
 
 LFS_POINTER = b"version https://git-lfs"
@@ -18,10 +19,27 @@ def require(package: str):
         raise ValueError(f"the package {name} is missing; run: pip install {name}") from None
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
 def refuse_lfs_pointer(path: Path) -> None:
     """Raise ValueError if git cloned only the pointer to a large file."""
     with open(path, "rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(
-                f"{path}: a git-LFS pointer, not the file; run `git lfs pull` in {path.parent}"
-            )
+            remedy = f"run `git lfs pull` in {path.parent}"
+            raise ValueError(f"{path}: a git-LFS pointer, not the file; {remedy}")
+
+
+def read_json(path: Path) -> dict:
+    """Return the JSON object of a file. Raises ValueError if there is none."""
+    try:
+        refuse_lfs_pointer(path)
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; a Hugging Face folder has one") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({first_line(error)})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}")
+    return found

@@ -16,8 +16,7 @@ TEXT = (
     "The harbour was quiet in the early morning. Two boats lay at the quay, and on one of them a "
     "man in a blue coat was mending a net. He did not look up when the bell of the old church "
     "began to ring. Later, he said, there would be wind from the west, and by noon all the boats "
-    "would be back. The children knew it too; they had already gone down to the beach with "
-    "baskets, to wait for the fish and to hear the news from the other side of the bay. "
+    "would be back. The children knew it too; they had already gone down to the beach. "
 )
 
 
@@ -26,17 +25,18 @@ def import_source(name: str, block_size: int, target_length: int):
     path = resolve_source(name)
     if path is None:
         raise ValueError(f"{name}: no such checkpoint, Hugging Face folder, hub name or GGUF file")
-    loaded = load_hf(path, block_size, target_length)
-    model = loaded.model
-    weight = model.tok.weight
-    size = sum(p.numel() for p in model.parameters())
-    print(
-        f"{name}: {size:,} weights, {str(weight.dtype).removeprefix('torch.')} | block_size "
-        f"{model.cfg.block_size}, target_length {model.cfg.target_length} | {loaded.tokenizer.name}"
-    )
-    for note in loaded.notes:
+    model, tokenizer, notes = load_hf(path, block_size, target_length)
+    dtype = str(model.tok.weight.dtype).removeprefix("torch.")
+    size = f"{sum(p.numel() for p in model.parameters()):,} weights, {dtype}"
+    lengths = f"block_size {model.cfg.block_size}, target_length {model.cfg.target_length}"
+    print(f"{name}: {size} | {lengths} | {tokenizer.name}")
+    print_notes(notes)
+    return model, tokenizer, "", name, path
+
+
+def print_notes(notes: list[str]) -> None:
+    for note in notes:
         print(f"note: {note}")
-    return model, loaded.tokenizer, "", name, path
 
 
 def text_batch(text: str, tokenizer: Tokenizer, cfg: ModelConfig) -> Batch:
@@ -62,5 +62,4 @@ def export(source: str, folder: Path, overwrite: bool) -> None:
     tokenizer = get_tokenizer(state["tokenizer"], Path(source).parent)
     notes = export_folder(folder, state, tokenizer, overwrite)
     print(f"{folder}: {source} step {state['step']} as a Hugging Face folder")
-    for note in notes:
-        print(f"note: {note}")
+    print_notes(notes)

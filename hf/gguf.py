@@ -1,34 +1,25 @@
 """Read a GGUF file through the `gguf` package as if it were a Hugging Face folder.
 
-The package parses the file, dequantises to float32 and knows llama.cpp's tensor names. Three
-changes of llama.cpp are undone here: the order of Llama's rows of queries and keys, GPT-2's
-transposed matrices, and Llama 3's RoPE scaling as a tensor.
+The package parses the file, dequantises to float32 and knows llama.cpp's tensor names. Two
+changes of llama.cpp are undone here: the order of Llama's rows of queries and keys, and Llama 3's
+RoPE scaling as a tensor.
 """
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.tokenizer import BYTE_LEVEL
-from hf import refuse_lfs_pointer, require
-from hf.layouts import FAMILIES, Config
+from data.tokenizer import BYTE_LEVEL, reserved_tokens
+from hf import first_line, refuse_lfs_pointer, require
+from hf.layouts import FAMILIES, LLAMA3_ROPE, Config, read_settings
 from hf.tokenizer import BYTE_FALLBACK, SPACE
 
-# config.json -> the field after the name of the architecture.
-GPT2_FIELDS = dict(n_layer="block_count", n_head="attention.head_count", n_embd="embedding_length")
-GPT2_FIELDS |= dict(n_inner="feed_forward_length", n_positions="context_length")
-GPT2_FIELDS |= dict(layer_norm_epsilon="attention.layer_norm_epsilon")
-LLAMA_FIELDS = dict(num_hidden_layers="block_count", num_attention_heads="attention.head_count")
-LLAMA_FIELDS |= dict(num_key_value_heads="attention.head_count_kv", head_dim="attention.key_length")
-LLAMA_FIELDS |= dict(hidden_size="embedding_length", intermediate_size="feed_forward_length")
-LLAMA_FIELDS |= dict(max_position_embeddings="context_length", rope_theta="rope.freq_base")
-LLAMA_FIELDS |= dict(rms_norm_eps="attention.layer_norm_rms_epsilon")
-LLAMA_FIELDS |= dict(sliding_window="attention.sliding_window")
-FIELDS = {"gpt2": GPT2_FIELDS} | dict.fromkeys(("llama", "qwen2", "qwen3"), LLAMA_FIELDS)
+ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
 
 # How a text is cut into words, by the name that the file gives (tokenizer.ggml.pre).
@@ -37,8 +28,7 @@ LLAMA3_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_WORDS = LLAMA3_WORDS.replace("{1,3}", "")
-SINGLE_DIGITS = {"type": "Digits", "individual_digits": True}
-WORDS = {"gpt-2": [], "smollm": [SINGLE_DIGITS]}
+WORDS = {"gpt-2": [], "smollm": [{"type": "Digits", "individual_digits": True}]}
 WORDS |= dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), LLAMA3_WORDS)
 WORDS |= dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN2_WORDS)
 
@@ -51,19 +41,21 @@ class GGUFFile:
         refuse_lfs_pointer(path)
         self.path = path
         try:
-            reader = gguf.GGUFReader(path)
+            reader = gguf.GGUFReader(path, "c")
             self._fields = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as error:  # numpy fails in many ways on a truncated file
-            reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-            raise ValueError(f"{path}: truncated, or not a GGUF file ({reason})") from None
+            reason = f"truncated, or not a GGUF file ({first_line(error)})"
+            raise ValueError(f"{path}: {reason}") from None
         self.arch = self._fields.get("general.architecture")
-        if self.arch not in FIELDS:
-            known = ", ".join(FIELDS)
+        if self.arch not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
             raise ValueError(f"{path}: architecture {self.arch!r} is not one of {known}")
         for name in ("split.count", f"{self.arch}.expert_count"):
-            if self._fields.get(name, 0) > 1:
+            if self._fields.get(name, 0) not in (0, 1):
                 raise ValueError(f"{path}: {name}={self._fields[name]} is not supported")
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        # The package gives GPT-2's matrices as (out, in), as ours are.
+        self.family = replace(FAMILIES[self.arch], transposed=False)
         self.config = Config(self._config(), str(path))
 
     def _field(self, name: str, default=None):
@@ -73,42 +65,45 @@ class GGUFFile:
         """Return the settings under the names of config.json."""
         if "token_embd.weight" not in self._tensors:
             raise ValueError(f"{self.path}: lacks the tensor token_embd.weight")
-        values = {name: self._field(field) for name, field in FIELDS[self.arch].items()}
-        values = {name: value for name, value in values.items() if value is not None}
+        rows = [row for row in self.family.settings if row.gguf]
+        values = {row.theirs.split()[0]: self._field(row.gguf) for row in rows}
+        window = self._field("attention.sliding_window")
         values |= dict(
-            model_type="mistral" if self._field("attention.sliding_window") else self.arch,
+            model_type=self.arch,
             vocab_size=int(self._tensors["token_embd.weight"].shape[1]),
             tie_word_embeddings="output.weight" not in self._tensors,
             eos_token_id=self._fields.get("tokenizer.ggml.eos_token_id"),
+            sliding_window=window,
+            use_sliding_window=window is not None,
         )
         if self.arch == "gpt2":
             return values
-        c = Config(values, str(self.path))
-        heads = max(c.get("num_attention_heads", int), 1)
-        head_dim = max(c.get("head_dim", int, c.get("hidden_size", int) // heads), 1)
-        values = {"num_key_value_heads": heads} | values | {"head_dim": head_dim}
-        values["partial_rotary_factor"] = self._field("rope.dimension_count", head_dim) / head_dim
-        if self._field("rope.scaling.type", "none") != "none":
-            values["rope_scaling"] = {"rope_type": self._field("rope.scaling.type")}
-        if "rope_freqs.weight" in self._tensors:
-            base = c.get("rope_theta", float, 10000.0)
-            values["rope_scaling"] = self._llama3_scaling(base, head_dim)
         if self.arch == "llama":
             values["attention_bias"] = "blk.0.attn_q.bias" in self._tensors
             values["mlp_bias"] = "blk.0.ffn_up.bias" in self._tensors
+        settings = read_settings(Config(values, str(self.path)))
+        n_head = max(settings["n_head"], 1)
+        self._head_dim = max(settings["head_dim"] or settings["n_embd"] // n_head, 1)
+        turned = self._field("rope.dimension_count", self._head_dim)
+        values["partial_rotary_factor"] = turned / self._head_dim
+        kind = self._field("rope.scaling.type", "none")
+        values["rope_type"] = "default" if kind == "none" else kind
+        if "rope_freqs.weight" in self._tensors:
+            values |= self._llama3_rope(settings["rope_base"])
         return values
 
-    def _llama3_scaling(self, base: float, head_dim: int) -> dict:
+    def _llama3_rope(self, base: float) -> dict:
         """Return Llama 3's settings if they give the divisors in the tensor rope_freqs.weight."""
-        divisors = self._dequantize("rope_freqs.weight").flatten().double()
-        factor = round(divisors.max().item())
-        turns = 8192 / (2 * math.pi) * base ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+        divisors = _dequantize(self._tensors["rope_freqs.weight"]).flatten().double()
+        factor = divisors.max().round().item()
+        D = self._head_dim
+        turns = 8192 / (2 * math.pi) * base ** (-torch.arange(0, D, 2).double() / D)
         smooth = ((turns - 1) / 3).clamp(0, 1)  # 1 turn or fewer is slow, 4 or more are fast
         expected = 1 / (smooth + (1 - smooth) / factor)
         if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
             raise ValueError(f"{self.path}: rope_freqs.weight is not Llama 3's RoPE scaling")
-        scaling = dict(rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0)
-        return scaling | dict(original_max_position_embeddings=8192)
+        names = [row.theirs for row in LLAMA3_ROPE]
+        return dict(zip(names, (factor, 1.0, 4.0, 8192)), rope_type="llama3")
 
     def open_weights(self) -> None:
         """Name the tensors as Hugging Face does. Raises ValueError if one cannot be dequantised."""
@@ -119,47 +114,28 @@ class GGUFFile:
                 gguf.dequantize(np.zeros((1, n_bytes), np.uint8), kind)
             except (KeyError, NotImplementedError):
                 raise ValueError(f"{self.path}: cannot dequantise {kind.name}") from None
-        family = FAMILIES[self.config.values["model_type"]]
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
-        n_layer = min(self._field("block_count", 0), 1000)  # ModelConfig refuses more
+        n_layer = min(self._field("block_count"), 1000)  # ModelConfig refuses more
         short = gguf.get_tensor_name_map(arch, n_layer)
-        self._short = {}
-        for names in family.modules.values():
+        for names in self.family.modules.values():
             for name in (n.replace("#", str(i)) for n in names for i in range(n_layer)):
                 for part in (".weight", ".bias"):
-                    self._short[name + part] = f"{short.get_name(name)}{part}"
-        known = {short: name for name, short in self._short.items()}
-        tensors = {known.get(n, n): t for n, t in self._tensors.items() if n != "rope_freqs.weight"}
-        self.shape = {n: tuple(t.shape[::-1].tolist()) for n, t in tensors.items()}
-        if self.arch == "gpt2":
-            turned = [name for name in tensors if ".h." in name]
-            self.shape |= {name: self.shape[name][::-1] for name in turned}
-        self.file = dict.fromkeys(tensors, self.path)
-        self.dtype = dict.fromkeys(tensors, torch.float32)
+                    old = f"{short.get_name(name)}{part}"
+                    if old in self._tensors:
+                        self._tensors[name + part] = self._tensors.pop(old)
+        self._tensors.pop("rope_freqs.weight", None)
+        self.shape = {n: tuple(t.shape[::-1].tolist()) for n, t in self._tensors.items()}
 
-    def _dequantize(self, short: str, start: int = 0, end: int | None = None) -> Tensor:
-        tensor = self._tensors[short]
-        shape = tensor.data[start:end].shape
-        offset = tensor.data_offset + start * tensor.data.strides[0]
-        # Not tensor.data itself: its pages, which are mapped, would stay in memory.
-        packed = np.fromfile(self.path, tensor.data.dtype, math.prod(shape), offset=int(offset))
-        packed = packed.reshape(shape)
-        return torch.from_numpy(require("gguf").dequantize(packed, tensor.tensor_type))
-
-    def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
-        """Return rows of a tensor in float32."""
-        short = self._short[name]
-        if self.arch == "gpt2" and ".h." in name and len(self.shape[name]) == 2:
-            return self._dequantize(short).T[start:end]
-        if self.arch != "llama" or not (".attn_q." in short or ".attn_k." in short):
-            return self._dequantize(short, start, end)
+    def read(self, name: str) -> Tensor:
+        """Return a tensor in float32."""
+        tensor = _dequantize(self._tensors[name])
+        if self.arch != "llama" or not (".q_proj." in name or ".k_proj." in name):
+            return tensor
         # Within a head, llama.cpp alternates the rows of the two halves that RoPE rotates.
-        whole = self._dequantize(short)
-        rest = whole.shape[1:]
-        heads = whole.view(-1, self.config.values["head_dim"] // 2, 2, *rest)
-        return heads.transpose(1, 2).reshape(-1, *rest)[start:end]
+        heads = tensor.view(-1, self._head_dim // 2, 2, *tensor.shape[1:])
+        return heads.transpose(1, 2).reshape(tensor.shape)
 
-    def tokenizer_json(self, notes: list[str]) -> tuple[str, dict]:
+    def tokenizer_json(self) -> tuple[str, dict]:
         """Return a tokenizer.json, made from the fields of the file, and what a chat needs."""
         fields = {n.removeprefix("tokenizer.ggml."): v for n, v in self._fields.items()}
         tokens = fields.get("tokens")
@@ -169,9 +145,9 @@ class GGUFFile:
         while types and types[-1] == UNUSED:  # filled up to the rows of the embedding
             types.pop()
         tokens = tokens[: len(types)]
+        flags = reserved_tokens(0, 3)[0]
         added = [
-            dict(id=i, content=token, special=kind == CONTROL, normalized=False)
-            | dict(single_word=False, lstrip=False, rstrip=False)
+            flags | dict(id=i, content=token, special=kind == CONTROL)
             for i, (token, kind) in enumerate(zip(tokens, types))
             if kind in (CONTROL, USER_DEFINED)
         ]
@@ -190,9 +166,8 @@ class GGUFFile:
         if fields.get("add_bos_token", bos_is_default) and "bos_token" in special:
             found["post_processor"] = _start_with(special["bos_token"], ids["bos_token"])
         ends = {fields.get("eos_token_id"), fields.get("eot_token_id")} - {None}
-        info = {"special_tokens": special, "end_ids": sorted(ends)}
-        if "tokenizer.chat_template" in self._fields:
-            info["chat_template"] = self._fields["tokenizer.chat_template"]
+        template = fields.get("tokenizer.chat_template", "")
+        info = {"special_tokens": special, "end_ids": sorted(ends), "chat_template": template}
         return json.dumps(found, ensure_ascii=False), info
 
     def _byte_level(self, fields: dict, vocab: dict[str, int]) -> dict:
@@ -200,16 +175,18 @@ class GGUFFile:
         if kind not in WORDS:
             known = ", ".join(WORDS)
             raise ValueError(f"{self.path}: unknown pre-tokenizer {kind!r}; supported: {known}")
-        words = WORDS[kind]
-        if isinstance(words, str):
-            split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated"}
+        steps = [*WORDS[kind], BYTE_LEVEL]
+        if isinstance(WORDS[kind], str):
+            split = {"type": "Split", "pattern": {"Regex": WORDS[kind]}, "behavior": "Isolated"}
             steps = [split | {"invert": False}, BYTE_LEVEL | {"use_regex": False}]
-        else:
-            steps = [*words, BYTE_LEVEL]
         model = {"type": "BPE", "vocab": vocab, "merges": fields.get("merges", [])}
-        model["ignore_merges"] = words == LLAMA3_WORDS
+        model["ignore_merges"] = WORDS[kind] == LLAMA3_WORDS
         splitter = {"type": "Sequence", "pretokenizers": steps}
         return {"pre_tokenizer": splitter, "decoder": BYTE_LEVEL, "model": model}
+
+
+def _dequantize(tensor) -> Tensor:
+    return torch.from_numpy(require("gguf").dequantize(tensor.data, tensor.tensor_type))
 
 
 def _byte_fallback(fields: dict, vocab: dict[str, int]) -> dict:

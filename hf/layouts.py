@@ -6,13 +6,13 @@
     qwen2     Qwen 2 and 2.5: a bias on queries, keys and values
     qwen3     Qwen 3: norms on queries and keys
 
-A family is a table from our modules to theirs and two functions, from config.json to ModelConfig
-and back. A setting of config.json that model.py cannot express is refused by name.
+A family is two tables: our modules and theirs, our settings and theirs. Both are read in both
+directions. A setting of config.json that model.py cannot express is refused by name.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from model import ModelConfig
 
@@ -25,60 +25,62 @@ class Config:
         self.path = path
 
     def get(self, name: str, kind: type, default=None):
-        """Return a setting. null counts as missing. Raises ValueError if its type is wrong."""
-        value = self.values.get(name)
-        value = default if value is None else value
-        if kind is float and type(value) is int:
-            value = float(value)
+        """Return a setting. null counts as missing. name: all its spellings, which must agree."""
+        spellings = name.split()
+        given = [self.values.get(name) for name in spellings]
+        given = [value for value in given if value is not None] or [default]
+        self.refuse_two_values(name.replace(" ", " or "), given[0], given[-1])
+        value = float(given[0]) if kind is float and type(given[0]) is int else given[0]
         if type(value) is not kind:
-            fault = (
-                "is missing" if value is None else f"must be of type {kind.__name__}, got {value!r}"
-            )
-            raise ValueError(f"{self.path}: {name} {fault}")
+            fault = "is missing" if value is None else f"must be {kind.__name__}, got {value!r}"
+            raise ValueError(f"{self.path}: {spellings[0]} {fault}")
         return value
 
     def only(self, name: str, *allowed):
         """Return a setting that must be one of the allowed values. The first is the default."""
-        value = self.values.get(name, allowed[0])
+        value = self.values.get(name)
+        value = allowed[0] if value is None else value
         if value not in allowed:
-            supported = ", ".join(map(repr, allowed))
-            raise ValueError(
-                f"{self.path}: {name}={value!r} is not supported; supported: {supported}"
-            )
+            fault = f"is not supported; supported: {', '.join(map(repr, allowed))}"
+            raise ValueError(f"{self.path}: {name}={value!r} {fault}")
         return value
 
-    def agreed(self, name: str, *values):
-        """Return the one value among several spellings of a setting; None if there is none."""
-        given = [value for value in values if value is not None]
-        if any(value != given[0] for value in given):
-            raise ValueError(
-                f"{self.path}: {name} is both {given[0]!r} and {given[-1]!r}; keep one of them"
-            )
-        return given[0] if given else None
+    def refuse_two_values(self, name: str, a, b) -> None:
+        if a != b:
+            raise ValueError(f"{self.path}: {name} is both {a!r} and {b!r}; keep one of them")
+
+
+class Setting(NamedTuple):
+    ours: str  # in ModelConfig
+    theirs: str  # in config.json: all spellings
+    gguf: str  # after the architecture; "": not a field
+    kind: type
+    default: object = None  # None: the setting is required
 
 
 @dataclass(frozen=True)
 class Family:
     """One family. modules: our name -> their names, stacked by rows; # is the layer."""
 
-    prefix: str  # of all names except the head's; files that were saved without the head lack it
+    prefix: str  # of all names except the head's
     modules: dict[str, list[str]]
-    settings: Callable[[Config], tuple[dict, int]]  # (ModelConfig settings, context length)
-    config: Callable[[ModelConfig], dict]
-    fits: dict  # the settings that a ModelConfig of this family has
-    buffers: str = "$^"  # names of tensors that are no weights
+    settings: tuple[Setting, ...]
+    fixed: dict  # ModelConfig settings that all models of the family share
+    activation: str  # how config.json calls it
+    only: dict  # settings of config.json -> the supported values; the first is the default
+    buffers: str  # names of tensors that are no weights
+    missing: dict  # what transformers assumes for a setting that config.json lacks
     transposed: bool = False  # matrices of the blocks are (in, out)
 
     def names(self, ours: str) -> list[str]:
         """Return their tensors for one of ours: blocks.3.attn.qkv.bias has three."""
         module, _, part = ours.rpartition(".")
-        layer = re.match(r"blocks\.([0-9]+)\.", module)
-        if layer:
-            theirs = self.modules[f"blocks.#.{module[layer.end() :]}"]
-            theirs = [name.replace("#", layer[1]) for name in theirs]
-        else:
-            theirs = self.modules[module]
-        return [f"{name}.{part}" for name in theirs]
+        layer = "".join(re.findall(r"^blocks\.([0-9]+)", module))
+        theirs = self.modules[module.replace(f"blocks.{layer}.", "blocks.#.")]
+        return [f"{name.replace('#', layer)}.{part}" for name in theirs]
+
+    def is_transposed(self, ours: str, n_dims: int) -> bool:
+        return self.transposed and ours.startswith("blocks.") and n_dims == 2
 
 
 def _modules(whole: dict, layers: str, block: dict) -> dict[str, list[str]]:
@@ -93,7 +95,6 @@ def _modules(whole: dict, layers: str, block: dict) -> dict[str, list[str]]:
 GPT2_BLOCK = {"norm1": "ln_1", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj"}
 GPT2_BLOCK |= {"norm2": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
 GPT2_WHOLE = {"tok": "transformer.wte", "pos": "transformer.wpe", "norm": "transformer.ln_f"}
-GPT2_MODULES = _modules(GPT2_WHOLE | {"head": "lm_head"}, "transformer.h", GPT2_BLOCK)
 LLAMA_BLOCK = {
     "norm1": "input_layernorm",
     "attn.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
@@ -104,162 +105,81 @@ LLAMA_BLOCK = {
 }
 QWEN3_BLOCK = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
 LLAMA_WHOLE = {"tok": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-LLAMA_MODULES = _modules(LLAMA_WHOLE, "model.layers", LLAMA_BLOCK)
-QWEN3_MODULES = _modules(LLAMA_WHOLE, "model.layers", LLAMA_BLOCK | QWEN3_BLOCK)
-GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-GPT2_ALIASES = dict(n_embd="hidden_size", n_layer="num_hidden_layers")
-GPT2_ALIASES |= dict(n_head="num_attention_heads", n_positions="max_position_embeddings")
-# What transformers assumes if the setting is missing.
-MISSING_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 
+GPT2_SETTINGS = (
+    Setting("n_layer", "n_layer num_hidden_layers", "block_count", int),
+    Setting("n_head", "n_head num_attention_heads", "attention.head_count", int),
+    Setting("n_embd", "n_embd hidden_size", "embedding_length", int),
+    Setting("n_hidden", "n_inner", "feed_forward_length", int, 0),
+    Setting("block_size", "n_positions max_position_embeddings", "context_length", int),
+    Setting("norm_eps", "layer_norm_epsilon", "attention.layer_norm_epsilon", float, 1e-5),
+    Setting("tie_weights", "tie_word_embeddings", "", bool, True),
+)
+LLAMA_SETTINGS = (
+    Setting("n_layer", "num_hidden_layers", "block_count", int),
+    Setting("n_head", "num_attention_heads", "attention.head_count", int),
+    Setting("n_kv_head", "num_key_value_heads", "attention.head_count_kv", int, 0),
+    Setting("n_embd", "hidden_size", "embedding_length", int),
+    Setting("head_dim", "head_dim", "attention.key_length", int, 0),
+    Setting("n_hidden", "intermediate_size", "feed_forward_length", int),
+    Setting("block_size", "max_position_embeddings", "context_length", int),
+    Setting("norm_eps", "rms_norm_eps", "attention.layer_norm_rms_epsilon", float, 1e-6),
+    Setting("rope_base", "rope_theta", "rope.freq_base", float, 10000.0),
+    Setting("tie_weights", "tie_word_embeddings", "", bool, False),
+)
+BIAS = Setting("bias", "attention_bias mlp_bias", "", bool, False)  # on all linear layers or none
+LLAMA3_ROPE = (
+    Setting("rope_factor", "factor", "", float),
+    Setting("rope_slow_turns", "low_freq_factor", "", float),
+    Setting("rope_fast_turns", "high_freq_factor", "", float),
+    Setting("rope_trained_length", "original_max_position_embeddings", "", int),
+)
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+ACTIVATIONS |= {"silu": "swiglu"}
+RESOLVED = {"n_kv_head": "kv_heads", "head_dim": "head_size", "n_hidden": "hidden_size"}
 
-def _gpt2_settings(c: Config) -> tuple[dict, int]:
-    c.only("scale_attn_weights", True)
-    c.only("scale_attn_by_inverse_layer_idx", False)
-    c.only("add_cross_attention", False)
-    for name, other in GPT2_ALIASES.items():
-        size = c.agreed(name, c.values.get(name), c.values.get(other))
-        c = Config(c.values | {name: size}, c.path)
-    width = c.get("n_embd", int)
-    hidden = c.get("n_inner", int, 4 * width)
-    settings = dict(
-        n_layer=c.get("n_layer", int),
-        n_head=c.get("n_head", int),
-        n_embd=width,
-        n_hidden=0 if hidden == 4 * width else hidden,
-        norm="layernorm",
-        norm_eps=c.get("layer_norm_epsilon", float, 1e-5),
-        activation=GELU[c.only("activation_function", *GELU)],
-        position="learned",
-        bias=True,
-        tie_weights=c.get("tie_word_embeddings", bool, True),
-    )
-    return settings, c.get("n_positions", int)
-
-
-def _gpt2_config(m: ModelConfig) -> dict:
-    sizes = dict(n_layer=m.n_layer, n_head=m.n_head, n_embd=m.n_embd, n_inner=m.hidden_size)
-    dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), m.dropout)
-    return dict(
-        model_type="gpt2",
-        architectures=["GPT2LMHeadModel"],
-        n_positions=m.block_size,
-        layer_norm_epsilon=m.norm_eps,
-        activation_function="gelu" if m.activation == "gelu" else "gelu_new",
-        **sizes,
-        **dropout,
-    )
-
-
-def _llama_settings(c: Config) -> tuple[dict, int]:
-    kind = c.values["model_type"]
-    c.only("hidden_act", "silu")
-    width = c.get("hidden_size", int)
-    heads = c.get("num_attention_heads", int)
-    hidden = c.get("intermediate_size", int)
-    missing = heads if "num_key_value_heads" in c.values else MISSING_KV_HEADS.get(kind, heads)
-    kv_heads = c.get("num_key_value_heads", int, missing)
-    head_dim = c.get("head_dim", int, 128 if kind == "qwen3" else 0)
-    settings = dict(
-        n_layer=c.get("num_hidden_layers", int),
-        n_head=heads,
-        n_kv_head=0 if kv_heads == heads else kv_heads,
-        n_embd=width,
-        head_dim=0 if head_dim * heads == width else head_dim,
-        n_hidden=hidden,
-        norm="rmsnorm",
-        norm_eps=c.get("rms_norm_eps", float, 1e-6),
-        activation="swiglu",
-        position="rope",
-        qk_norm=kind == "qwen3",
-        qkv_bias=kind == "qwen2",
-        tie_weights=c.get("tie_word_embeddings", bool, False),
-    )
-    if kind == "llama":  # biases on all linear layers or on none
-        settings["bias"] = c.get("attention_bias", bool, False)
-        if c.get("mlp_bias", bool, False) != settings["bias"]:
-            raise ValueError(f"{c.path}: attention_bias and mlp_bias must be equal")
-    elif kind != "qwen2":
-        c.only("attention_bias", False)
-    if hidden == ModelConfig(**settings | {"n_hidden": 0}).hidden_size:
-        settings["n_hidden"] = 0
-    return settings | _rope_settings(c), c.get("max_position_embeddings", int)
-
-
-def _rope_settings(c: Config) -> dict:
-    """Read the RoPE settings of transformers 4 (rope_scaling) or 5 (rope_parameters)."""
-    groups = [c.get(name, dict, {}) for name in ("rope_parameters", "rope_scaling")]
-    kinds = [part.get("rope_type", part.get("type", "default")) for part in groups if part]
-    kind = c.agreed("the RoPE type", *kinds) or "default"
-
-    def number(name: str, kind: type, default=None):
-        values = [c.values.get(name), *(part.get(name) for part in groups)]
-        return Config({name: c.agreed(name, *values)}, c.path).get(name, kind, default)
-
-    if number("partial_rotary_factor", float, 1.0) != 1:
-        raise ValueError(f"{c.path}: partial_rotary_factor is not supported, only 1.0")
-    settings = dict(rope_base=number("rope_theta", float, 10000.0))
-    if kind == "llama3":
-        settings |= dict(
-            rope_factor=number("factor", float),
-            rope_slow_turns=number("low_freq_factor", float),
-            rope_fast_turns=number("high_freq_factor", float),
-            rope_trained_length=number("original_max_position_embeddings", int),
-        )
-    elif kind != "default":
-        raise ValueError(f"{c.path}: RoPE scaling {kind!r} is not supported, only 'llama3'")
-    return settings
-
-
-def _llama_config(m: ModelConfig) -> dict:
-    kind = "qwen3" if m.qk_norm else "qwen2" if m.qkv_bias else "llama"
-    scaling = None
-    if m.rope_factor != 1:
-        scaling = dict(
-            rope_type="llama3",
-            factor=m.rope_factor,
-            low_freq_factor=m.rope_slow_turns,
-            high_freq_factor=m.rope_fast_turns,
-            original_max_position_embeddings=m.rope_trained_length,
-        )
-    biases = dict(attention_bias=m.bias, mlp_bias=m.bias) if kind == "llama" else {}
-    return biases | dict(
-        model_type=kind,
-        architectures=[f"{kind.title()}ForCausalLM"],
-        num_hidden_layers=m.n_layer,
-        num_attention_heads=m.n_head,
-        num_key_value_heads=m.kv_heads,
-        hidden_size=m.n_embd,
-        head_dim=m.head_size,
-        intermediate_size=m.hidden_size,
-        max_position_embeddings=m.block_size,
-        rms_norm_eps=m.norm_eps,
-        hidden_act="silu",
-        rope_theta=m.rope_base,
-        rope_scaling=scaling,
-        attention_dropout=m.dropout,
-    )
-
-
-GPT2_FITS = dict(norm="layernorm", position="learned", activation="gelu", bias=True, qk_norm=False)
-LLAMA_FITS = dict(norm="rmsnorm", position="rope", activation="swiglu")
-CAUSAL_MASK = r"(transformer\.)?h\.[0-9]+\.attn\.(bias|masked_bias)"
-FREQUENCIES = r"(model\.)?layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq"
 GPT2 = Family(
-    "transformer.", GPT2_MODULES, _gpt2_settings, _gpt2_config, GPT2_FITS, CAUSAL_MASK, True
+    prefix="transformer.",
+    modules=_modules(GPT2_WHOLE | {"head": "lm_head"}, "transformer.h", GPT2_BLOCK),
+    settings=GPT2_SETTINGS,
+    fixed=dict(norm="layernorm", position="learned", bias=True),
+    activation="activation_function",
+    only={
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    buffers=r"transformer\.h\.[0-9]+\.attn\.(bias|masked_bias)",
+    missing={},
+    transposed=True,
 )
 LLAMA = Family(
     prefix="model.",
-    modules=LLAMA_MODULES,
-    settings=_llama_settings,
-    config=_llama_config,
-    fits=LLAMA_FITS | dict(qk_norm=False, qkv_bias=False),
-    buffers=FREQUENCIES,
+    modules=_modules(LLAMA_WHOLE, "model.layers", LLAMA_BLOCK),
+    settings=(*LLAMA_SETTINGS, BIAS),
+    fixed=dict(norm="rmsnorm", position="rope"),
+    activation="hidden_act",
+    only=dict(hidden_act=("silu",), rope_type=("default", "llama3"), partial_rotary_factor=(1,)),
+    buffers=r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq",
+    missing={},
 )
-QWEN2 = replace(LLAMA, fits=LLAMA_FITS | dict(qk_norm=False, qkv_bias=True, bias=False))
-QWEN3_FITS = LLAMA_FITS | dict(qk_norm=True, qkv_bias=False, bias=False)
-QWEN3 = replace(LLAMA, modules=QWEN3_MODULES, fits=QWEN3_FITS)
-FAMILIES = dict(gpt2=GPT2, llama=LLAMA, mistral=LLAMA, qwen2=QWEN2, qwen3=QWEN3)
+NO_BIAS = dict(settings=LLAMA_SETTINGS, only=LLAMA.only | {"attention_bias": (False,)})
+MISTRAL = replace(LLAMA, missing=dict(num_key_value_heads=8, sliding_window=4096), **NO_BIAS)
+QWEN2 = replace(
+    LLAMA,
+    settings=LLAMA_SETTINGS,
+    fixed=LLAMA.fixed | dict(qkv_bias=True),
+    missing=dict(num_key_value_heads=32),
+)
+QWEN3 = replace(
+    LLAMA,
+    modules=_modules(LLAMA_WHOLE, "model.layers", LLAMA_BLOCK | QWEN3_BLOCK),
+    fixed=LLAMA.fixed | dict(qk_norm=True),
+    missing=dict(num_key_value_heads=32, head_dim=128),
+    **NO_BIAS,
+)
+FAMILIES = dict(gpt2=GPT2, llama=LLAMA, mistral=MISTRAL, qwen2=QWEN2, qwen3=QWEN3)
 
 
 def family_of(c: Config) -> Family:
@@ -274,30 +194,67 @@ def family_of(c: Config) -> Family:
     return FAMILIES[kind]
 
 
+def read_settings(c: Config) -> dict:
+    """Return settings for a ModelConfig; block_size is the context of the source.
+
+    Completes c by what config.json leaves to its RoPE groups or to transformers.
+    """
+    family = family_of(c)
+    c.values = family.missing | c.values
+    for group in ("rope_parameters", "rope_scaling"):  # of transformers 5 and 4
+        for name, value in c.get(group, dict, {}).items():
+            name = "rope_type" if name == "type" else name
+            first = value if c.values.get(name) is None else c.values[name]
+            c.refuse_two_values(name, first, first if value is None else value)
+            c.values[name] = first
+    values = {name: c.only(name, *allowed) for name, allowed in family.only.items()}
+    rows = family.settings
+    if values.get("rope_type") == "llama3":
+        rows += LLAMA3_ROPE
+    settings = {row.ours: c.get(row.theirs, row.kind, row.default) for row in rows}
+    return settings | family.fixed | {"activation": ACTIVATIONS[values[family.activation]]}
+
+
 def refuse_window(c: Config, block_size: int) -> None:
     """Raise ValueError if a sliding window is shorter than block_size."""
-    default = c.values["model_type"] == "mistral"
-    slides = c.get("use_sliding_window", bool, default)
+    slides = c.get("use_sliding_window", bool, c.values["model_type"] == "mistral")
     slides = slides or "sliding_attention" in c.get("layer_types", list, [])
-    window = c.values.get("sliding_window")
-    if slides and window is not None and c.get("sliding_window", int) < block_size:
+    window = c.get("sliding_window", int, block_size)
+    if slides and window < block_size:
         remedy = f"use --block_size={window} or less"
         raise ValueError(f"{c.path}: {block_size} tokens exceed sliding_window={window}; {remedy}")
 
 
+def write_settings(m: ModelConfig, kind: str) -> dict:
+    """Return the config.json of a network of this family."""
+    family = FAMILIES[kind]
+    name = "GPT2LMHeadModel" if kind == "gpt2" else f"{kind.title()}ForCausalLM"
+    values = {"model_type": kind, "architectures": [name]}
+    for row in family.settings:
+        values |= dict.fromkeys(row.theirs.split(), getattr(m, RESOLVED.get(row.ours, row.ours)))
+    names = family.only[family.activation]
+    values[family.activation] = next((n for n in names if ACTIVATIONS[n] == m.activation), names[0])
+    if m.rope_factor != 1:
+        scaling = {row.theirs: getattr(m, row.ours) for row in LLAMA3_ROPE}
+        values["rope_scaling"] = {"rope_type": "llama3"} | scaling
+    return values
+
+
 def family_name(m: ModelConfig) -> str:
-    """Return the family of a network of ours. Raises ValueError with the settings that none has."""
+    """Return the family of a network of ours: its config.json, read again, gives m.
+
+    Raises ValueError with the settings that differ if no family fits.
+    """
     if m.arch != "decoder_only":
         raise ValueError("an encoder-decoder cannot be exported: no family has one")
+    plain = dict.fromkeys(("bias", "qkv_bias", "qk_norm"), False)
+    plain |= dict(n_kv_head=m.n_head, head_dim=m.n_embd // m.n_head)
     different = {}
-    for name, family in FAMILIES.items():
-        values = {key: getattr(m, key) for key in family.fits}
-        if name == "gpt2" and m.activation == "gelu_tanh":
-            values["activation"] = "gelu"
-        different[name] = [f"{key}={v}" for key, v in values.items() if v != family.fits[key]]
-        if name == "gpt2" and (m.kv_heads != m.n_head or m.head_size * m.n_head != m.n_embd):
-            different[name].append("grouped heads or heads of another width")
-    best = min(different, key=lambda name: len(different[name]))
+    for kind in FAMILIES:
+        back = plain | read_settings(Config(write_settings(m, kind), kind))
+        values = {name: getattr(m, RESOLVED.get(name, name)) for name in back}
+        different[kind] = [f"{name}={v}" for name, v in values.items() if back[name] != v]
+    best = min(different, key=lambda kind: len(different[kind]))
     if different[best]:
         reasons = ", ".join(different[best])
         raise ValueError(f"cannot be exported: no family fits; different from {best}: {reasons}")

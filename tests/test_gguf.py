@@ -184,8 +184,8 @@ BAD = {
     "tokenizer": ({"tokenizer.ggml.model": "bert"}, "tokenizer 'bert' is not gpt2 or llama"),
     "no tokenizer": ({"tokenizer.ggml.tokens": None}, "has no tokenizer"),
     "no size": ({"llama.embedding_length": None}, "hidden_size is missing"),
-    "scaling": ({"llama.rope.scaling.type": "yarn"}, "RoPE scaling 'yarn' is not supported"),
-    "part": ({"llama.rope.dimension_count": 8}, "partial_rotary_factor is not supported"),
+    "scaling": ({"llama.rope.scaling.type": "yarn"}, "rope_type='yarn' is not supported"),
+    "part": ({"llama.rope.dimension_count": 8}, "partial_rotary_factor=0.5 is not supported"),
     "window": ({"llama.attention.sliding_window": 16}, "64 tokens exceed sliding_window=16"),
 }
 

@@ -20,7 +20,7 @@ from data.tokenizer import get_tokenizer
 from diffusion import sample_noise
 from hf.convert import text_batch
 from hf.export import export_folder
-from hf.layouts import FAMILIES, Config, family_of
+from hf.layouts import FAMILIES, Config, read_settings
 from hf.load import fill_reserved, load_hf, resolve_source
 from infra.checkpoint import load, load_model, save
 from infra.logits import banned_token_ids
@@ -238,7 +238,7 @@ def test_our_own_models_can_be_exported(settings, kind, tmp_path):
     [
         (dict(norm="layernorm"), "different from llama: norm=layernorm"),
         (dict(activation="gelu"), "different from llama: activation=gelu"),
-        (GPT2 | dict(activation="gelu", n_kv_head=1), "grouped heads"),
+        (GPT2 | dict(activation="gelu", n_kv_head=1), "different from gpt2: n_kv_head=1"),
         (dict(arch="encoder_decoder", prefix_attention="bidirectional"), "encoder-decoder"),
     ],
     ids=["norm", "activation", "groups", "encoder"],
@@ -293,9 +293,8 @@ def test_a_published_config_has_the_published_number_of_weights(name):
         values |= dict(num_key_value_heads=groups, intermediate_size=hidden)
         values |= dict(max_position_embeddings=64, tie_word_embeddings=bool(tied))
     c = Config(values | {"model_type": kind}, "config.json")
-    settings, context = family_of(c).settings(c)
     special = dict(vocab_size=rows, n_ordinary=rows - 3, pad_id=rows - 3, mask_id=rows - 1)
-    m = ModelConfig(**settings, **special, sep_id=-1, block_size=context)
+    m = ModelConfig(**read_settings(c), **special, sep_id=-1)
     with torch.device("meta"):
         assert num_params(Transformer(m)) == count
 
@@ -377,7 +376,7 @@ def test_a_single_file_wins_over_an_index_as_in_transformers(copy):
 ROPE = dict(rope_type="default", rope_theta=10000.0)
 SPELLINGS = {
     "rope_theta": (dict(rope_parameters=ROPE, rope_theta=5e5), "rope_theta is both"),
-    "type": (dict(rope_parameters=ROPE, rope_scaling=dict(type="linear", factor=2.0)), "RoPE type"),
+    "type": (dict(rope_parameters=ROPE, rope_scaling=dict(type="linear", factor=2.0)), "rope_type is both"),
     "equal": (dict(rope_parameters=ROPE, rope_scaling=dict(type="default"), rope_theta=1e4), ""),
     "old only": (dict(rope_parameters=None, rope_theta=5e5), ""),
     "new only": (dict(rope_parameters=ROPE | dict(rope_theta=5e5)), ""),
@@ -406,7 +405,7 @@ def test_gpt2_takes_the_newer_names_of_its_sizes(tmp_path):
     ours = logits(load_hf(tmp_path).model, text)[..., :EOS]
     torch.testing.assert_close(ours, theirs(text).logits[..., :EOS], rtol=1e-4, atol=1e-4)
     edit(tmp_path, n_embd=64)
-    with pytest.raises(ValueError, match="n_embd is both"):
+    with pytest.raises(ValueError, match="n_embd or hidden_size is both"):
         load_hf(tmp_path)
 
 
@@ -415,16 +414,15 @@ def test_gpt2_takes_the_newer_names_of_its_sizes(tmp_path):
 
 REFUSED = {
     "family": (dict(model_type="mamba"), "model_type 'mamba' is not supported; supported: gpt2"),
-    "yarn": (dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "RoPE scaling 'yarn'"),
-    "linear": (dict(rope_parameters=None, rope_scaling=dict(type="linear")), "scaling 'linear'"),
-    "part": (dict(partial_rotary_factor=0.5), "partial_rotary_factor is not supported"),
+    "yarn": (dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "rope_type='yarn' is not supported"),
+    "part": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
     "window": (dict(model_type="mistral", sliding_window=16), "96 tokens exceed sliding_window=16"),
-    "biases": (dict(attention_bias=True), "attention_bias and mlp_bias must be equal"),
+    "biases": (dict(attention_bias=True), "attention_bias or mlp_bias is both True and False"),
     "activation": (dict(hidden_act="gelu"), "hidden_act='gelu' is not supported; supported: 'si"),
     "quantized": (dict(quantization_config={"bits": 4}), "quantized weights"),
     "own code": (dict(auto_map={"AutoModel": "x.Y"}), "custom code"),
     "no size": (dict(hidden_size=None), "hidden_size is missing"),
-    "wrong type": (dict(hidden_size="wide"), "hidden_size must be of type int, got 'wide'"),
+    "wrong type": (dict(hidden_size="wide"), "hidden_size must be int, got 'wide'"),
     "heads": (dict(num_key_value_heads=3), "n_head 4 must be a multiple of n_kv_head 3"),
     "shape": (dict(intermediate_size=40), r"has shape \(48, 32\), expected \(40, 32\)"),
     "more layers": (dict(num_hidden_layers=4), r"lacks the tensor model.layers.3\..* and 6 more"),
@@ -479,9 +477,8 @@ def damage(kind: str, folder: Path) -> None:
         tensors[name][-1] = value
         tensors[name] = tensors[name].int() if kind == "integers" else tensors[name]
         save_file(tensors, weights)
-    elif kind in ("shard missing", "index lies", "index climbs", "twice"):
-        files = {"index climbs": "../x", "index lies": "1.safetensors"}
-        other = files.get(kind, "2.safetensors")
+    elif kind in ("shard missing", "index climbs", "twice"):
+        other = "../x" if kind == "index climbs" else "2.safetensors"
         weights.rename(folder / "1.safetensors")
         if kind == "twice":
             shutil.copy(folder / "1.safetensors", folder / "2.safetensors")
@@ -500,8 +497,8 @@ DAMAGES = {
     "[1]": "config.json: must hold a JSON object, got list",
     "truncated": "model.safetensors: truncated, or no safetensors file",
     "not safetensors": "model.safetensors: truncated, or no safetensors file",
-    "pickle": "holds pytorch_model.bin and no safetensors; .*any code; .*save_pretrained",
-    "nothing": "holds no weights and no safetensors; .*save_pretrained",
+    "pickle": "the folder has pytorch_model.bin, but .*any code; .*save_pretrained",
+    "nothing": "model.safetensors: no such file; download",
     "lfs weights": "model.safetensors: a git-LFS pointer.*`git lfs pull`",
     "lfs tokenizer": "tokenizer.json: a git-LFS pointer.*`git lfs pull`",
     "adapter": "merge the adapter",
@@ -510,7 +507,6 @@ DAMAGES = {
     "infinite": "model.embed_tokens.weight holds NaN or infinite weights",
     "shard missing": "2.safetensors: no such file; download",
     "twice": "is in 1.safetensors too",
-    "index lies": "names model.more, which its files do not hold",
     "index climbs": "weight_map must name files of this folder",
     "tokenizer too large": "the tokenizer does not fit: 401 ids .* for an embedding of 300 rows",
     "broken tokenizer": "not the JSON of a byte-pair tokenizer",

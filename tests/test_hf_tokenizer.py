@@ -1,7 +1,6 @@
 """hf/tokenizer.py and hf/chat.py: every text comes back, the ids are those of transformers."""
 
 import json
-import os
 import random
 import sys
 
@@ -10,11 +9,8 @@ from tiny_tokenizers import EOS, byte_fallback, byte_level, with_added, write
 
 from data.tokenizer import MASK_MARK, get_tokenizer
 from hf.chat import chat_ids, folder_info, render
-from hf.export import _byte_level_json
 from hf.tokenizer import HFTokenizer, extend
 
-CACHE = os.environ.get("TIKTOKEN_CACHE_DIR", "")
-TEXT = "naïve café, 日本 🙂\n\tdef f(x): return x\0<|endoftext|>"
 
 
 def tokenizer_of(found: dict) -> HFTokenizer:
@@ -150,15 +146,6 @@ def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match="run: pip install tokenizers"):
         tokenizer_of(byte_level())
-
-
-@pytest.mark.slow  # finds 50,000 merges
-@pytest.mark.skipif(not os.path.isdir(CACHE), reason="TIKTOKEN_CACHE_DIR names no folder")
-def test_gpt2_written_as_tokenizer_json_has_the_ids_of_tiktoken():
-    gpt2 = get_tokenizer("gpt2")
-    again = HFTokenizer("gpt2 again", json.dumps(_byte_level_json(gpt2)))
-    assert again.encode(TEXT * 3) == gpt2.encode(TEXT * 3)
-    assert (again.n_ordinary, again.vocab_size) == (gpt2.n_ordinary, gpt2.vocab_size)
 
 
 # Chats
