@@ -20,9 +20,7 @@ import torch
 from tqdm import tqdm
 
 import autoregressive
-import diffusion
 from configurator import (
-    all_fields,
     build,
     configure,
     flatten,
@@ -36,13 +34,10 @@ from data.loader import Pairs, build_if_missing, open_dataset
 from data.mini import TAGS
 from data.sources import parse_json, read_text
 from eval.metrics import interval, paired
-from extras import speculative
 from infra.checkpoint import load, load_model, write_atomically
 from infra.device import pick_device
+from sample import choose_sampler, sampler_configs
 
-LEFT_TO_RIGHT = {"ar": autoregressive, "speculative": speculative}  # by --sampler
-# Which one fits is known when the checkpoint is open.
-SAMPLERS = [module.SamplerConfig for module in (autoregressive, speculative, diffusion)]
 RESAMPLES = 1000  # of a bootstrap
 MAX_EXAMPLES = 1 << 20  # the key of a sample has 32 bits: 20 for the example
 MAX_SAMPLES = 1 << 12  # and 12 for its number
@@ -129,30 +124,17 @@ def batched(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def decoder_for(model_cfg, sampler: str = "") -> ModuleType:
-    """Return the module whose generate() serves this model and --sampler."""
-    by_paradigm = autoregressive if model_cfg.paradigm == "ar" else diffusion
-    return LEFT_TO_RIGHT.get(sampler, by_paradigm)
-
-
 def open_checkpoint(argv: list[str], cls: type) -> tuple:
     """Return (settings, Generator, checkpoint fields).
 
     argv holds settings of `cls` and of the sampler that fits the checkpoint.
     """
-    values = read_settings((cls, *SAMPLERS), argv)
+    values = read_settings((cls, *sampler_configs()), argv)
+    cfg = build(cls, values)
     run = build(EvalConfig, values)
     model, tokenizer, state = load_model(run.init_from, pick_device(run.device))
-    decoder = decoder_for(model.cfg, values.get("sampler", ""))
-    if values.get("sampler") in LEFT_TO_RIGHT:
-        del values["sampler"]
-    known = all_fields(cls, decoder.SamplerConfig)
-    for name in values:
-        if name not in known:
-            names = f"settings of this {model.cfg.paradigm} checkpoint: {', '.join(known)}"
-            raise ValueError(f"{name!r} does not apply to {run.init_from}; {names}")
-    sampler = build(decoder.SamplerConfig, values)
-    return build(cls, values), Generator(model, tokenizer, decoder, sampler, run), state
+    decoder, sampler = choose_sampler(model.cfg, values, run.init_from)
+    return cfg, Generator(model, tokenizer, decoder, sampler, run), state
 
 
 # Results
@@ -299,7 +281,7 @@ class TaskRun:
         self.argv = argv
         self.generator = None
         self.state = None
-        values = read_settings((cls, *SAMPLERS), argv)
+        values = read_settings((cls, *sampler_configs()), argv)
         if values.get("predictions") or values.get("reference"):
             self.cfg = configure(cls, argv)
         else:

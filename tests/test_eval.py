@@ -15,9 +15,10 @@ import autoregressive
 import diffusion
 from data.objectives import collate
 from eval import bound, code, common, exact_match, python_code, qa, translation
-from eval.common import EvalConfig, Generator, decoder_for
+from eval.common import EvalConfig, Generator
 from infra.logits import GenerateOutput
 from infra.rng import make_rng
+from sample import choose_sampler
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(block_size=64, target_length=24)
@@ -35,9 +36,8 @@ IMPORTED = {f"{kind}_imported": config | dict(sep_id=-1) for kind, config in KIN
 
 def generator(kind: str, batch_size: int = 64, seed: int = 0, **sampler) -> Generator:
     model = tiny_model(**SIZES, **KINDS[kind])
-    decoder = decoder_for(model.cfg)
     run = EvalConfig(batch_size=batch_size, seed=seed)
-    return Generator(model, BYTES, decoder, decoder.SamplerConfig(**sampler), run)
+    return Generator(model, BYTES, *choose_sampler(model.cfg, sampler, ""), run)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_models_without_a_separator_run_everywhere(place, module, kind):
 
 def test_settings_of_the_other_paradigm_are_refused(place):
     for kind, flag in (("diffusion", "--top_k=3"), ("ar", "--steps=3")):
-        with pytest.raises(ValueError, match=f"does not apply to .* this {kind} checkpoint"):
+        with pytest.raises(ValueError, match=f"is not a setting of .* {place / kind}.pt"):
             exact_match.main([f"--init_from={place / kind}.pt", flag])
 
 

@@ -14,10 +14,11 @@ from ar2diff import convert
 from data.objectives import collate
 from eval import harness
 from eval.bound import BoundConfig, target_nats
-from eval.common import EvalConfig, Generator, decoder_for
+from eval.common import EvalConfig, Generator
 from eval.harness import BOUND, EXACT, Model, is_greedy, until
 from infra.checkpoint import save
 from model import Transformer
+from sample import choose_sampler
 
 SIZES = dict(block_size=20, target_length=8)
 
@@ -33,9 +34,8 @@ def a_model(kind: str = "ar") -> Transformer:
 
 def adapted(kind: str = "ar", **bound) -> Model:
     model = a_model(kind)
-    decoder = decoder_for(model.cfg)
     run = EvalConfig(batch_size=2)
-    generator = Generator(model, BYTES, decoder, decoder.SamplerConfig(), run)
+    generator = Generator(model, BYTES, *choose_sampler(model.cfg, {}, ""), run)
     return Model(generator, BoundConfig(**bound))
 
 
