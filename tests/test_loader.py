@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,10 +15,10 @@ TEXT = list(bytes(range(97, 123)) * 20)
 
 def make_pairs(folder, n=100, **free):
     """n pairs with prefixes of 1 to 7 letters. Each has another target of three letters."""
-    pairs = [
-        ([97 + i % 26] * (1 + i % 7), [97 + i // 676, 97 + i // 26 % 26, 97 + i % 26])
-        for i in range(n)
-    ]
+    pairs = []
+    for i in range(n):
+        target = [97 + i // 676, 97 + i // 26 % 26, 97 + i % 26]
+        pairs.append(([97 + i % 26] * (1 + i % 7), target))
     write_pairs(folder, {"train": pairs, "valid": pairs[:5]}, "bytes", 5, 12, **free)
     return pairs
 
@@ -109,8 +108,7 @@ def test_every_epoch_is_a_new_permutation(pairs_folder):
 def test_pairs_read_back_in_file_order(tmp_path):
     pairs = make_pairs(tmp_path / "set")
     data = open_dataset(tmp_path / "set", "train")
-    assert [data.pair(i) for i in range(len(data))] == pairs
-    assert data.text(27) == ("bbbbbbb", "abb")
+    assert [data.pair(i) for i in range(100)] == pairs and data.text(27) == ("bbbbbbb", "abb")
 
 
 def test_the_fingerprint_depends_on_the_content_only(tmp_path, monkeypatch):
@@ -118,31 +116,20 @@ def test_the_fingerprint_depends_on_the_content_only(tmp_path, monkeypatch):
     make_pairs(tmp_path / "ä b", note="two")
     make_pairs(tmp_path / "c", n=99)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    sets = [open_dataset(name, "train") for name in ("~/a", "ä b", "c")]
-    assert sets[0].fingerprint == sets[1].fingerprint != sets[2].fingerprint
-    assert sets[0].meta["note"] == "one"
+    prints = [open_dataset(f"~/{name}", "train").fingerprint for name in ("a", "ä b", "c")]
+    assert prints[0] == prints[1] != prints[2]
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train.idx"])
-def test_a_file_of_the_wrong_size_is_refused(pairs_folder, name):
+def test_damaged_files_are_refused(pairs_folder, name):
     path = pairs_folder / name
     content = path.read_bytes()
     for damaged in (content[:-8], content + b"12345678", b""):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"{name}: .*; build the data set with: python -m"):
             open_dataset(pairs_folder, "train")
-
-
-def test_ids_and_places_outside_their_limits_are_refused(pairs_folder):
-    index = np.fromfile(pairs_folder / "train.idx", np.int64)
-    (index + 10_000).tofile(pairs_folder / "train.idx")
-    with pytest.raises(ValueError, match="train.idx: points outside the tokens"):
-        open_dataset(pairs_folder, "train")
-    index.tofile(pairs_folder / "train.idx")
-    tokens = np.fromfile(pairs_folder / "train.bin", np.uint16)
-    (tokens + 9999).tofile(pairs_folder / "train.bin")
-    with pytest.raises(ValueError, match="train.bin: has ids outside the vocabulary of 'bytes'"):
+    path.write_bytes(b"\x77" * len(content))
+    with pytest.raises(ValueError, match=f"{name}: (points outside the tokens|has ids outside)"):
         open_dataset(pairs_folder, "train").batch(0, 0, 4)
 
 
@@ -173,19 +160,9 @@ def test_a_set_is_replaced_whole_or_not_at_all(pairs_folder):
     assert [path.name for path in pairs_folder.parent.iterdir()] == ["set"]
 
 
-@pytest.mark.parametrize(
-    ("write", "splits", "sizes", "message"),
-    [
-        (write_stream, {"train": [TEXT], "valid": [TEXT[:19]]}, (8, 20), "valid has 19 tokens"),
-        (write_stream, {"train": [TEXT]}, (20, 20), "target_length < block_size"),
-        (write_stream, {"train": [[3, BYTES.pad_id] * 20]}, (8, 20), "0 to 255, got 256"),
-        (write_pairs, {"train": []}, (5, 12), "no train pair fits target_length=5"),
-        (write_pairs, {"train": [([], [1]), ([1], [])]}, (5, 12), "train pair 1 does not fit"),
-    ],
-)
-def test_what_no_training_can_use_is_not_written(tmp_path, write, splits, sizes, message):
-    with pytest.raises(ValueError, match=message):
-        write(tmp_path / "set", splits, "bytes", *sizes)
+def test_reserved_ids_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="0 to 255, got 256"):
+        write_stream(tmp_path / "set", {"train": [[3, BYTES.pad_id] * 20]}, "bytes", 8, 20)
     assert not list(tmp_path.iterdir())
 
 
@@ -197,11 +174,11 @@ def test_a_known_set_is_built_once(tmp_path, capfd):
     assert build_if_missing(folder) == folder and capfd.readouterr().out == ""
 
 
-def test_an_unknown_set_or_split_is_refused_with_the_known_ones(tmp_path, folder):
+def test_an_unknown_set_or_split_is_refused_with_the_known_ones(pairs_folder):
     with pytest.raises(ValueError, match="no such data set, did you mean 'squad'"):
-        build_if_missing(tmp_path / "squadd")
+        build_if_missing("squadd")
     with pytest.raises(ValueError, match="no split 'test'; available: train, valid"):
-        open_dataset(folder, "test")
+        open_dataset(pairs_folder, "test")
 
 
 def test_spans_of_a_stream_are_pieces_of_its_text(stream_folder):
@@ -214,14 +191,13 @@ def test_spans_of_a_stream_are_pieces_of_its_text(stream_folder):
         assert kept.endswith("<0>") and len(piece) == 13 and piece in BYTES.decode(TEXT * 2)
 
 
-def test_pairs_under_another_objective_are_texts_cut_anew(tmp_path):
-    make_pairs(tmp_path / "set")
-    data = open_dataset(tmp_path / "set", "train", ObjectiveConfig(objective="prefix_lm"))
+def test_pairs_under_another_objective_are_texts_cut_anew(pairs_folder):
+    data = open_dataset(pairs_folder, "train", ObjectiveConfig(objective="prefix_lm"))
     texts = {"\n".join(data.text(i)) for i in range(len(data))}
     cuts = set()
     for step in range(40):
-        prefix, target, _ = data.batch(0, step, 4)
-        for given, rest in zip(map(BYTES.decode, prefix), map(BYTES.decode, target)):
-            assert given and any(given + rest in text for text in texts)
-            cuts.add(len(given))
+        for sides in zip(*data.batch(0, step, 4)[:2]):
+            prefix, rest = map(BYTES.decode, sides)
+            assert prefix and any(prefix + rest in text for text in texts)
+            cuts.add(len(prefix))
     assert len(cuts) > 4

@@ -1,13 +1,9 @@
 """data/mbpp.py: prompts are Python, references pass their own tests, splits of the MBPP paper."""
 
-import gzip
-import json
-import subprocess
-import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
+from data_files import texts, write
 
 from data import mbpp
 from data.loader import open_dataset
@@ -32,36 +28,6 @@ HUMAN = {
     "test": "def check(candidate):\n    assert candidate(4) == 2\n",
     "entry_point": "half",
 }
-RUNNER = """
-import contextlib, io, json, signal, sys
-passed = []
-for program, tests in json.load(sys.stdin):
-    signal.alarm(10)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            names = {}
-            exec(program, names)
-            exec(tests, names)
-        passed.append(True)
-    except Exception:
-        passed.append(False)
-print(json.dumps(passed))
-"""
-
-
-def write(path, items):
-    if not isinstance(items, bytes):
-        items = "".join(json.dumps(item) + "\n" for item in items).encode()
-    path.write_bytes(gzip.compress(items) if path.suffix == ".gz" else items)
-    return str(path)
-
-
-def outcomes(jobs) -> list[bool]:
-    """Which (program, tests) pass, in another process."""
-    command = [sys.executable, "-c", RUNNER]
-    jobs = json.dumps(jobs)
-    done = subprocess.run(command, input=jobs, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
 
 
 def test_a_task_becomes_a_docstring_and_a_function(tmp_path):
@@ -77,19 +43,16 @@ def test_a_task_becomes_a_docstring_and_a_function(tmp_path):
     }
     assert with_setup["tests"] == "SMALL = 0\nBIG = 9\n" + plain["tests"]
     assert with_setup["prefix"] == plain["prefix"]  # the setup is for the tests only
-    jobs = [(mbpp.program(e, e["target"]), e["tests"]) for e in (plain, with_setup)]
-    assert outcomes(jobs) == [False, True]
 
 
 def test_a_humaneval_completion_continues_its_prompt(tmp_path):
-    (example,) = mbpp.read(write(tmp_path / "HumanEval.jsonl", [HUMAN]))
+    path = write(tmp_path / "HumanEval.jsonl", [HUMAN])
+    (example,) = mbpp.read(path)
     assert (example["id"], example["split"]) == ("HumanEval/0", "test")
-    assert example["prefix"] == HUMAN["prompt"]
-    completions = [example["target"], "    return x\n", ""]
-    jobs = [(mbpp.program(example, c), example["tests"]) for c in completions]
-    assert outcomes(jobs) == [True, False, False]
+    assert mbpp.program(example, "    return x / 2\n") == HUMAN["prompt"] + "    return x / 2\n"
+    assert example["tests"] == HUMAN["test"] + "\ncheck(half)\n"
     with pytest.raises(ValueError, match="no train pair fits"):  # it is for evaluation only
-        mbpp.main([f"--source={tmp_path / 'HumanEval.jsonl'}", f"--out={tmp_path}"])
+        mbpp.main([f"--source={path}", f"--out={tmp_path}"])
 
 
 def test_splits_are_those_of_the_mbpp_paper(tmp_path):
@@ -109,8 +72,9 @@ SANITIZED = {"source_file": "x", "task_id": 2, "prompt": "p", "code": "c", "test
         ([TASK, SANITIZED], "line 2: not a task of MBPP or HumanEval"),
         ([TASK | {"code": None}], "line 1: not a task of MBPP or HumanEval"),
         ([TASK | {"task_id": 975}], "line 1: .*task_id must be 1 to 974, got 975"),
-        ([TASK | {"test_list": []}], "line 1: .*test_list must be a list of tests"),
+        ([TASK | {"test_list": "assert"}], "line 1: .*test_list must be a list of tests"),
         ([TASK, TASK], "line 2: .*task_id 511 occurs twice"),
+        (b'{"task_id": ' + b"9" * 5000 + b"}", "line 1: not readable as JSON"),
     ],
 )
 def test_other_formats_and_faulty_lines_are_refused_by_name(tmp_path, items, message):
@@ -126,24 +90,15 @@ def test_the_real_set_holds_train_and_validation(tmp_path):
     sizes = ["--target_length=3000", "--block_size=5000"]
     mbpp.main([f"--source={REAL}", f"--out={tmp_path}", *sizes])
     examples = mbpp.read(str(REAL))
-    for split, name in (("train", "train"), ("valid", "validation")):
-        data = open_dataset(tmp_path / "mbpp", split)
-        given = [(e["prefix"], e["target"]) for e in examples if e["split"] == name]
-        assert [data.text(i) for i in range(len(data))] == given
+    given = [
+        [(e["prefix"], e["target"]) for e in examples if e["split"] == name]
+        for name in ("train", "validation")
+    ]
+    assert texts(tmp_path / "mbpp") == given
     counts = {"few-shot": 10, "test": 400, "validation": 90, "train": 374}
-    assert Counter(e["split"] for e in examples) == data.meta["tasks"] == counts
+    assert open_dataset(tmp_path / "mbpp", "train").meta["tasks"] == counts
     for e in examples:
         (docstring,) = parse_python(e["prefix"]).body
         assert isinstance(docstring.value.value, str)
         assert parse_python(e["prefix"] + e["target"])
         assert "\r" not in e["prefix"] + e["target"] + e["tests"]
-
-
-@real
-def test_references_pass_their_own_tests_and_no_other():
-    examples = [e for e in mbpp.read(str(REAL)) if e["split"] == "validation"]
-    examples += [e for e in mbpp.read(str(REAL)) if e["task_id"] in (367, 927)]  # with setup code
-    own = [(mbpp.program(e, e["target"]), e["tests"]) for e in examples]
-    other = [(a, b) for (a, _), (_, b) in zip(own, own[1:])]
-    passed = outcomes(own + other)
-    assert all(passed[: len(own)]) and not any(passed[len(own) :])

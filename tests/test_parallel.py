@@ -2,42 +2,18 @@
 
 import gzip
 import hashlib
-import io
-import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from data_files import texts, write, write_tar
 
 from data import parallel, sources
 from data.loader import open_dataset
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-MULTI30K = SHARED / "multi30k"
-TATOEBA = SHARED / "tatoeba" / "fra-eng.zip"
-real_multi30k = pytest.mark.skipif(not MULTI30K.exists(), reason="no ../shared/data/multi30k")
-real_tatoeba = pytest.mark.skipif(not TATOEBA.exists(), reason="no ../shared/data/tatoeba")
+MULTI30K = Path(__file__).parents[2] / "shared" / "data" / "multi30k"
+real = pytest.mark.skipif(not MULTI30K.exists(), reason="no ../shared/data/multi30k")
 SIZES = ["--target_length=48", "--block_size=96"]
-
-
-def write(path, text):
-    raw = text if isinstance(text, bytes) else text.encode()
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
-    return str(path)
-
-
-def write_tar(path, members: dict[str, bytes]):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as archive:
-        for name, raw in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(raw)
-            archive.addfile(entry, io.BytesIO(raw))
-
-
-def texts(folder, split):
-    data = open_dataset(folder, split)
-    return [data.text(i) for i in range(len(data))]
 
 
 def lines(word, n):
@@ -48,14 +24,12 @@ def test_line_i_is_paired_with_line_i(tmp_path):
     """Only line ends end a line. Empty lines stay: line i of the predictions is line i here."""
     a = write(tmp_path / "a.en.gz", " A dog \u2028 ru\rns. \r\n\nNo.\n")
     b = write(tmp_path / "a.fr", "Un chien.\nx\nNon.")
-    first, empty, last = parallel.read(a, b, task_prefix="fr: ")
-    assert first == {
-        "id": "1",
-        "source": "A dog \u2028 ru\rns.",
-        "prefix": "fr: A dog \u2028 ru\rns.",
-        "target": "Un chien.",
-    }
-    assert (empty["source"], last["id"], last["target"]) == ("", "3", "Non.")
+    examples = parallel.read(a, b, task_prefix="fr: ")
+    assert [[*example.values()] for example in examples] == [
+        ["1", "A dog \u2028 ru\rns.", "fr: A dog \u2028 ru\rns.", "Un chien."],
+        ["2", "", "fr: ", "x"],
+        ["3", "No.", "fr: No.", "Non."],
+    ]
 
 
 def test_four_files_become_a_set_without_empty_lines(tmp_path):
@@ -68,8 +42,7 @@ def test_four_files_become_a_set_without_empty_lines(tmp_path):
     argv = [f"--{name}={path}" for name, path in files.items()]
     parallel.main([*argv, *SIZES, "--task_prefix=fr: ", f"--out={tmp_path}"])
     pairs = [(f"fr: dog {i}", f"chien {i}") for i in range(50)]
-    assert texts(tmp_path / "parallel", "train") == pairs
-    assert texts(tmp_path / "parallel", "valid") == [("fr: cat", "chat")]
+    assert texts(tmp_path / "parallel") == [pairs, [("fr: cat", "chat")]]
     meta = open_dataset(tmp_path / "parallel", "valid").meta
     assert meta["left_out"]["train"]["empty"] == 2 and meta["task_prefix"] == "fr: "
 
@@ -79,10 +52,9 @@ def test_a_zip_of_tabbed_lines_keeps_a_source_in_one_split(tmp_path):
     rows = [f"Sentence {i // 4}{'.!'[i % 2]}\tPhrase {i}\tCC-BY someone\n" for i in range(400)]
     with zipfile.ZipFile(tmp_path / "fra-eng.zip", "w") as archive:
         archive.writestr("fra.txt", "".join(rows))
-        archive.writestr("_about.txt", "licence")
     source = f"--source={tmp_path / 'fra-eng.zip'}"
     parallel.main([source, f"--out={tmp_path}", "--name=t", "--held_out=0.2", *SIZES])
-    train, valid = (texts(tmp_path / "t", split) for split in ("train", "valid"))
+    train, valid = texts(tmp_path / "t")
     assert sorted(train + valid) == sorted(tuple(row.split("\t")[:2]) for row in rows)
     stems = [{source[:-1] for source, _ in part} for part in (train, valid)]
     assert not stems[0] & stems[1] and 10 <= len(stems[1]) <= 30
@@ -101,7 +73,7 @@ def test_wmt14_is_read_from_its_archives_in_order(tmp_path, monkeypatch):
         write_tar(tmp_path / "downloads" / address.removeprefix("https://"), members)
     argv = ["--source=wmt14", "--limit=3", "--task_prefix=fr: ", *SIZES, f"--out={tmp_path}"]
     parallel.main(argv)
-    train, valid = (texts(tmp_path / "wmt14", split) for split in ("train", "valid"))
+    train, valid = texts(tmp_path / "wmt14")
     assert len(train) == 5 * 3 and len(valid) == 4
     assert train[0] == ("fr: europarl-v7.fr-en.en 0", "europarl-v7.fr-en.fr 0")
     last = ("fr: giga-fren.release2.fixed.en.gz 2", "giga-fren.release2.fixed.fr.gz 2")
@@ -112,17 +84,13 @@ def test_wmt14_is_read_from_its_archives_in_order(tmp_path, monkeypatch):
     "source, target, message",
     [
         (lines("a", 5), lines("b", 3), "b.fr has 3 lines, the other has more; line i must"),
-        ("", "", "a.en: empty"),
         (lines("a", 2), b"ok\ncaf\xe9\n", "b.fr, line 2: not UTF-8 text .byte 3"),
         (lines("a", 2), None, "a.en, line 1: no tab; give --target=FILE"),
-        (None, None, "a.en: no such file"),
         ("a\tb\na\tc\n", None, "no (train|valid) pair"),
     ],
 )
 def test_bad_files_are_one_line_and_nothing_is_written(tmp_path, source, target, message):
-    argv = [f"--source={tmp_path / 'a.en'}", f"--out={tmp_path / 'out'}"]
-    if source is not None:
-        write(tmp_path / "a.en", source)
+    argv = [f"--source={write(tmp_path / 'a.en', source)}", f"--out={tmp_path / 'out'}"]
     if target is not None:
         argv.append(f"--target={write(tmp_path / 'b.fr', target)}")
     with pytest.raises(ValueError, match=message) as error:
@@ -131,32 +99,16 @@ def test_bad_files_are_one_line_and_nothing_is_written(tmp_path, source, target,
     assert not list(tmp_path.glob("out/*"))
 
 
-@real_multi30k
+@real
 def test_multi30k_is_the_published_one(tmp_path, monkeypatch):
     """29,000 and 1,014 pairs. The checksums are those that a download is compared with."""
     monkeypatch.setattr(sources, "DOWNLOADS", str(tmp_path / "downloads"))
     for url, sha256 in parallel.CHECKSUMS.items():
         raw = (MULTI30K / Path(url).name).read_bytes()
         assert hashlib.sha256(raw).hexdigest() == sha256
-        copy = tmp_path / "downloads" / url.removeprefix("https://")
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(raw)
+        write(tmp_path / "downloads" / url.removeprefix("https://"), gzip.decompress(raw))
     parallel.main([f"--out={tmp_path}"])
     meta = open_dataset(tmp_path / "multi30k", "train").meta
     for split, n in (("train", 29_000), ("valid", 1_014)):
         assert meta["splits"][split]["pairs"] + meta["left_out"][split]["too_long"] == n
     assert meta["left_out"]["train"]["too_long"] < 2 * 0.01 * 29_000
-
-
-@pytest.mark.slow  # reads 140,000 lines
-@real_tatoeba
-def test_no_tatoeba_sentence_is_in_both_splits():
-    """142,787 lines and 98,659 English sentences, counted by another program."""
-    examples = parallel.read(str(TATOEBA))
-    assert len(examples) == 142_787 and len({e["source"] for e in examples}) == 98_659
-    sides = {True: set(), False: set()}
-    for e in examples:
-        letters = "".join(c for c in e["source"].lower() if c.isalnum())
-        sides[sources.is_held_out(e["source"], 0.05)].add(letters)
-    assert not sides[True] & sides[False]
-    assert 0.045 < len(sides[True]) / len(sides[True] | sides[False]) < 0.055

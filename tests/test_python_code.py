@@ -3,6 +3,7 @@
 import ast
 
 import pytest
+from data_files import write
 
 from data import python_code
 from data.loader import open_dataset
@@ -10,8 +11,8 @@ from data.python_code import functions, parses, read_corpus, split_of
 
 SOURCE = '''
 import os
-
-class Box:
+\x0c
+class Box:  # a form feed before it does not shift the lines
     """A box."""
 
     @property
@@ -37,9 +38,6 @@ left of everything
 
 def one_line(): "doc"; return 1
 
-def only_documented():
-    """Nothing here."""
-
 if os.name:
     def nested():
         """Below an if."""
@@ -57,18 +55,14 @@ def module(i: int) -> str:
 @pytest.fixture
 def folder(tmp_path):
     """40 modules, a copy with other spaces, a renamed function, 2 broken files, 3 tests."""
-    root = tmp_path / "src"
-    (root / "tests").mkdir(parents=True)
-    for i in range(40):
-        (root / f"m{i}.py").write_text(module(i) + "\n# " + "x" * 400 + "\n")
-    (root / "zz_copy.py").write_text("# a comment\n\n" + module(3).replace("x + 3", "x  +  3"))
-    (root / "zz_body.py").write_text('def other(x):\n    """Other words."""\n    return x + 4\n')
-    (root / "zz_broken.py").write_text("def (")
-    (root / "zz_latin.py").write_bytes(b"# caf\xe9\n")
-    (root / "tests" / "a.py").write_text(module(100))
-    (root / "test_b.py").write_text(module(101))
-    (root / "conftest.py").write_text(module(102))
-    return root
+    texts = {f"m{i}.py": module(i) + "\n# " + "x" * 400 + "\n" for i in range(40)}
+    texts["zz_copy.py"] = "# a comment\n\n" + module(3).replace("x + 3", "x  +  3")
+    texts["zz_body.py"] = 'def other(x):\n    """Other words."""\n    return x + 4\n'
+    texts |= {"zz_broken.py": "def (", "zz_latin.py": b"# caf\xe9\n"}
+    texts |= {name: module(100) for name in ("tests/a.py", "test_b.py", "conftest.py")}
+    for name, text in texts.items():
+        write(tmp_path / "src" / name, text)
+    return tmp_path / "src"
 
 
 def test_functions_are_dedented_and_whole():
@@ -81,21 +75,13 @@ def test_functions_are_dedented_and_whole():
     assert all(parses(*pair) for pair in pairs)
 
 
-def test_a_form_feed_does_not_shift_the_lines():
-    """Python counts lines at newlines only; str.splitlines also splits at a form feed."""
-    text = 'x = 1\n\x0c\ndef f():\n    """Doc."""\n    return 2\n'
-    found = list(functions(text, ast.parse(text)))
-    assert found == [('def f():\n    """Doc."""\n', "    return 2")]
-
-
 GOOD = ["    return x", "    for i in x:\n        yield i\n\n    return 3", "    return '\\d'"]
 BAD = ["", "    return (x", "return x", "    return x\0", "    pass\nx = 1", '    "D."']
 
 
-def test_a_body_parses_or_not():
-    assert all(parses("def f(x):\n", body) for body in GOOD)
-    assert not any(parses("def f(x):\n", body) for body in BAD)
-    assert parses('def f(x):\n    """Doc."""\n', "    return x")
+@pytest.mark.parametrize("body", GOOD + BAD)
+def test_a_body_parses_or_not(body):
+    assert parses("def f(x):\n", body) is (body in GOOD)
 
 
 def test_near_duplicates_tests_and_broken_files_are_left_out_and_counted(folder):
@@ -108,40 +94,26 @@ def test_near_duplicates_tests_and_broken_files_are_left_out_and_counted(folder)
         "files that are empty or no Python of this version": 2,
         "functions near-duplicate": 1,
     }
-    for i in range(40):
-        assert any(module(i) in text for text in files[split_of(f"m{i}.py")])
 
 
 def test_of_copies_in_both_splits_the_held_out_one_is_dropped(tmp_path):
     for name, i in ((VALID[0], 1), (TRAIN[-1], 1), (VALID[1], 2)):
         (tmp_path / name).write_text(module(i))
-    files, _, _ = read_corpus(str(tmp_path))
-    assert files == {"train": [module(1)], "valid": [module(2)]}
+    assert read_corpus(str(tmp_path))[0] == {"train": [module(1)], "valid": [module(2)]}
 
 
 def test_both_sets_are_written_and_two_builds_are_equal(folder, tmp_path):
     for name in "ab":
         python_code.main([f"--source={folder}", f"--out={tmp_path / name}"])
-    names = ("python_code", "python_pairs")
-    stream, pairs = (open_dataset(tmp_path / "a" / name, "train") for name in names)
-    again = [open_dataset(tmp_path / "b" / name, "train").fingerprint for name in names]
-    assert [stream.fingerprint, pairs.fingerprint] == again
-    sizes = [(data.target_length, data.block_size) for data in (stream, pairs)]
-    assert sizes == [(128, 256), (192, 384)]
+    stream, pairs, again = (
+        open_dataset(tmp_path / name, "train")
+        for name in ("a/python_code", "a/python_pairs", "b/python_pairs")
+    )
+    assert pairs.fingerprint == again.fingerprint
+    assert [d.block_size for d in (stream, pairs)] == [256, 384] and pairs.target_length == 192
     assert module(int(TRAIN[0][1:-3])) in stream.tokenizer.decode(stream.tokens)
     assert all(parses(*pairs.text(i)) for i in range(len(pairs)))
     assert pairs.meta["python"] and pairs.meta["dropped"]["functions near-duplicate"] == 1
-
-
-@pytest.mark.parametrize("target_length, too_long", [(44, 0), (43, 1)])
-def test_longer_pairs_are_left_out(folder, tmp_path, target_length, too_long):
-    body = '    return "' + "x" * 30 + '"'  # 43 bytes; with the separator 44
-    (folder / "m0.py").write_text(f'def long(x):\n    """Doc."""\n{body}\n{module(0)}')
-    flags = [f"--target_length={target_length}", "--block_size=90", f"--out={tmp_path}"]
-    python_code.main([f"--source={folder}", *flags])
-    data = open_dataset(tmp_path / "python_pairs", "train")
-    assert (data.target_length, data.block_size) == (target_length, 90)
-    assert sum(counts["too_long"] for counts in data.meta["left_out"].values()) == too_long
 
 
 @pytest.mark.parametrize(

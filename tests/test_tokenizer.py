@@ -9,15 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import bpe
+from data import tokenizer as module
 from data.loader import open_dataset, write_stream
-from data.tokenizer import (
-    _LOADED,
-    BUILT_IN,
-    LONGEST_SPACES,
-    MASK_MARK,
-    get_tokenizer,
-    tokenizer_from_json,
-)
+from data.tokenizer import LONGEST_SPACES, MASK_MARK, get_tokenizer, tokenizer_from_json
 
 CACHE = os.environ.get("TIKTOKEN_CACHE_DIR", "")
 TEXT = "naïve café, 日本 🙂\n\tdef f(x): return x\0<|endoftext|>"
@@ -65,8 +59,7 @@ def test_a_million_spaces_come_back(tokenizer, spaces):
 @pytest.mark.parametrize("n", [1000, LONGEST_SPACES - 1, LONGEST_SPACES])
 def test_runs_that_tiktoken_can_encode_are_encoded_as_there(n):
     text = f"{TEXT}{' ' * n}{TEXT}{'x ' * 50_000}"
-    oracle = tiktoken.get_encoding("gpt2").encode_ordinary(text)
-    assert get_tokenizer("gpt2").encode(text) == oracle
+    assert get_tokenizer("gpt2").encode(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
 def test_reserved_ids_end_the_vocabulary(tokenizer):
@@ -89,17 +82,14 @@ def test_bytes_that_are_not_utf8(tokenizer):
     assert get_tokenizer("bytes").decode([97, 0xFF, 98, 0xC3]) == "a\ufffdb\ufffd"
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("gtp2", "did you mean 'gpt2'"),
-        ("wordpiece", "unknown tokenizer 'wordpiece'; available: bytes, gpt2; a tokenizer is"),
-        ("nowhere.json", "nowhere.json: no such file"),
-    ],
-)
-def test_an_unknown_name_is_refused(name, message):
-    with pytest.raises(ValueError, match=message):
-        get_tokenizer(name)
+def test_an_unknown_name_is_refused():
+    messages = {
+        "gtp2": "did you mean 'gpt2'",
+        "x": "unknown tokenizer 'x'; available: bytes, gpt2;",
+    }
+    for name, message in (messages | {"no.json": "no.json: no such file"}).items():
+        with pytest.raises(ValueError, match=message):
+            get_tokenizer(name)
 
 
 def test_ids_are_a_tokenizer_of_numbers():
@@ -118,11 +108,11 @@ def test_a_file_is_named_by_its_content_wherever_it_lies(own_file, tmp_path, mon
     tokenizer = get_tokenizer("~/ä")
     chunks = {"train": [tokenizer.encode("the end of the book\n" * 30)]}
     write_stream(tmp_path / "set", chunks, "~/ä/tokenizer.json", 8, 16)
-    _LOADED.clear()
+    module._LOADED.clear()
     data = open_dataset(tmp_path / "set", "train")
     assert data.tokenizer.name == data.tokenizer_name == tokenizer.name
     assert data.tokenizer.decode(data.tokens).startswith("the end of the book")
-    _LOADED.clear()
+    module._LOADED.clear()
     (tmp_path / "set" / "tokenizer.json").write_text(bpe.train(["another one"], 256))
     with pytest.raises(ValueError, match="was replaced"):
         open_dataset(tmp_path / "set", "train")
@@ -131,4 +121,4 @@ def test_a_file_is_named_by_its_content_wherever_it_lies(own_file, tmp_path, mon
 def test_a_missing_vocabulary_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: open("/no/network"))
     with pytest.raises(ValueError, match="FileNotFoundError.*set TIKTOKEN_CACHE_DIR"):
-        BUILT_IN["gpt2"].__wrapped__()  # without its cache
+        module._gpt2.__wrapped__()  # without its cache
