@@ -116,10 +116,8 @@ class Folder:
     def _read_header(self, path: Path) -> None:
         safetensors = require("safetensors")
         if not path.is_file():
-            remedy = "download the incomplete folder again"
-            pickles = [p.name for p in self.path.glob("*") if p.suffix in PICKLES]
-            if pickles and not any(self.path.glob("*.safetensors")):
-                remedy = f"the folder has {pickles[0]}, but {SAFE_WAY}"
+            incomplete = any(self.path.glob("*.safetensors"))
+            remedy = "download the incomplete folder again" if incomplete else SAFE_WAY
             raise ValueError(f"{path}: no such file; {remedy}")
         refuse_lfs_pointer(path)
         try:
