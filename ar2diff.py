@@ -1,11 +1,11 @@
-"""AR2Diff: convert an AR model into a text diffusion model (arXiv 2401.17181, section 4.5).
+"""AR2Diff: convert an AR model into a text diffusion model (arXiv 2401.17181).
 
     python ar2diff.py --init_from=out/ar/ckpt.pt --out_dir=out/start --check
     python ar2diff.py --init_from=Qwen/Qwen2.5-0.5B --out_dir=out/qwen --check
     python ar2diff.py --init_from=out/qwen/ckpt.pt --export=out/qwen_hf  # and back
 
-The weights stay. What changes is the mask, the position that predicts a slot, and the
-loss. train.py continues from ckpt.pt: N steps of adaptation (AR2Diff_N), fine-tuning.
+The weights stay. The mask, the position that predicts a slot and the loss change.
+train.py continues from ckpt.pt: N steps (AR2Diff_N), then fine-tuning.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import autoregressive
 import diffusion
-from configurator import configure, require, run, setting, validate
+from configurator import configure, needs, require, run, setting, validate
 from data.loader import build_if_missing, open_dataset
 from data.objectives import Batch
 from data.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ from model import NEW_MODULES, Transformer, model_from_state_dict
 
 @dataclass
 class ConvertConfig:
-    """What to convert, and into what. The defaults did best on translation."""
+    """What to convert, and into what."""
 
     init_from: str = setting(
         "out/ar2diff_1_ar/ckpt.pt", "checkpoint, HF folder, hub name or .gguf", path=True
@@ -38,8 +38,8 @@ class ConvertConfig:
     out_dir: str = setting("out/ar2diff_start", "place of ckpt.pt", path=True)
     paradigm: str = setting("diffusion", "ar: import only", ("diffusion", "ar"))
     export: str = setting("", "write a Hugging Face folder", path=True)
-    block_size: int = setting(0, "imports; 0: at most 4,096", minimum=0)
-    target_length: int = setting(0, "imports; 0: at most 128", minimum=0)
+    block_size: int = setting(0, "imports; 0: at most 4,096")
+    target_length: int = setting(0, "imports; 0: at most 128")
     prefix_attention: str = setting(
         "bidirectional", "joint is the paper's", ("bidirectional", "causal", "joint")
     )
@@ -50,7 +50,7 @@ class ConvertConfig:
     data: str = setting("", "of --check; default: the AR model's", path=True)
     prompt: str = setting("", "of --check for imports; default: a paragraph")
     overwrite: bool = setting(False, "replace a checkpoint")
-    seed: int = setting(0, "of --check", minimum=0, maximum=2**62)
+    seed: int = setting(0, "of --check", maximum=2**62)
 
     def __post_init__(self):
         validate(self)
@@ -63,10 +63,9 @@ class Check(NamedTuple):
 
 
 def convert(source: Transformer, copy: bool = True, **settings) -> Transformer:
-    """Return a new model with the same weights and other settings.
+    """Return a new model with the same weights (copies or not) and other settings.
 
-    NEW_MODULES may be added. They are zero, so the network computes what it did wherever
-    it sees the same tokens. copy=False shares the tensors with the source.
+    NEW_MODULES may be added. They are zero: the same tokens give the same logits.
     """
     weights = source.state_dict()
     if copy:
@@ -75,20 +74,19 @@ def convert(source: Transformer, copy: bool = True, **settings) -> Transformer:
 
 
 def new_weights(model: Transformer) -> dict[str, Tensor]:
-    """Return the weights that an AR model has not, by name."""
     weights = model.state_dict().items()
     return {name: w for name, w in weights if name.split(".")[0] in NEW_MODULES}
 
 
 def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
-    """Return the extra edges (T, T), or (P + T, P + T) if joint, open at this step.
+    """Return the open edges (T, T) at this step, or (P + T, P + T) if joint.
 
-    Their random share grows linearly up to 1 (DiffuLLaMA, arXiv 2410.17891, section 3.2).
+    Their random share grows linearly up to 1 (DiffuLLaMA, arXiv 2410.17891).
     """
     P = batch.prefix.shape[1] if joint else 0
     T = batch.target.shape[1]
-    # The target comes first, so its edges do not depend on the prefix length.
-    row = torch.cat([torch.arange(T, T + P), torch.arange(T)]).to(batch.target.device)
+    # The target comes first: its edges do not depend on the prefix length.
+    row = torch.arange(P + T, device=batch.target.device).roll(P)
     uniform, _ = make_rng(seed, row, step).uniform(EDGES, P + T)
     return uniform[:, row] < (step + 1) / steps
 
@@ -97,16 +95,17 @@ def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
 
 
 @torch.no_grad()
-def verify(source, model, batch: Batch, seed: int = 0, knows_text: bool = True) -> list[Check]:
-    """Compare a converted model with its AR source on text that the source has not seen.
+def verify(source, model, batch, seed: int = 0, knows_text: bool = True) -> list[Check]:
+    """Compare a converted model with its AR source on text.
 
-    knows_text: whether the source should predict this text better than guessing.
+    knows_text: the source must predict it better than guessing.
     """
     weights = model.state_dict()
     new = new_weights(model)
-    as_source = model_from_state_dict(source.cfg, {k: weights[k] for k in weights if k not in new})
-    difference = as_source(batch.prefix, batch.target) - source(batch.prefix, batch.target)
-    error = difference.abs().max().item()
+    old = {name: weights[name] for name in weights.keys() - new.keys()}
+    as_source = model_from_state_dict(source.cfg, old)
+    texts = (batch.prefix, batch.target)
+    error = (as_source(*texts) - source(*texts)).abs().max().item()
     largest = max((w.abs().max().item() for w in new.values()), default=0.0)
     ar_loss = autoregressive.loss(source, batch, None, None).item()
     guess = math.log(model.cfg.n_ordinary + 1)
@@ -128,39 +127,42 @@ def verify(source, model, batch: Batch, seed: int = 0, knows_text: bool = True) 
 
 
 def check_future(model, batch, sees: bool) -> Check:
-    """Change the last token: does an earlier prediction change?"""
     changed = batch.target.clone()
     changed[:, -1] = (changed[:, -1] + 1) % model.cfg.n_ordinary
     difference = model(batch.prefix, changed) - model(batch.prefix, batch.target)
     earlier = difference[:, :1] if sees else difference[:, :-1]
     effect = earlier.abs().max().item()
-    claims = ("the source does not see later tokens", "the converted model sees later tokens")
+    claim = "the source does not see later tokens"
+    if sees:
+        claim = "the converted model sees later tokens"
     measured = f"the last token changes earlier logits by {effect:.1e}"
-    return Check(claims[sees], measured, (effect > 0) == sees)
+    return Check(claim, measured, (effect > 0) == sees)
 
 
 def check_prefix(model, batch, seed: int) -> Check:
-    """Record every prefix that a two-pass loss and a generation read."""
+    """Record every prefix that a loss and a generation read."""
     first = Batch(*(part[:2] for part in batch))
     T = model.cfg.target_length
     if first.prefix.shape[1] == T:  # reads are told apart by their width
         first = first._replace(prefix=first.prefix[:, :-1])
     seen = []
-    hook = model.tok.register_forward_hook(lambda module, ids, out: seen.append(ids[0]))
-    diffusion.loss(model, first, diffusion.LossConfig(), make_rng(seed, first.example))
+    hook = model.tok.register_forward_hook(lambda _, ids, out: seen.append(ids[0]))
+    rng = make_rng(seed, first.example)
+    diffusion.loss(model, first, diffusion.LossConfig(), rng)
     prompt = first.prefix
     if model.cfg.sep_id < 0:
         prompt = torch.cat([prompt, first.target[:, :1]], dim=1)
     diffusion.generate(model, prompt, diffusion.SamplerConfig(steps=2), seed)
     hook.remove()
-    reads = [ids[:, : first.prefix.shape[1]] for ids in seen if ids.shape[1] != T]
+    P = first.prefix.shape[1]
+    reads = [ids[:, :P] for ids in seen if ids.shape[1] != T]
     changed = sum(not torch.equal(ids, first.prefix) for ids in reads)
     measured = f"{changed} of {len(reads)} reads changed"
     return Check("the prefix is never corrupted", measured, len(reads) > 0 == changed)
 
 
 def check_alignment(as_source, batch, ar_loss: float) -> Check:
-    """With the causal mask and clean tokens, the right alignment gives the AR loss."""
+    """On clean tokens the right alignment gives the AR loss."""
     logits = as_source(batch.prefix, batch.target)
     expected = batch.target[:, 1:]
 
@@ -169,24 +171,22 @@ def check_alignment(as_source, batch, ar_loss: float) -> Check:
         return F.cross_entropy(aligned.mT, expected).item()
 
     before = clean_loss(True)
-    measured = f"loss {before:.3f} at i - 1, {clean_loss(False):.3f} at i; AR {ar_loss:.3f}"
+    same = clean_loss(False)
+    measured = f"loss {before:.3f} at i - 1, {same:.3f} at i; AR {ar_loss:.3f}"
     ok = abs(before - ar_loss) < 1e-3 * max(1.0, ar_loss)
     return Check("position i - 1 predicts slot i", measured, ok)
 
 
 def check_loss_after(model, batch, seed: int) -> Check:
     rng = make_rng(seed, batch.example)
-    losses = diffusion.loss_by_rate(model, batch, rng, [0.0, 0.5, 1.0]).values()
+    losses = diffusion.loss_by_rate(model, batch, rng, (0.0, 0.5, 1.0))
     claim = f"L(1) after, at corruption 0 / 0.5 / 1, shift={model.cfg.shift}"
-    measured = " / ".join(f"{value:.3f}" for value in losses)
-    return Check(claim, measured, all(map(math.isfinite, losses)))
-
-
-# The command
+    measured = " / ".join(f"{value:.3f}" for value in losses.values())
+    return Check(claim, measured, all(map(math.isfinite, losses.values())))
 
 
 class Source(NamedTuple):
-    """An AR model. path: its Hugging Face folder or GGUF file; None: a checkpoint."""
+    """An AR model. path: its folder or file; None: a checkpoint."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -196,7 +196,6 @@ class Source(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    """Convert, and verify if asked. Exits with status 1 if a check fails."""
     cfg = configure(ConvertConfig, argv)
     if cfg.export:
         from hf.convert import export
@@ -212,23 +211,23 @@ def main(argv: list[str]) -> None:
     settings = {name: getattr(cfg, name) for name in names}
     settings |= {"paradigm": "diffusion", "target_attention": "bidirectional"}
     # With shared tensors, --check would compare the model with itself.
-    import_only = cfg.paradigm == "ar"
-    model = source.model if import_only else convert(source.model, copy=cfg.check, **settings)
+    model = source.model
+    if cfg.paradigm == "diffusion":
+        model = convert(source.model, copy=cfg.check, **settings)
     if cfg.check:
         report(source, model, cfg)
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"train_config": {"data": source.data}, "converted_from": source.origin}
     save(out, model, 0, source.tokenizer.name, **facts)
-    if import_only:
+    if model is source.model:
         print(f"{out}: {source.origin} as an AR model, not converted")
         return
     new = sum(w.numel() for w in new_weights(model).values())
     flags = " ".join(f"--{name}={value}" for name, value in settings.items())
-    print(f"{out}: {source.origin} as a diffusion model, {flags} | {new:,} new weights, all zero")
+    print(f"{out}: {source.origin} as a diffusion model, {flags} | {new:,} new weights")
 
 
 def open_source(cfg: ConvertConfig) -> Source:
-    """Read the AR model: one of our checkpoints, or imported weights."""
     path = cfg.init_from
     if Path(path).suffix != ".pt":
         from hf.convert import import_source
@@ -245,7 +244,7 @@ def open_source(cfg: ConvertConfig) -> Source:
 
 
 def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
-    """Print all checks. Exits with status 1 if one fails."""
+    """Print all checks. Exit with status 1 if one fails."""
     batch = check_batch(source, cfg)
     checks = []
     if source.path is not None:
@@ -268,16 +267,15 @@ def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
 def check_batch(source: Source, cfg: ConvertConfig) -> Batch:
     """Return held-out data, or a paragraph for imported weights."""
     data = cfg.data or source.data
+    model_cfg = source.model.cfg
     if not data and source.path is not None:
         from hf.convert import text_batch
 
-        return text_batch(cfg.prompt, source.tokenizer, source.model.cfg)
-    require(data, f"{cfg.init_from} does not name its data; give a data set with --data")
+        return text_batch(cfg.prompt, source.tokenizer, model_cfg)
+    require(data, f"{cfg.init_from} does not name its data; give it with --data")
     valid_set = open_dataset(build_if_missing(data), "valid")
-    ours = source.tokenizer.name, source.model.cfg.target_length
-    for name, value in zip(("tokenizer_name", "target_length"), ours):
-        got = getattr(valid_set, name)
-        require(got == value, f"{data} has {name} {got!r}, the model {value!r}; use other --data")
+    needs(valid_set, f"{cfg.init_from} with --data={data}", tokenizer_name=source.tokenizer.name)
+    needs(valid_set, f"{cfg.init_from} with --data={data}", target_length=model_cfg.target_length)
     return valid_set.batch(cfg.seed, 0, 16)
 
 

@@ -1,4 +1,4 @@
-"""Autoregressive language modelling: loss, generate. Compare it with diffusion.py."""
+"""Autoregressive models: loss and generate. Compare it with diffusion.py."""
 
 import math
 from collections.abc import Iterator
@@ -19,17 +19,18 @@ class SamplerConfig:
     """How the next token is drawn."""
 
     temperature: float = setting(0.0, "0: greedy", minimum=1e-3, zero_ok=True)
-    top_k: int = setting(0, "keep the k most likely; 0: all", minimum=0)
+    top_k: int = setting(0, "keep the k most likely; 0: all")
     top_p: float = setting(1.0, "keep this probability", above=0, maximum=1)
 
     def __post_init__(self):
         validate(self)
 
 
-def losses(model, batch, cfg, rng: CounterRNG, extra_edges=None, scale=1.0) -> Iterator[Tensor]:
-    """Yield the one term, times scale: cross-entropy, nats per slot, pads included."""
-    logits = model(batch.prefix, batch.target)  # (B, T, V); position i predicts slot i + 1
-    expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)  # -100 is not scored
+def losses(model, batch, cfg, rng, extra_edges=None, scale=1.0) -> Iterator[Tensor]:
+    """Yield the one term, times scale: nats per slot, pads included."""
+    logits = model(batch.prefix, batch.target)  # (B, T, V)
+    # Position i predicts slot i + 1; -100 is not scored.
+    expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)
     yield cross_entropy_in_place(logits, expected) * scale
 
 
@@ -39,13 +40,11 @@ def loss(model, batch, cfg, rng: CounterRNG) -> Tensor:
 
 
 @torch.no_grad()
-def generate(
-    model, prefix, cfg: SamplerConfig, seed=0, example=None, on_step=None
-) -> GenerateOutput:
-    """Continue each prefix (B, P), one token a call, until a pad or the target's end.
+def generate(model, prefix, cfg, seed=0, example=None, on_step=None):
+    """Continue each prefix (B, P) until a pad, one token per network call.
 
-    example (B,): keys of the random numbers.
-    on_step: called with (step, tokens (B, T - 1), logits (B, 1, V), rows (B,)).
+    example (B,): keys of the random numbers. on_step: called with (step,
+    tokens (B, T - 1), logits (B, 1, V), rows (B,)).
     """
     model_cfg = model.cfg
     B = len(prefix)
@@ -77,15 +76,16 @@ def generate(
     return GenerateOutput(tokens, score / calls, calls)
 
 
-def draw_next(logits: Tensor, cfg: SamplerConfig, rng: CounterRNG) -> Tensor:
+def draw_next(logits: Tensor, cfg, rng: CounterRNG) -> Tensor:
     """Draw a token (B,) from logits (B, V); top-p: arXiv 1904.09751."""
     if cfg.temperature == 0:
         return logits.argmax(-1)
     uniform, _ = rng.uniform(SAMPLE, 1)  # (B, 1)
     if not cfg.top_k and cfg.top_p == 1:
         return draw_tokens(logits[:, None], cfg.temperature, uniform)[:, 0]
-    probs, order = (logits / cfg.temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
-    before = probs.cumsum(-1) - probs  # the probability of all more likely tokens
+    probs = (logits / cfg.temperature).softmax(-1)  # (B, V)
+    probs, order = probs.sort(-1, descending=True)
+    before = probs.cumsum(-1) - probs  # of all more likely tokens
     keep = before < cfg.top_p
     if cfg.top_k:
         keep[:, cfg.top_k :] = False

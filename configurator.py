@@ -33,7 +33,7 @@ BOOLEANS = {None: True, "true": True, "1": True, "false": False, "0": False}
 
 
 def setting(default, help: str, choices: tuple = (), **limits):
-    """A dataclass field with its limits: minimum, maximum, above (exclusive).
+    """A field with limits: minimum (default 0), maximum, above (exclusive).
 
     zero_ok: 0 is allowed below the minimum. path: expand a leading ~.
     hidden: cannot be typed. may_change: when a run resumes.
@@ -43,12 +43,12 @@ def setting(default, help: str, choices: tuple = (), **limits):
 
 
 def group(cls: type):
-    """A field that holds another settings dataclass. Its settings have no prefix."""
+    """A field that holds another settings dataclass."""
     return dataclasses.field(default_factory=cls, metadata={"group": cls})
 
 
 def all_fields(*classes: type) -> dict[str, dataclasses.Field]:
-    """Return every setting of the classes and of their groups, by name."""
+    """Return all settings of the classes, by name."""
     found = {}
     for cls in classes:
         for field in dataclasses.fields(cls):
@@ -100,13 +100,13 @@ def _check_limits(value, field) -> None:
     if isinstance(value, bool | str) or (zero_ok and value == 0):
         return
     whole = isinstance(value, int)
-    minimum = limits.get("minimum", -math.inf)
+    minimum = limits.get("minimum", 0)
     above = limits.get("above", -math.inf)
     maximum = limits.get("maximum", 2**31 - 1 if whole else math.inf)
     rules = {
         "a finite number": whole or math.isfinite(value),
-        f"at least {minimum}": value >= minimum,
         f"above {above}": value > above,
+        f"at least {minimum}": value >= minimum,
         f"at most {maximum}": value <= maximum,
     }
     for rule, holds in rules.items():
@@ -115,12 +115,11 @@ def _check_limits(value, field) -> None:
 
 
 def configure(cls: type, argv: list[str]):
-    """Build a `cls` from config files and --key=value flags."""
     return build(cls, read_settings((cls,), argv))
 
 
 def build(cls: type, values: dict):
-    """Build a `cls` and its groups from a flat dict. Other names are ignored."""
+    """Build a `cls` from a flat dict. Other names are ignored."""
     parts = {}
     for field in dataclasses.fields(cls):
         if "group" in field.metadata:
@@ -131,7 +130,7 @@ def build(cls: type, values: dict):
 
 
 def flatten(cfg) -> dict:
-    """Return all settings of a dataclass and its groups as one flat dict."""
+    """Return all settings, those of groups too, as one dict."""
     flat = {}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
@@ -140,7 +139,7 @@ def flatten(cfg) -> dict:
 
 
 def from_stored(cls: type, stored: dict, source: str):
-    """Build a `cls` from the settings in a file. Raises ValueError if one is unknown."""
+    """Build a `cls` from the settings in a file."""
     fields = all_fields(cls)
     for name in stored:
         known = name in fields
@@ -149,7 +148,7 @@ def from_stored(cls: type, stored: dict, source: str):
 
 
 def read_settings(classes, argv: list[str]) -> dict:
-    """Read the settings in argv as a flat dict. validate() checks limits later."""
+    """Read argv as a flat dict. validate() checks the limits later."""
     fields = typed_fields(*classes)
     values = {}
     for arg in argv:
@@ -185,9 +184,9 @@ def _read_file(path: str) -> dict:
     require(is_file, f"{path}: no such config file (settings are given as --key=value)")
     try:
         names = runpy.run_path(path)
-    except Exception as error:  # whatever is wrong in the file, the user can fix it
+    except Exception as error:  # the user can fix it
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
-    skipped = (type(os), type, Callable)  # what an import or a def leaves behind
+    skipped = (type(os), type, Callable)  # by an import or a def
     public = {name: value for name, value in names.items() if name[0] != "_"}
     return {k: v for k, v in public.items() if not isinstance(v, skipped)}
 
@@ -212,14 +211,14 @@ def refuse_changes(given: dict, fixed: dict, context, hint="drop the setting", a
 
 
 def describe(cfg) -> str:
-    """Return the settings that differ from their defaults as flags."""
+    """Return the changed settings as flags."""
     fields = all_fields(type(cfg))
     changed = [f"--{k}={v}" for k, v in flatten(cfg).items() if v != fields[k].default]
     return " ".join(changed) or "(all defaults)"
 
 
 def suggest(name: str, known, otherwise="") -> str:
-    """Return ", did you mean 'x'?" for a mistyped name, else the known names."""
+    """Return ", did you mean 'x'?" or the known names."""
     names = list(map(str, known))
     if close := difflib.get_close_matches(str(name), names, n=1):
         return f", did you mean {close[0]!r}?"
@@ -227,7 +226,6 @@ def suggest(name: str, known, otherwise="") -> str:
 
 
 def help_text(*classes: type) -> str:
-    """Return one line for each setting: name, default, comment, choices."""
     lines = []
     for name, field in typed_fields(*classes).items():
         choices = " | ".join(field.metadata["choices"])
@@ -238,7 +236,7 @@ def help_text(*classes: type) -> str:
 
 
 def run(main: Callable[[list[str]], object], *classes: type) -> None:
-    """Call main(sys.argv[1:]). An error is one line on stderr; --help lists the classes."""
+    """Call main(sys.argv[1:]). An error is one line. --help lists the classes."""
     from view.streams import secure_streams
 
     secure_streams()

@@ -31,7 +31,7 @@ from model import split_prompt
 
 
 def sample_noise(uniform: Tensor, model_cfg) -> Tensor:
-    """Map numbers in [0, 1) to noise: any ordinary token or pad (SUNDAE), or mask_id (D3PM)."""
+    """Map numbers in [0, 1) to noise: any text token or pad, or mask_id."""
     if model_cfg.noise == "mask":
         return torch.full(uniform.shape, model_cfg.mask_id, device=uniform.device)
     skip_eos = model_cfg.eos_id >= 0  # no text contains it
@@ -42,10 +42,10 @@ def sample_noise(uniform: Tensor, model_cfg) -> Tensor:
 
 
 def corrupt(target: Tensor, rate: Tensor, model_cfg, rng: CounterRNG) -> Tensor:
-    """Replace tokens (B, T), except slot 0, by noise with probability rate (B, 1)."""
+    """Replace tokens (B, T) by noise with probability rate (B, 1)."""
     chance, value = rng.uniform(CORRUPT, target.shape[1])
     hit = chance < rate  # (B, T)
-    hit[:, 0] = False
+    hit[:, 0] = False  # slot 0 is given
     return torch.where(hit, sample_noise(value, model_cfg), target)
 
 
@@ -54,33 +54,33 @@ def corrupt(target: Tensor, rate: Tensor, model_cfg, rng: CounterRNG) -> Tensor:
 
 @dataclass
 class LossConfig:
-    """The diffusion loss. The kind of noise is a setting of the model."""
+    """The loss. The kind of noise is a setting of the model."""
 
     unroll_steps: int = setting(2, "passes; paper: 2", minimum=1, maximum=16)
-    unroll_temperature: float = setting(0.0, "0: pass 2 reads the argmax", minimum=0)
-    full_noise_prob: float = setting(0.0, "rows of pure noise", minimum=0, maximum=1)
-    ar_loss_weight: float = setting(0.0, "keep the AR loss too", minimum=0)
+    unroll_temperature: float = setting(0.0, "0: pass 2 reads the argmax")
+    full_noise_prob: float = setting(0.0, "rows of pure noise", maximum=1)
+    ar_loss_weight: float = setting(0.0, "keep the AR loss too")
 
     def __post_init__(self):
         validate(self)
 
 
 def draw_rate(cfg: LossConfig, rng: CounterRNG) -> Tensor:
-    """Draw corruption rates (B, 1) from U(0, 1), some of them 1."""
+    """Draw corruption rates (B, 1)."""
     rate, kind = rng.uniform(RATE, 1)
     return torch.where(kind < cfg.full_noise_prob, 1.0, rate)
 
 
 def align_logits(logits: Tensor, shift: bool) -> Tensor:
-    """Return the logits (B, T - 1, V) of slots 1 .. T - 1, which may come a position early."""
+    """Return the logits (B, T - 1, V) of slots 1 .. T - 1."""
     return logits[:, :-1] if shift else logits[:, 1:]
 
 
-def losses(model, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None, scale=1.0):
-    """Yield the terms L(1), L(2), ..., times scale: nats per slot, pads included.
+def losses(model, batch, cfg, rng, rate=None, extra_edges=None, scale=1.0):
+    """Yield L(1), L(2), ..., times scale: nats per slot, pads included.
 
-    Call backward() on each before the next is computed: that frees its graph. The
-    prefix is read once: a last term of value 0 carries all gradients into it.
+    Call backward() on each before the next is computed, to free its graph. The prefix
+    is read once: a last term of value 0 carries all gradients into it.
     """
     cache = model.encode(batch.prefix, reserve=batch.target.shape[1])
     detached, pairs = cache.detach()
@@ -92,11 +92,10 @@ def losses(model, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None, scal
         yield carried - carried.detach()
 
 
-def loss_terms(model, cache, batch, cfg, rng: CounterRNG, rate=None, extra_edges=None):
-    """Yield the terms for a prefix that was read into cache.
+def loss_terms(model, cache, batch, cfg, rng, rate=None, extra_edges=None):
+    """Yield the terms for a prefix in cache; with ar_loss_weight, causal_loss too.
 
-    L(k + 1) reads the prediction of pass k, without a gradient, as tokens and as
-    self-conditioning. With ar_loss_weight the last term is causal_loss.
+    L(k + 1) reads the prediction of pass k, as tokens and as self-conditioning.
     """
     model_cfg = model.cfg
     target = batch.target  # (B, T)
@@ -126,20 +125,21 @@ def loss_terms(model, cache, batch, cfg, rng: CounterRNG, rate=None, extra_edges
 
 
 def causal_loss(model, cache, target: Tensor) -> Tensor:
-    """Return the AR loss of these weights, nats per slot, under the causal mask."""
+    """Return the AR loss of these weights, nats per slot."""
     logits = model.decode(cache.fork(), target, attention="causal")  # (B, T, V)
     expected = F.pad(target[:, 1:], (0, 1), value=-100)
     return cross_entropy_in_place(logits, expected)
 
 
 def loss(model, batch, cfg, rng: CounterRNG) -> Tensor:
-    """Return L(1) + L(2) of AR2Diff: a plain sum, nats per slot."""
-    return sum(loss_terms(model, model.encode(batch.prefix), batch, cfg, rng))
+    """Return L(1) + L(2), a plain sum, nats per slot."""
+    cache = model.encode(batch.prefix)
+    return sum(loss_terms(model, cache, batch, cfg, rng))
 
 
 @torch.no_grad()
 def loss_by_rate(model, batch, rng: CounterRNG, rates) -> dict[str, float]:
-    """Return L(1) at fixed corruption rates, nats per slot. No AR loss compares with it."""
+    """Return L(1), nats per slot, at fixed corruption rates."""
     cfg = LossConfig(unroll_steps=1)
     cache = model.encode(batch.prefix, reserve=batch.target.shape[1])
     found = {}
@@ -154,28 +154,28 @@ SOFTMAX_CHUNK = 1 << 24  # logits per softmax, to bound its memory
 
 
 def expected_embedding(model, logits: Tensor) -> Tensor:
-    """Return the expected embedding (B, T, C) of logits (B, T - 1, V); slot 0: zeros."""
+    """Return the mean embedding (B, T, C) of logits (B, T - 1, V), slot 0: zeros."""
     rows = max(1, SOFTMAX_CHUNK // logits[0].numel())
     parts = [model.expected_embedding(part) for part in logits.split(rows)]
     return F.pad(torch.cat(parts), (0, 0, 1, 0))
 
 
-# Samplers: one step each, all with the signature of `resample`. denoise() runs them.
+# Samplers: one step each. denoise() runs them.
 
 
 class SamplerState(NamedTuple):
-    """What a sampler reads and returns, for R rows and S slots."""
+    """What a sampler reads and returns: R rows, S slots."""
 
     canvas: Tensor  # (R, S) the tokens that the network reads next
     output: Tensor  # (R, S) the text, if the row stopped now
     scored: Tensor  # (R, S) the tokens whose mean NLL is the row's score
     aux: Tensor  # (R, S) float, for the sampler's own use
     converged: Tensor  # (R,) bool: another step would change nothing
-    editable: Tensor  # (R, S) bool, False where the token is given (infilling)
+    editable: Tensor  # (R, S) bool, False: given (infilling)
 
 
 def resample(logits, state, step, cfg, rng, model_cfg):
-    """Redraw a random share of the slots; all of them in the paper (section 4.2)."""
+    """Redraw a random share of the slots; the paper (section 4.2): all."""
     S = logits.shape[1]
     drawn = draw_tokens(logits, cfg.temperature, rng.uniform(SAMPLE, S)[0])
     chosen = rng.uniform(SELECT, S)[0] < cfg.update_fraction
@@ -187,9 +187,9 @@ def resample(logits, state, step, cfg, rng, model_cfg):
 
 
 def argmax_unrolled(logits, state, step, cfg, rng, model_cfg):
-    """Rewrite the slots that were least confident in the last pass (SUNDAE, section 2.4)."""
+    """Rewrite the least confident slots of the last pass (SUNDAE, section 2.4)."""
     drawn = argmax(logits)
-    confidences = -token_nll(logits, drawn)  # (R, S); aux: those of the last pass
+    confidences = -token_nll(logits, drawn)  # (R, S)
     chosen = state.editable
     if step > 0:
         # 50 x 0.3 is 15.000001 in float32, hence the small number.
@@ -202,7 +202,7 @@ def argmax_unrolled(logits, state, step, cfg, rng, model_cfg):
 
 
 def confidence(logits, state, step, cfg, rng, model_cfg):
-    """Keep the most confident slots, more of them each step; renoise the others."""
+    """Keep the most confident slots, more each step; renoise the others."""
     uniform, _ = rng.uniform(SAMPLE, logits.shape[1])
     drawn = draw_tokens(logits, cfg.temperature, uniform)
     nll = token_nll(logits, drawn).masked_fill(~state.editable, math.inf)  # (R, S)
@@ -215,9 +215,9 @@ def confidence(logits, state, step, cfg, rng, model_cfg):
 
 
 def entropy_bound(logits, state, step, cfg, rng, model_cfg):
-    """Keep the slots of lowest entropy, up to a bound of their sum; renoise the others.
+    """Keep slots of low entropy, up to a bound of its sum; renoise the others.
 
-    The temperature falls linearly, as in DiffusionGemma's sampler (transformers 5.23).
+    The temperature falls, as in DiffusionGemma (transformers 5.23).
     """
     progress = step / max(cfg.steps - 1, 1)
     fall = cfg.temperature_start - cfg.temperature_end
@@ -247,8 +247,8 @@ class SamplerConfig:
     candidates: int = setting(1, "canvases per prompt", minimum=1)
     temperature_start: float = setting(0.8, "entropy_bound", minimum=1e-3, zero_ok=True)
     temperature_end: float = setting(0.4, "entropy_bound", minimum=1e-3, zero_ok=True)
-    entropy_bound: float = setting(0.1, "nats accepted per step", minimum=0)
-    stop_entropy: float = setting(0.005, "nats per slot: a row may stop", minimum=0)
+    entropy_bound: float = setting(0.1, "nats accepted per step")
+    stop_entropy: float = setting(0.005, "nats per slot: a row may stop")
 
     def __post_init__(self):
         validate(self)
@@ -264,13 +264,13 @@ def _replace_masks(tokens: Tensor, drawn: Tensor, model_cfg) -> Tensor:
 
 
 def _keep_or_renoise(logits, state, kept, drawn, entropies, cfg, rng, model_cfg):
-    """Kept slots get their drawn token, the others noise. aux: the last output."""
+    """Kept slots get their drawn token, the others noise. aux: the output."""
     noise = sample_noise(rng.uniform(RENOISE, kept.shape[1])[0], model_cfg)
     canvas = torch.where(kept, drawn, noise)
     canvas = torch.where(state.editable, canvas, state.canvas)
     output = torch.where(state.editable, argmax(logits), state.canvas)
     converged = state.converged
-    if entropies is not None:  # a row converges if its output repeats at low entropy
+    if entropies is not None:  # stop if the output repeats
         n = state.editable.sum(1).clamp(min=1)
         mean_entropy = entropies.masked_fill(~state.editable, 0.0).sum(1) / n
         repeats = (output == state.aux.long()).all(1)
@@ -288,35 +288,31 @@ def _rank(score: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generate(
-    model, prefix, cfg: SamplerConfig, seed=0, example=None, on_step=None, given=None
-) -> GenerateOutput:
-    """Denoise N = cfg.candidates canvases per prefix (B, P); keep the best (section 4.2).
+def generate(model, prefix, cfg, seed=0, example=None, on_step=None, given=None):
+    """Denoise cfg.candidates canvases per prefix (B, P); keep the best (section 4.2).
 
-    example (B,): keys of the random numbers. on_step: see denoise; row r is candidate
-    r % N of prompt r // N. given (B, T - 1): fixed tokens, -1 for a free slot.
+    example (B,): keys of the random numbers. on_step: see denoise.
+    given (B, T - 1): fixed tokens, -1 for a free slot.
     """
     model_cfg = model.cfg
     B = len(prefix)
     N = cfg.candidates
-    device = prefix.device
     prefix, start = split_prompt(prefix, model_cfg)
-    if example is None:
-        example = torch.arange(B, device=device)
     cache = model.encode(prefix, reserve=model_cfg.target_length)
-    prompt = torch.arange(B, device=device).repeat_interleave(N)  # (R,)
-    candidate = torch.arange(N, device=device).repeat(B)
+    prompt = torch.arange(B, device=prefix.device).repeat_interleave(N)  # (R,)
+    candidate = torch.arange(N, device=prefix.device).repeat(B)
     if N > 1:
         cache = cache.select(prompt)
         given = None if given is None else given[prompt]
-    rng = CounterRNG(seed, example[prompt], candidate)
+    example = prompt if example is None else example[prompt]
+    rng = CounterRNG(seed, example, candidate)
     length = model_cfg.target_length - 1
     out = denoise(model, cache, start[prompt], length, cfg, rng, on_step, given)
     return best_of(out, N)
 
 
 def best_of(out: GenerateOutput, N: int) -> GenerateOutput:
-    """Of each N rows keep the one with the lowest score. All calls count."""
+    """Of each N rows keep the one with the lowest score."""
     offset = torch.arange(len(out.score) // N, device=out.score.device) * N
     best = out.score.view(-1, N).argmin(1) + offset  # (B,)
     calls = out.calls.view(-1, N).sum(1)
@@ -324,13 +320,11 @@ def best_of(out: GenerateOutput, N: int) -> GenerateOutput:
 
 
 @torch.no_grad()
-def denoise(
-    model, cache, start, length, cfg, rng: CounterRNG, on_step=None, given=None
-) -> GenerateOutput:
+def denoise(model, cache, start, length, cfg, rng, on_step=None, given=None):
     """Rewrite R canvases in at most cfg.steps calls. Converged rows are frozen.
 
     start (R, 1): slot 0. on_step: called with (step, canvas (R, S), logits (R, S, V),
-    rows (R,): -1 if frozen) after each call, and with step 0 and logits None before.
+    rows (R,): -1 if frozen) after each call; before, with step 0 and None.
     """
     model_cfg = model.cfg
     step_fn = SAMPLERS[cfg.sampler]
@@ -379,9 +373,6 @@ def initial_state(length: int, rng: CounterRNG, model_cfg, given) -> SamplerStat
 
 
 def freeze(old: SamplerState, new: SamplerState, active: Tensor) -> SamplerState:
-    """Take the new state for active rows (R,) and the old state for the others."""
-
-    def choose(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(active if a.dim() == 1 else active[:, None], b, a)
-
-    return SamplerState(*map(choose, old, new))
+    """Return the new state of active rows (R,), the old one of others."""
+    masks = [active if part.dim() == 1 else active[:, None] for part in old]
+    return SamplerState(*map(torch.where, masks, new, old))

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -22,20 +23,22 @@ from configurator import needs, require, setting, validate
 # The only layers that a diffusion model may add to its AR source. They start at zero.
 NEW_MODULES = ("self_cond_proj",)
 
+internal = partial(setting, hidden=True)  # it cannot be typed
+
 
 @dataclass
 class ModelConfig:
-    """Every choice that fixes what the network computes. Checkpoints store it."""
+    """All that fixes what the network computes. Checkpoints store it."""
 
     paradigm: str = setting("ar", "the loss and the decoding", ("ar", "diffusion"))
     arch: str = setting("decoder_only", "see extras/", ("decoder_only", "encoder_decoder"))
     n_layer: int = setting(4, "blocks (in each half)", minimum=1, maximum=1000)
     n_head: int = setting(4, "attention heads", minimum=1)
     n_embd: int = setting(128, "width", minimum=1)
-    n_hidden: int = setting(0, "width of the MLP; 0: 8/3 or 4 n_embd", minimum=0)
-    block_size: int = setting(0, "prefix + target; 0: from the data", minimum=0)
-    target_length: int = setting(0, "0: from the data", minimum=0)
-    dropout: float = setting(0.0, "share set to 0", minimum=0, maximum=0.99)
+    n_hidden: int = setting(0, "width of the MLP; 0: 8/3 or 4 n_embd")
+    block_size: int = setting(0, "prefix + target; 0: from the data")
+    target_length: int = setting(0, "0: from the data")
+    dropout: float = setting(0.0, "share set to 0", maximum=0.99)
     tie_weights: bool = setting(True, "the output layer is the embedding")
     prefix_attention: str = setting(
         "causal", "joint: it reads the target too", ("causal", "bidirectional", "joint")
@@ -46,28 +49,28 @@ class ModelConfig:
     self_conditioning: bool = setting(False, "diffusion: read the last prediction")
 
     # Set by the tokenizer.
-    vocab_size: int = setting(288, "", minimum=1, hidden=True)
-    n_ordinary: int = setting(256, "ids below it are text", minimum=1, hidden=True)
-    pad_id: int = setting(256, "ends a text", minimum=0, hidden=True)
-    sep_id: int = setting(257, "slot 0; -1: the last of the prompt", minimum=-1, hidden=True)
-    mask_id: int = setting(258, "of noise='mask'", minimum=0, hidden=True)
-    eos_id: int = setting(-1, "of imported weights; -1: none", minimum=-1, hidden=True)
+    vocab_size: int = internal(288, "", minimum=1)
+    n_ordinary: int = internal(256, "ids below it are text", minimum=1)
+    pad_id: int = internal(256, "ends a text")
+    sep_id: int = internal(257, "slot 0; -1: the last of the prompt", minimum=-1)
+    mask_id: int = internal(258, "of noise='mask'")
+    eos_id: int = internal(-1, "of imported weights; -1: none", minimum=-1)
 
     # Set by hf/ for imported weights.
-    n_kv_head: int = setting(0, "0: n_head", minimum=0, hidden=True)
-    head_dim: int = setting(0, "0: n_embd / n_head", minimum=0, hidden=True)
-    norm: str = setting("rmsnorm", "", ("rmsnorm", "layernorm"), hidden=True)
-    norm_eps: float = setting(1e-5, "of every norm", above=0, hidden=True)
-    activation: str = setting("swiglu", "", ("swiglu", "gelu", "gelu_tanh"), hidden=True)
-    position: str = setting("rope", "", ("rope", "learned"), hidden=True)
-    qk_norm: bool = setting(False, "of queries and keys, arXiv 2302.05442", hidden=True)
-    bias: bool = setting(False, "of all linear layers and layernorms", hidden=True)
-    qkv_bias: bool = setting(False, "of queries, keys, values: Qwen 2", hidden=True)
-    rope_base: float = setting(10000.0, "", above=0, hidden=True)
-    rope_factor: float = setting(1.0, "slow pairs turn slower", above=0, hidden=True)
-    rope_slow_turns: float = setting(1.0, "fewer are slow", minimum=0, hidden=True)
-    rope_fast_turns: float = setting(4.0, "more are fast", above=0, hidden=True)
-    rope_trained_length: int = setting(8192, "before scaling", minimum=1, hidden=True)
+    n_kv_head: int = internal(0, "0: n_head")
+    head_dim: int = internal(0, "0: n_embd / n_head")
+    norm: str = internal("rmsnorm", "", ("rmsnorm", "layernorm"))
+    norm_eps: float = internal(1e-5, "of every norm", above=0)
+    activation: str = internal("swiglu", "", ("swiglu", "gelu", "gelu_tanh"))
+    position: str = internal("rope", "", ("rope", "learned"))
+    qk_norm: bool = internal(False, "of queries and keys, arXiv 2302.05442")
+    bias: bool = internal(False, "of all linear layers and layernorms")
+    qkv_bias: bool = internal(False, "of queries, keys, values: Qwen 2")
+    rope_base: float = internal(10000.0, "", above=0)
+    rope_factor: float = internal(1.0, "slow pairs turn slower", above=0)
+    rope_slow_turns: float = internal(1.0, "fewer are slow")
+    rope_fast_turns: float = internal(4.0, "more are fast", above=0)
+    rope_trained_length: int = internal(8192, "before scaling", minimum=1)
 
     def __post_init__(self):
         validate(self)
@@ -107,12 +110,12 @@ class ModelConfig:
 
     @property
     def hidden_size(self) -> int:
-        gated = 32 * math.ceil(self.n_embd / 12)  # 8/3 n_embd, a multiple of 32
+        gated = 32 * math.ceil(self.n_embd / 12)
         return self.n_hidden or (gated if self.activation == "swiglu" else 4 * self.n_embd)
 
     @property
     def single_pass(self) -> bool:
-        """Whether prefix and target go through the network together."""
+        """Whether prefix and target are one sequence."""
         causal = self.prefix_attention == self.target_attention == "causal"
         return self.arch == "decoder_only" and (causal or self.prefix_attention == "joint")
 
@@ -131,7 +134,7 @@ def rope_table(cfg: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate x (B, H, T, D) by its positions; pairs are (i, i + D/2), as in Llama."""
+    """Rotate x (B, H, T, D) by its positions. Pairs are (i, i + D/2)."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
@@ -184,7 +187,7 @@ def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 class KVCache:
-    """Keys and values k[l], v[l] (B, H, capacity, D) of the `length` tokens read so far.
+    """Keys and values k[l], v[l] (B, H, capacity, D) of `length` tokens.
 
     AR decoding appends to them. A diffusion canvas overwrites the last one.
     """
@@ -198,7 +201,7 @@ class KVCache:
         self.prefix: Tensor | None = None  # (B, P) ids, if joint
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, H, T, D); return all so far, 2 x (B, H, length + T, D)."""
+        """Append k, v (B, H, T, D). Return all, 2 x (B, H, length + T, D)."""
         self.k[layer], k = self._write(self.k[layer], k)
         self.v[layer], v = self._write(self.v[layer], v)
         return k, v
@@ -219,18 +222,16 @@ class KVCache:
         return buffer, buffer[:, :, :end]
 
     def map(self, change: Callable) -> "KVCache":
-        """Return a cache with change(tensor) of all keys and values."""
         other = copy.copy(self)
         other.k = [None if k is None else change(k) for k in self.k]
         other.v = [None if v is None else change(v) for v in self.v]
         return other
 
     def fork(self) -> "KVCache":
-        """Return a cache that shares the tokens read so far, but no later ones."""
+        """Return a cache that shares the past, but no later tokens."""
         return self.map(lambda tensor: tensor)
 
     def select(self, index: Tensor) -> "KVCache":
-        """Return the cache of the rows in index."""
         other = self.map(lambda tensor: tensor[index])
         other.valid = None if self.valid is None else self.valid[index]
         other.prefix = None if self.prefix is None else self.prefix[index]
@@ -243,14 +244,13 @@ class KVCache:
         return other, [pair for pair in pairs if pair[0] is not None]
 
     def append_valid(self, tokens: Tensor) -> None:
-        """Count tokens (B, T) that were written as read."""
         self.length += tokens.shape[1]
         if self.valid is not None:
             self.valid = F.pad(self.valid, (0, tokens.shape[1]), value=True)
 
 
 def attend(q, k, v, mask, dropout, causal) -> Tensor:
-    """Attention (B, H, T, D). A head of k and v may serve several query heads."""
+    """Attention (B, H, T, D). k and v may have fewer heads."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k = k.repeat_interleave(groups, dim=1)
@@ -259,7 +259,7 @@ def attend(q, k, v, mask, dropout, causal) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, but the weight has the dtype of x: autocast is slow if they differ."""
+    """torch's, but with the weight in the dtype of x, for autocast."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -335,7 +335,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Maps (prefix, target) to logits over the target. Slot 0 is given, not predicted."""
+    """Maps (prefix, target) to logits. Slot 0 is given, not predicted."""
 
     block = Block
 
@@ -360,11 +360,11 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def encode(self, prefix: Tensor, reserve: int = 0) -> KVCache:
-        """Read the prefix (B, P). reserve: tokens that will follow, to allocate once."""
+        """Read the prefix (B, P). reserve: room for later tokens."""
         P = prefix.shape[1]
         cache = KVCache(len(self.blocks), P + reserve)
         if self.cfg.prefix_attention == "joint":
-            cache.prefix = prefix  # it attends to the target: nothing can be computed yet
+            cache.prefix = prefix  # it attends to the target, so wait
         elif P:
             valid = find_padding(prefix, self.cfg)
             self._read(self.tok(prefix), cache, self.cfg.prefix_attention, valid)
@@ -375,10 +375,10 @@ class Transformer(nn.Module):
     def decode(
         self, cache, target, append=False, self_cond=None, attention=None, extra_edges=None
     ) -> Tensor:
-        """Return logits (B, T, V) for target (B, T). append: keep it in the cache too.
+        """Return logits (B, T, V) for target (B, T). append: cache it too.
 
-        self_cond (B, T, C): expected embedding of the last prediction of each slot.
-        attention: "causal" or "bidirectional" instead of cfg.target_attention.
+        self_cond (B, T, C): expected embedding of the last prediction.
+        attention: used instead of cfg.target_attention.
         """
         kind = attention or self.cfg.target_attention
         if cache.prefix is not None:
@@ -399,14 +399,14 @@ class Transformer(nn.Module):
         return self.head(self._read(x, None, kind, valid, extra_edges)[:, P:])
 
     def forward(self, prefix, target, self_cond=None, attention=None, extra_edges=None):
-        """Return decode(encode(prefix), target) (B, T, V), in one pass if possible."""
+        """Return decode(encode(prefix), target), in one pass if possible."""
         if self.cfg.single_pass and not attention and extra_edges is None:
             return self._decode_joint(prefix, target, self_cond, self.cfg.target_attention)
         cache = self.encode(prefix)
         return self.decode(cache, target, False, self_cond, attention, extra_edges)
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
-        """Return the mean embedding (..., C) under softmax(logits) (..., V)."""
+        """Return the mean embedding (..., C) under logits (..., V)."""
         return logits.softmax(-1).to(self.tok.weight.dtype) @ self.tok.weight
 
     def compile_blocks(self) -> None:
@@ -414,23 +414,24 @@ class Transformer(nn.Module):
         self.run_blocks = torch.compile(self.run_blocks)
 
     def embed(self, tokens: Tensor, P: int, self_cond: Tensor | None) -> Tensor:
-        """Return embeddings (B, P + T, C). self_cond belongs to the last T tokens."""
+        """Return embeddings (B, P + T, C), with self_cond (B, T, C)."""
         x = self.tok(tokens)
         if self_cond is None or not self.cfg.self_conditioning:
             return x
-        normed = F.rms_norm(self_cond, self_cond.shape[-1:], eps=1e-5)  # zeros stay zeros
+        normed = F.rms_norm(self_cond, self_cond.shape[-1:], eps=1e-5)
         hint = self.self_cond_proj(normed)  # (B, T, C)
-        if self.cfg.shift:  # slot i is predicted at i - 1: its hint enters there
+        if self.cfg.shift:  # slot i is predicted at i - 1
             return x + F.pad(hint[:, 1:], (0, 0, P, 1))
         return x + F.pad(hint, (0, 0, P, 0))
 
     def _read(self, x, cache, kind, valid, extra_edges=None):
-        return self.run_blocks(*self.prepare_input(x, cache, kind, valid, extra_edges), cache)
+        inputs = self.prepare_input(x, cache, kind, valid, extra_edges)
+        return self.run_blocks(*inputs, cache)
 
     def prepare_input(self, x, cache, kind, valid, extra_edges=None):
-        """Return (x, rope, mask, is_causal) for embeddings x (B, T, C) after the cache.
+        """Return (x, rope, mask, is_causal) for embeddings x (B, T, C).
 
-        valid (B, T): False for padding, which takes no position; None: no padding.
+        valid (B, T): False for padding, which takes no position.
         """
         B, T = x.shape[:2]
         S = cache.length if cache is not None else 0
@@ -471,7 +472,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def init_weights(self):
-        std = 0.5 * self.cfg.n_embd**-0.5  # GPT-2's 0.02 at a width of about 600
+        std = 0.5 * self.cfg.n_embd**-0.5  # GPT-2: 0.02
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
@@ -487,18 +488,16 @@ class Transformer(nn.Module):
 
 
 def find_padding(tokens: Tensor, cfg: ModelConfig) -> Tensor | None:
-    """Return True for tokens and False for pads (B, P); None if there are no pads."""
+    """Return False for pads, else True (B, P); None if there are no pads."""
     valid = tokens != cfg.pad_id
     return None if bool(valid.all()) else valid
 
 
 def num_params(model: nn.Module) -> int:
-    """Return the number of weights; a tied output layer counts once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def build_model(cfg: ModelConfig) -> Transformer:
-    """Return the network of cfg.arch with fresh weights."""
     if cfg.arch == "encoder_decoder":
         from extras.encoder_decoder import EncoderDecoder
 
@@ -507,7 +506,7 @@ def build_model(cfg: ModelConfig) -> Transformer:
 
 
 class _SkipInit(TorchFunctionMode):
-    """Skips torch.nn.init, which would load torch's compiler for meta tensors."""
+    """Skips torch.nn.init, which is slow to load for meta tensors."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", "") == "torch.nn.init":
@@ -516,16 +515,13 @@ class _SkipInit(TorchFunctionMode):
 
 
 def meta_model(cfg: ModelConfig) -> Transformer:
-    """Return the network of cfg on the meta device: names and shapes without memory."""
+    """Return the network on the meta device: shapes without memory."""
     with torch.device("meta"), _SkipInit():
         return build_model(cfg)
 
 
-def model_from_state_dict(cfg: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
-    """Return the network of cfg around these tensors, which are not copied.
-
-    Missing NEW_MODULES become zeros. Raises ValueError if other weights do not fit.
-    """
+def model_from_state_dict(cfg: ModelConfig, weights: dict) -> Transformer:
+    """Return the network around these tensors. Missing NEW_MODULES become zeros."""
     model = meta_model(cfg)
     first = next(iter(weights.values()))
     new = {

@@ -1,11 +1,11 @@
-"""Sampling: a prompt in, text out. The checkpoint decides whether it is AR or diffusion.
+"""Sampling: a prompt in, text out. The checkpoint decides AR or diffusion.
 
-    python sample.py                                            # a small demonstration
-    python sample.py --init_from=out/run/ckpt.pt --prompt=hello # speed on stderr
+    python sample.py                                       # a demonstration
+    python sample.py --init_from=out/run/ckpt.pt --prompt=hello
     echo hello | python sample.py --init_from=out/run/ckpt.pt > answer.txt
-    python sample.py --prompt="forty-two" --show                # watch it in the terminal
-    python sample.py --prompt="forty-two" --html=out/page.html  # or on a page
-    python sample.py --infill="quarante-[[6]]"                  # diffusion: 6 free slots
+    python sample.py --prompt="forty-two" --show           # watch it
+    python sample.py --prompt="forty-two" --html=out/page.html
+    python sample.py --infill="quarante-[[6]]"             # 6 free slots
 
 --sampler=ar reads a diffusion model with a cached prefix from left to right.
 --sampler=speculative gives the same text in fewer network calls.
@@ -30,7 +30,6 @@ from data.sources import normalize_text
 from data.tokenizer import Tokenizer
 from infra.checkpoint import load_model
 from infra.device import autocast, pick_device
-from infra.logits import GenerateOutput
 from model import ModelConfig, Transformer
 
 DEMO = Path(__file__).absolute().parent / "checkpoints"
@@ -48,11 +47,11 @@ class SampleConfig:
     chat: bool = setting(False, "use the model's chat template")
     infill: str = setting("", "diffusion: the target, with [[n]] for n free slots")
     num_samples: int = setting(1, "of the same prompt", minimum=1)
-    seed: int = setting(1337, "of all random numbers", minimum=0, maximum=2**62)
+    seed: int = setting(1337, "of all random numbers", maximum=2**62)
     device: str = setting("auto", "auto, cpu, cuda, mps")
     dtype: str = setting("float32", "of autocast", ("float32", "bfloat16"))
     show: bool = setting(False, "draw the first sample in the terminal")
-    pause: float = setting(0.1, "seconds after each drawn step", minimum=0, maximum=60)
+    pause: float = setting(0.1, "seconds after each drawn step", maximum=60)
     html: str = setting("", "write a page that plays the first sample", path=True)
     beside: str = setting("", "on the page too: ar, or a checkpoint", path=True)
 
@@ -68,13 +67,12 @@ class Decoder(NamedTuple):
 
     model: Transformer
     tokenizer: Tokenizer
-    module: object  # autoregressive, diffusion or extras.speculative: has generate
+    module: object  # it has generate
     sampler: object  # its SamplerConfig
-    template: list[int] | None = None  # infilling: (T - 1) ids, -1 for a free slot
+    template: list[int] | None = None  # see parse_template
 
 
 def open_decoder(path: str, given: dict, device: torch.device) -> Decoder:
-    """Read a checkpoint. given: settings, of which those of a sampler must fit it."""
     model, tokenizer, _ = load_model(path, device)
     module, sampler = choose_sampler(model.cfg, given, path)
     template = None
@@ -84,7 +82,7 @@ def open_decoder(path: str, given: dict, device: torch.device) -> Decoder:
 
 
 def choose_sampler(model_cfg: ModelConfig, given: dict, path: str):
-    """Return the decoding module and its SamplerConfig for a flat dict of settings."""
+    """Return the decoding module and its SamplerConfig."""
     module = PARADIGMS[model_cfg.paradigm]
     name = given.get("sampler", "resample")
     known = [*diffusion.SAMPLERS, "ar", "speculative"]
@@ -124,7 +122,8 @@ def main(argv: list[str]) -> None:
     other = open_beside(decoder, cfg, given)
     for each in filter(None, (decoder, other)):
         encode_prompt(text, each, cfg.chat)  # raises if it does not fit
-    if decoder.module is not diffusion and cfg.num_samples > 1 and not decoder.sampler.temperature:
+    greedy = decoder.module is not diffusion and decoder.sampler.temperature == 0
+    if greedy and cfg.num_samples > 1:
         print("temperature 0 is greedy: all samples are equal", file=sys.stderr)
     watch = nullcontext()
     if cfg.show or cfg.html:
@@ -144,7 +143,7 @@ def main(argv: list[str]) -> None:
 
 
 def open_beside(decoder: Decoder, cfg: SampleConfig, given: dict) -> Decoder | None:
-    """Return the decoder of the page's second track, with its default settings."""
+    """Return the decoder of the page's second track."""
     path = cfg.beside
     if cfg.html and not path and not given.keys() & {"init_from", "infill"}:
         path = str(DEMO / "ar.pt")
@@ -155,21 +154,23 @@ def open_beside(decoder: Decoder, cfg: SampleConfig, given: dict) -> Decoder | N
     model_cfg = decoder.model.cfg
     cached = model_cfg.paradigm == "diffusion" and model_cfg.prefix_attention != "joint"
     require(cached, f"--beside=ar needs a cached prefix, which {cfg.init_from} has not")
-    return decoder._replace(module=autoregressive, sampler=autoregressive.SamplerConfig())
+    sampler = autoregressive.SamplerConfig()
+    return decoder._replace(module=autoregressive, sampler=sampler)
 
 
-def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple[GenerateOutput, float]:
+def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple:
     """Return the samples and the seconds they took, without drawing."""
     n = cfg.num_samples
     device = decoder.model.tok.weight.device
     prompt = encode_prompt(text, decoder, cfg.chat)
-    prompt = torch.tensor(prompt, dtype=torch.long, device=device).repeat(n, 1)  # (n, P)
+    prompt = torch.tensor([prompt] * n, dtype=torch.long, device=device)  # (n, P)
     options = {}
     if decoder.template is not None:
-        options["given"] = torch.tensor(decoder.template, device=device).repeat(n, 1)
-    run = partial(decoder.module.generate, decoder.model, prompt, decoder.sampler, cfg.seed)
+        options["given"] = torch.tensor([decoder.template] * n, device=device)
+    args = (decoder.model, prompt, decoder.sampler, cfg.seed)
+    run = partial(decoder.module.generate, *args)
     with autocast(device, cfg.dtype):
-        if cfg.html:  # the first call of a process is slower: do not show that
+        if cfg.html:  # the first call is slower
             run(**options)
         start = time.perf_counter()
         with watch as on_step:
@@ -179,7 +180,7 @@ def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple[Gen
 
 
 def read_prompt(cfg: SampleConfig, given: dict) -> str:
-    """Return the prompt: as given, from a file or stdin, or an example."""
+    """Return the prompt as given, from a file or stdin, or an example."""
     text = cfg.prompt
     path = cfg.prompt_file
     require(not (text and path), "use --prompt=TEXT or --prompt_file=PATH, not both")
@@ -199,7 +200,7 @@ def read_prompt(cfg: SampleConfig, given: dict) -> str:
 
 
 def encode_prompt(text: str, decoder: Decoder, chat: bool) -> list[int]:
-    """Return the token ids of the prompt. The target must fit after it."""
+    """Return the ids of a prompt. The target must fit after it."""
     if chat:
         from hf.chat import chat_ids
 
@@ -212,11 +213,8 @@ def encode_prompt(text: str, decoder: Decoder, chat: bool) -> list[int]:
     return ids
 
 
-def parse_template(text: str, tokenizer: Tokenizer, model_cfg: ModelConfig) -> list[int]:
-    """Return the ids of T - 1 slots, -1 for a free one, which may become a pad: nothing.
-
-    "ab[[2]]c" -> [97, 98, -1, -1, 99, 256, 256, ..].
-    """
+def parse_template(text: str, tokenizer: Tokenizer, model_cfg) -> list[int]:
+    """Return T - 1 ids: "ab[[2]]c" -> [97, 98, -1, -1, 99, 256, 256, ..]."""
     slots = []
     parts = re.split(r"\[\[([^\[\]]*)\]\]", text)  # text, n, text, n, .., text
     require(len(parts) > 1, f"infill: no slot is free in {text!r}; write [[12]] for 12 slots")
@@ -233,4 +231,4 @@ def parse_template(text: str, tokenizer: Tokenizer, model_cfg: ModelConfig) -> l
 
 
 if __name__ == "__main__":
-    configurator.run(main, SampleConfig, diffusion.SamplerConfig, autoregressive.SamplerConfig)
+    configurator.run(main, SampleConfig, *sampler_configs())

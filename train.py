@@ -1,12 +1,12 @@
 """Training: one loop for both paradigms and all stages.
 
-    python train.py config/ar2diff_1_ar.py                         # pretrain an AR model
-    python ar2diff.py --init_from=out/ar2diff_1_ar/ckpt.pt         # convert it
-    python train.py config/ar2diff_2_adapt.py --max_steps=300      # continue as a diffusion model
-    python train.py config/ar2diff_2_adapt.py --init_from=resume   # after an interruption
+    python train.py config/ar2diff_1_ar.py                        # pretrain
+    python ar2diff.py --init_from=out/ar2diff_1_ar/ckpt.pt        # convert
+    python train.py config/ar2diff_2_adapt.py --max_steps=300     # continue
+    python train.py config/ar2diff_2_adapt.py --init_from=resume  # go on
 
-Every random number is a function of (seed, step, example index). So a resumed run
-equals the undisturbed one bit for bit.
+Random numbers are functions of (seed, step, example). So a resumed run equals
+the undisturbed one bit for bit.
 """
 
 import collections
@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +40,8 @@ PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 RATES = [0.1, 0.3, 0.5, 0.7, 0.9]  # corruption rates of the validation loss
 KEEP_LAST = 2  # ckpt.pt and ckpt.1.pt
 
+variable = partial(setting, may_change=True)  # a resumed run may change it
+
 
 @dataclass
 class TrainConfig:
@@ -47,49 +50,48 @@ class TrainConfig:
     model: ModelConfig = group(ModelConfig)
     loss: diffusion.LossConfig = group(diffusion.LossConfig)
     objective: ObjectiveConfig = group(ObjectiveConfig)
-    data: str = setting("out/data/mini", "data set", path=True, may_change=True)
-    init_from: str = setting(
-        "scratch", "scratch, resume or a checkpoint", path=True, may_change=True
-    )
-    out_dir: str = setting("out/run", "checkpoints, log", path=True, may_change=True)
-    overwrite: bool = setting(False, "replace the run in out_dir", may_change=True)
-    estimate: bool = setting(False, "print memory and time, then stop", may_change=True)
-    max_steps: int = setting(1000, "optimizer steps", minimum=1, may_change=True)
+    data: str = variable("out/data/mini", "data set", path=True)
+    init_from: str = variable("scratch", "or resume or a checkpoint", path=True)
+    out_dir: str = variable("out/run", "checkpoints, log", path=True)
+    overwrite: bool = variable(False, "replace the run in out_dir")
+    estimate: bool = variable(False, "print memory and time, then stop")
+    max_steps: int = variable(1000, "optimizer steps", minimum=1)
     batch_size: int = setting(32, "sequences per step", minimum=1)
-    grad_accum_steps: int = setting(1, "micro-batches", minimum=1, may_change=True)
+    grad_accum_steps: int = variable(1, "micro-batches", minimum=1)
     optimizer: str = setting("muon", "muon: of matrices in blocks", ("muon", "adamw"))
-    learning_rate: float = setting(1.5e-3, "AdamW's; Muon: 5 times", minimum=0, maximum=1e3)
-    warmup_steps: int = setting(20, "linear", minimum=0)
+    learning_rate: float = setting(1.5e-3, "AdamW's; Muon: 5 times", maximum=1e3)
+    warmup_steps: int = setting(20, "linear")
     schedule: str = setting("linear", "then", ("constant", "linear", "cosine"))
-    weight_decay: float = setting(0.1, "of matrices", minimum=0, maximum=10)
-    grad_clip: float = setting(1.0, "largest norm; 0: no clipping", minimum=0)
-    anneal_steps: int = setting(0, "open the causal mask; 0: at once", minimum=0)
+    weight_decay: float = setting(0.1, "of matrices", maximum=10)
+    grad_clip: float = setting(1.0, "largest norm; 0: no clipping")
+    anneal_steps: int = setting(0, "open the causal mask; 0: at once")
     mask_schedule: str = setting("random", "how it opens", ("random", "blocks"))
-    seed: int = setting(1337, "of all random numbers", minimum=0, maximum=2**62)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", may_change=True)
-    dtype: str = setting("float32", "autocast", ("float32", "bfloat16", "auto"), may_change=True)
-    compile: bool = setting(False, "torch.compile", may_change=True)
-    activation_checkpointing: bool = setting(False, "less memory", may_change=True)
-    parallel: str = setting("ddp", "under torchrun", ("ddp", "fsdp"), may_change=True)
-    log_interval: int = setting(20, "steps per speed report", minimum=1, may_change=True)
-    eval_interval: int = setting(200, "steps per evaluation", minimum=1, may_change=True)
-    eval_batches: int = setting(8, "batches per evaluation", minimum=1, may_change=True)
-    sample_interval: int = setting(200, "0: no samples", minimum=0, may_change=True)
-    save_interval: int = setting(200, "steps per checkpoint", minimum=1, may_change=True)
-    tensorboard: bool = setting(False, "log for TensorBoard too", may_change=True)
+    seed: int = setting(1337, "of all random numbers", maximum=2**62)
+    device: str = variable("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = variable("float32", "autocast", ("float32", "bfloat16", "auto"))
+    compile: bool = variable(False, "torch.compile")
+    activation_checkpointing: bool = variable(False, "less memory")
+    parallel: str = variable("ddp", "under torchrun", ("ddp", "fsdp"))
+    log_interval: int = variable(20, "steps per speed report", minimum=1)
+    eval_interval: int = variable(200, "steps per evaluation", minimum=1)
+    eval_batches: int = variable(8, "batches per evaluation", minimum=1)
+    sample_interval: int = variable(200, "0: no samples")
+    save_interval: int = variable(200, "steps per checkpoint", minimum=1)
+    tensorboard: bool = variable(False, "log for TensorBoard too")
 
     def __post_init__(self):
         validate(self)
         B = self.batch_size
         accum = self.grad_accum_steps
         passes = self.loss.unroll_steps
-        require(B % accum == 0, f"batch_size {B} must be a multiple of grad_accum_steps {accum}")
+        multiple = f"must be a multiple of grad_accum_steps {accum}"
+        require(B % accum == 0, f"batch_size {B} {multiple}")
         if self.compile:
             needs(self, "compile", activation_checkpointing=False)
         if self.parallel == "fsdp":
             needs(self, "parallel=fsdp", optimizer="adamw")
         if self.model.self_conditioning:
-            require(passes > 1, f"self_conditioning needs unroll_steps=2 or more, got {passes}")
+            require(passes > 1, f"self_conditioning needs unroll_steps=2, got {passes}")
         if self.anneal_steps:
             needs(self.model, "anneal_steps", target_attention="bidirectional")
         if self.loss.ar_loss_weight:
@@ -102,7 +104,7 @@ class TrainConfig:
 class Run:
     """Everything that the loop works with."""
 
-    def __init__(self, ctx: DistributedContext, cfg: TrainConfig, model: Transformer):
+    def __init__(self, ctx: DistributedContext, cfg: TrainConfig, model):
         self.ctx = ctx
         self.cfg = cfg
         self.model = model
@@ -140,7 +142,6 @@ class Run:
         self.ctx.barrier()
 
     def batch_places(self):
-        """Yield the arguments of dataset.batch for every micro-batch."""
         cfg = self.cfg
         for step in range(self.first_step, cfg.max_steps):
             for micro in range(cfg.grad_accum_steps):
@@ -161,8 +162,7 @@ def train(run: Run) -> dict:
         run.checkpoint("ckpt.pt", 0)
     quiet = None if ctx.is_main else True
     bar = tqdm(total=cfg.max_steps, initial=run.first_step, disable=quiet, leave=False)
-    tokens = 0
-    n_flops = 0
+    work = collections.Counter()
     since = time.perf_counter()
     with bar, run_dir.StopSignals() as stop:
         for step in range(run.first_step, cfg.max_steps):
@@ -171,14 +171,14 @@ def train(run: Run) -> dict:
             stopping = ctx.any(stop.requested)
             is_last = done == cfg.max_steps
             bar.update()
-            tokens += entry["tokens"]
-            n_flops += entry["flops"]
+            work.update(tokens=entry["tokens"], flops=entry["flops"])
             if done % cfg.log_interval == 0 or is_last or stopping:
                 seconds = time.perf_counter() - since
                 entry["seconds"] = round(seconds, 3)
-                entry["tokens_per_s"] = round(tokens / seconds)
-                entry["mfu"] = round(n_flops / seconds / peak_flops, 3)
-                bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['tokens_per_s']:,} tokens/s")
+                entry["tokens_per_s"] = round(work["tokens"] / seconds)
+                entry["mfu"] = round(work["flops"] / seconds / peak_flops, 3)
+                speed = f"{entry['tokens_per_s']:,} tokens/s"
+                bar.set_postfix_str(f"loss {entry['loss']:.3f}, {speed}")
             if done % cfg.eval_interval == 0 or is_last:
                 entry |= evaluate(run)
                 tqdm.write(log.line(entry))
@@ -193,8 +193,7 @@ def train(run: Run) -> dict:
                 log.sync()
                 run.checkpoint("ckpt.pt", done, KEEP_LAST)
             if "seconds" in entry:
-                tokens = 0
-                n_flops = 0
+                work.clear()
                 since = time.perf_counter()
             if stopping and not is_last:
                 name = signal.Signals(stopping).name
@@ -204,7 +203,7 @@ def train(run: Run) -> dict:
 
 
 def train_step(run: Run, batches, step: int) -> dict:
-    """One optimizer step. Returns its log entry; raises ValueError if it diverges."""
+    """One optimizer step. Returns its log entry."""
     cfg = run.cfg
     ctx = run.ctx
     run.model.train()
@@ -243,7 +242,7 @@ def train_step(run: Run, batches, step: int) -> dict:
 
 
 def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
-    """Compute the gradients of a micro-batch, and add its loss to terms."""
+    """Add the gradients of a micro-batch, and its loss to terms."""
     cfg = run.cfg
     rng = make_rng(cfg.seed, batch.example, step)
     edges = extra_edges(batch, step, cfg)
@@ -253,7 +252,7 @@ def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
             losses = run.paradigm.losses(run.model, batch, cfg.loss, rng, **options)
             for k, term in enumerate(losses):
                 run.ctx.set_gradient_sync(run.model, is_last and k + 1 == len(terms))
-                term.backward()  # frees the graph before the next term is computed
+                term.backward()  # frees the graph
                 terms[k] += term.detach()
     except (RuntimeError, MemoryError) as error:
         if not flops.is_out_of_memory(error):
@@ -263,7 +262,7 @@ def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
 
 
 def extra_edges(batch, step: int, cfg: TrainConfig) -> Tensor | None:
-    """Return the edges that mask annealing has opened; None once all are open."""
+    """Return the edges that are open; None once all are."""
     if step >= cfg.anneal_steps:
         return None
     if cfg.mask_schedule == "blocks":
@@ -278,7 +277,7 @@ def extra_edges(batch, step: int, cfg: TrainConfig) -> Tensor | None:
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict:
-    """Return the validation loss, nats per slot; for diffusion the mean of L(1) over RATES."""
+    """Return the validation loss, nats per slot; of diffusion, L(1) over RATES."""
     cfg = run.cfg
     ctx = run.ctx
     model = run.model
@@ -315,20 +314,16 @@ def sample_line(run: Run, step: int) -> str:
     with run.ctx.gathered(run.model):
         out = run.paradigm.generate(run.model, prompt, run.paradigm.SamplerConfig())
 
-    def text(ids) -> str:
-        return repr(tokenizer.decode([i for i in ids.tolist() if i != tokenizer.pad_id]))
-
     answer = out.tokens[0]
     answer = answer[(answer == tokenizer.pad_id).cumsum(0) == 0]  # up to the first pad
-    return f"step {step} sample: {text(prompt[0])} -> {text(answer)}"
-
-
-# Before the loop: settings, data, weights
+    ids = [prompt[0, prompt[0] != tokenizer.pad_id], answer]
+    texts = [repr(tokenizer.decode(part.tolist())) for part in ids]
+    return f"step {step} sample: {' -> '.join(texts)}"
 
 
 def main(argv: list[str]) -> dict:
     """Train as argv asks. Returns the last log entry, or the estimate."""
-    resume = "--init_from=resume" in argv  # else from the source that argv or its file names
+    resume = "--init_from=resume" in argv  # or the source in a file
     argv = [arg for arg in argv if arg != "--init_from=resume"]
     given = configurator.read_settings((TrainConfig,), argv)
     out = Path(given.get("out_dir", "out/run")).expanduser()
@@ -336,7 +331,7 @@ def main(argv: list[str]) -> dict:
     with init_distributed(given.get("device", "auto")) as ctx:
         with run_dir.lock_dir(out) if ctx.is_main and not estimate_only else nullcontext():
             if not ctx.is_main:
-                ctx.barrier()  # rank 0 builds missing data and finds damaged files first
+                ctx.barrier()  # rank 0 builds missing data first
             cfg, weights, state = prepare(given, out, resume, ctx.world_size)
             if ctx.is_main:
                 ctx.barrier()
@@ -371,7 +366,7 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
 
 
 def prepare(given: dict, out: Path, resume: bool, world_size: int):
-    """Validate everything and build missing data. Returns (settings, weights, checkpoint)."""
+    """Validate all; build missing data. Returns (settings, weights, checkpoint)."""
     from_data = ("block_size", "target_length")  # 0 means: not given
     given = {name: value for name, value in given.items() if value or name not in from_data}
     found = run_dir.checkpoints(out)
@@ -399,12 +394,12 @@ def prepare(given: dict, out: Path, resume: bool, world_size: int):
         weights = state["model"]
     B = cfg.batch_size
     n = cfg.grad_accum_steps * world_size
-    require(B % n == 0, f"batch_size {B} must be a multiple of grad_accum_steps x processes, {n}")
+    multiple = f"must be a multiple of grad_accum_steps x processes {n}"
+    require(B % n == 0, f"batch_size {B} {multiple}")
     return cfg, weights, state
 
 
 def resumed_config(given: dict, state: dict, train_set, path: Path) -> TrainConfig:
-    """Return the settings of a run that continues. Some may change."""
     stored = state["train_config"]
     fields = configurator.all_fields(TrainConfig)
     allowed = [name for name, field in fields.items() if field.metadata.get("may_change")]
@@ -417,29 +412,29 @@ def resumed_config(given: dict, state: dict, train_set, path: Path) -> TrainConf
 
 
 def new_config(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
-    """Return the settings of a new run, and its weights or None."""
+    """Return the settings of a new run and its weights or None."""
     tokenizer = get_tokenizer(train_set.tokenizer_name)
     ids = ("vocab_size", "n_ordinary", "pad_id", "sep_id", "mask_id")
     fixed = {name: getattr(tokenizer, name) for name in ids}
     fixed["target_length"] = train_set.target_length
     configurator.refuse_changes(given, fixed, f"{train_set.folder} has")
     source = given.get("init_from", "scratch")
+    need = train_set.block_size
     weights = None
     if source == "scratch":
-        fixed["block_size"] = given.get("block_size", train_set.block_size)
+        fixed["block_size"] = given.get("block_size", need)
     else:
         weights, stored = model_of_checkpoint(given, source, train_set)
-        fixed = stored | {"target_length": fixed["target_length"]}
+        fixed = stored | {"target_length": train_set.target_length}
     cfg = configurator.build(TrainConfig, given | fixed)
     most = cfg.model.block_size
-    need = train_set.block_size
     problem = f"{train_set.folder} needs {need} tokens, the model's block_size is {most}"
     require(most >= need, f"{problem}; pretrain with --block_size={need}")
     return cfg, weights
 
 
-def model_of_checkpoint(given: dict, source: str, train_set) -> tuple[dict, dict]:
-    """Return the weights and the model settings of a checkpoint. The data must fit."""
+def model_of_checkpoint(given: dict, source: str, train_set) -> tuple:
+    """Return weights and model settings of a checkpoint. The data must fit."""
     state = checkpoint.load(source)
     stored = state["model_config"]
     theirs = state["tokenizer"]
@@ -454,7 +449,6 @@ def model_of_checkpoint(given: dict, source: str, train_set) -> tuple[dict, dict
 
 
 def init_model(cfg: TrainConfig, weights: dict | None) -> Transformer:
-    """Return the network with fresh weights or those given."""
     try:
         model = build_model(cfg.model)
         if weights is None:
@@ -464,7 +458,7 @@ def init_model(cfg: TrainConfig, weights: dict | None) -> Transformer:
             model.load_state_dict(weights)
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[-1].strip()[:120]
-        raise ValueError(f"the model cannot be built with these settings: {reason}") from None
+        raise ValueError(f"a model with these settings cannot be built: {reason}") from None
     return model
 
 

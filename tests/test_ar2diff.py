@@ -172,7 +172,7 @@ def test_a_failing_check_exits_with_status_1_and_writes_nothing(here, monkeypatc
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--check --data=long", "long has target_length 20, the model 12"),
+        ("--check --data=long", "needs target_length=12, got 20"),
         ("--paradigm=ar", "is a checkpoint; .* are for imported weights"),
         ("--init_from=nowhere", "nowhere: no such"),
         ("--init_from=no_data.pt --check", "no_data.pt does not name its data"),
