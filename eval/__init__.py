@@ -1,1 +1,1 @@
-"""Evaluations: each is a module with a main, run as python -m eval.NAME from the repository root."""
+"""Evaluations: each is a module with a main, run as python -m eval.NAME from the root folder."""

@@ -169,22 +169,18 @@ def origin(name: str, argv: list[str], settings: dict, state: dict | None = None
 
 def environment() -> dict:
     """Return what a number was measured on."""
-    cuda = torch.cuda.is_available()
-    return {
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "hardware": torch.cuda.get_device_name() if cuda else _cpu(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+        commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.SubprocessError):  # git or the history may be missing
-        return "unknown"
+        commit = "unknown"
+    return {
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _cpu() -> str:
@@ -325,19 +321,16 @@ class TaskRun:
         encode = self.generator.tokenizer.encode_prompt
         prompts = [encode(example["prefix"]) for example in self.examples]
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
-        if len(fitting) < len(prompts):
-            counts = f"{len(prompts) - len(fitting)} of {len(prompts)} prompts are longer than"
-            note = f"{counts} {longest} tokens, the model's limit; they count as empty answers"
-            if not fitting:
-                raise ValueError(note)
-            print(note, file=sys.stderr)
+        n = len(prompts)
+        note = f"{n - len(fitting)} of {n} prompts are longer than {longest} tokens, the limit"
+        require(fitting, note)
+        if len(fitting) < n:
+            print(f"{note}; they count as empty answers", file=sys.stderr)
         places = [(i, k) for i in fitting for k in range(n_samples)]
         keys = [i + k * MAX_EXAMPLES for i, k in places]
         texts, cost = self.generator.texts([prompts[i] for i, _ in places], keys)
-        samples = [[""] * n_samples for _ in prompts]
-        for (i, k), text in zip(places, texts):
-            samples[i][k] = text
-        return samples, cost
+        found = dict(zip(places, texts))
+        return [[found.get((i, k), "") for k in range(n_samples)] for i in range(n)], cost
 
     def report(self, items: list, score: Callable, extra: dict, notes: str = "") -> dict:
         """Write and print the result.

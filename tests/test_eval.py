@@ -106,11 +106,6 @@ def test_a_diffusion_checkpoint_may_be_read_left_to_right(place):
     assert cost["calls_per_sample"] >= 3
 
 
-def test_a_table_is_aligned():
-    expected = "| a         | value |\n| --------- | ----- |\n| long name | 1     |"
-    assert common.markdown(["a", "value"], [["long name", "1"]]) == expected
-
-
 def test_examples_are_chosen_evenly_and_all_by_default():
     assert common.choose(list("abcdefgh"), 4) == ["a", "c", "e", "g"]
     assert common.choose([1, 2, 3], 0) == common.choose([1, 2, 3], 9) == [1, 2, 3]
@@ -121,12 +116,11 @@ def test_examples_are_chosen_evenly_and_all_by_default():
 BARE = {"PATH": "", "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}  # no git, no home
 
 
-@pytest.mark.parametrize("stdout", ["2>&- | true", ">&-"])
-def test_the_result_is_kept_whatever_the_environment_lacks(place, tmp_path, stdout):
-    """No git, no home, an ascii terminal, closed streams, a reader that leaves at once."""
+def test_the_result_is_kept_whatever_the_environment_lacks(place, tmp_path):
+    """No git, no home, an ascii terminal, a closed stream, a reader that leaves at once."""
     path = tmp_path / "ü" / "a b.json"
     flags = f"--init_from={place}/diffusion.pt --data={place}/pairs --steps=2 --n=2"
-    command = f"{sys.executable} -m eval.exact_match {flags} '--json={path}' {stdout}"
+    command = f"{sys.executable} -m eval.exact_match {flags} '--json={path}' 2>&- | true"
     subprocess.run(["/bin/sh", "-c", command], cwd=ROOT, env=BARE, timeout=300)
     result = json.loads(path.read_text(encoding="utf-8"))
     assert result["n"] == 2 and result["commit"] == "unknown"

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from eval.metrics import (
-    Metric,
     answer_exact_match,
     answer_f1,
     edit_similarity,
@@ -212,9 +211,3 @@ def test_means_are_compared_as_by_a_z_test():
     found = paired(mean(one), mean(other), 4000, 0)
     z = (one - other).mean() / ((one - other).std() / 300**0.5)
     assert found["p"] == pytest.approx(math.erfc(abs(z) / 2**0.5), abs=0.02)
-
-
-def test_only_a_mean_of_zeros_and_ones_is_a_share():
-    other_score = Metric(np.array([[1.0, 1.0], [0.0, 1.0]]), lambda total: total[0])
-    assert mean([True, False]).is_share
-    assert not mean([0.5, 1.0]).is_share and not other_score.is_share
