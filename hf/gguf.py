@@ -41,7 +41,7 @@ class GGUFFile:
         refuse_lfs_pointer(path)
         self.path = path
         try:
-            reader = gguf.GGUFReader(path, "c")
+            reader = gguf.GGUFReader(path)
             self._fields = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as error:  # numpy fails in many ways on a truncated file
             reason = f"truncated, or not a GGUF file ({first_line(error)})"
@@ -94,7 +94,7 @@ class GGUFFile:
 
     def _llama3_rope(self, base: float) -> dict:
         """Return Llama 3's settings if they give the divisors in the tensor rope_freqs.weight."""
-        divisors = _dequantize(self._tensors["rope_freqs.weight"]).flatten().double()
+        divisors = self._dequantize("rope_freqs.weight").flatten().double()
         factor = divisors.max().round().item()
         D = self._head_dim
         turns = 8192 / (2 * math.pi) * base ** (-torch.arange(0, D, 2).double() / D)
@@ -126,9 +126,17 @@ class GGUFFile:
         self._tensors.pop("rope_freqs.weight", None)
         self.shape = {n: tuple(t.shape[::-1].tolist()) for n, t in self._tensors.items()}
 
+    def _dequantize(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        data = tensor.data
+        # Not data itself: its pages, which are mapped, would stay in memory.
+        packed = np.fromfile(self.path, data.dtype, data.size, offset=int(tensor.data_offset))
+        packed = packed.reshape(data.shape)
+        return torch.from_numpy(require("gguf").dequantize(packed, tensor.tensor_type))
+
     def read(self, name: str) -> Tensor:
         """Return a tensor in float32."""
-        tensor = _dequantize(self._tensors[name])
+        tensor = self._dequantize(name)
         if self.arch != "llama" or not (".q_proj." in name or ".k_proj." in name):
             return tensor
         # Within a head, llama.cpp alternates the rows of the two halves that RoPE rotates.
@@ -183,10 +191,6 @@ class GGUFFile:
         model["ignore_merges"] = WORDS[kind] == LLAMA3_WORDS
         splitter = {"type": "Sequence", "pretokenizers": steps}
         return {"pre_tokenizer": splitter, "decoder": BYTE_LEVEL, "model": model}
-
-
-def _dequantize(tensor) -> Tensor:
-    return torch.from_numpy(require("gguf").dequantize(tensor.data, tensor.tensor_type))
 
 
 def _byte_fallback(fields: dict, vocab: dict[str, int]) -> dict:

