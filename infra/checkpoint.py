@@ -6,7 +6,6 @@ loader position, because both are functions of (seed, step).
 """
 
 import contextlib
-import hashlib
 import os
 import zipfile
 from collections.abc import Callable
@@ -114,11 +113,6 @@ def _keep_backup(path: Path) -> None:
         os.link(path, backup_path(path))  # a second name, so that path exists at every moment
     except OSError:  # this file system has no hard links
         os.replace(path, backup_path(path))
-
-
-def sha256_file(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_bytes(path: Path, file) -> None:

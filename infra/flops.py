@@ -90,9 +90,7 @@ def estimate(cfg, dataset) -> dict:
     print(f"parameters  {parts['gradients'] // 4:,}")
     print(f"memory      about {sum(parts.values()) / 1e6:,.0f} MB ({details})")
     print(f"FLOPs       {flops / cfg.max_steps:.2e} per step, {flops:.2e} in all")
-    print(
-        f"time        {minutes / 0.6:,.1f} to {minutes / 0.25:,.1f} min without evaluations {mfu}"
-    )
+    print(f"time        {minutes / 0.6:,.1f} to {minutes / 0.25:,.1f} min, no evaluations {mfu}")
     return {"memory": parts, "flops": flops, "minutes": minutes}
 
 

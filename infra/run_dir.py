@@ -164,10 +164,8 @@ def _show_on_board(board, entry: dict) -> None:
     for name, value in entry.items():
         if isinstance(value, str):
             board.add_text(name, value, entry["step"])
-        parts = value if isinstance(value, dict) else {"": value}
-        for part, number in parts.items():
-            if isinstance(number, int | float):
-                board.add_scalar(f"{name}/{part}".rstrip("/"), number, entry["step"])
+        elif isinstance(value, int | float):
+            board.add_scalar(name, value, entry["step"])
 
 
 class StopSignals:

@@ -119,7 +119,7 @@ def test_the_tree_names_every_file_of_the_root():
 def test_every_flag_in_the_text_is_a_setting():
     sources = "".join(path.read_text("utf-8") for path in ROOT.glob("[!ot]*/**/*.py"))
     sources += "".join(path.read_text("utf-8") for path in ROOT.glob("*.py"))
-    settings = set(re.findall(r"^    (\w+): \w+ = setting\(", sources, flags=re.M))
+    settings = set(re.findall(r"^    (\w+): \w+ = (?:setting|variable)\(", sources, flags=re.M))
     settings |= {"nproc_per_node", "nnodes", "no", "help", "tokenizer"}
     for path, text in TEXTS.items():
         unknown = set(re.findall(r"(?<![\w-])--(\w+)", text)) - settings
