@@ -308,14 +308,8 @@ def generate(model, prefix, cfg, seed=0, example=None, on_step=None, given=None)
     rng = CounterRNG(seed, example, candidate)
     length = model_cfg.target_length - 1
     out = denoise(model, cache, start[prompt], length, cfg, rng, on_step, given)
-    return best_of(out, N)
-
-
-def best_of(out: GenerateOutput, N: int) -> GenerateOutput:
-    """Of each N rows keep the one with the lowest score."""
-    offset = torch.arange(len(out.score) // N, device=out.score.device) * N
-    best = out.score.view(-1, N).argmin(1) + offset  # (B,)
-    calls = out.calls.view(-1, N).sum(1)
+    best = out.score.view(B, N).argmin(1) + torch.arange(B, device=prefix.device) * N
+    calls = out.calls.view(B, N).sum(1)
     return GenerateOutput(out.tokens[best], out.score[best], calls)
 
 

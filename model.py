@@ -49,7 +49,7 @@ class ModelConfig:
     self_conditioning: bool = setting(False, "diffusion: read the last prediction")
 
     # Set by the tokenizer.
-    vocab_size: int = internal(288, "", minimum=1)
+    vocab_size: int = internal(288, "rows of tok", minimum=1)
     n_ordinary: int = internal(256, "ids below it are text", minimum=1)
     pad_id: int = internal(256, "ends a text")
     sep_id: int = internal(257, "slot 0; -1: the last of the prompt", minimum=-1)
@@ -59,14 +59,14 @@ class ModelConfig:
     # Set by hf/ for imported weights.
     n_kv_head: int = internal(0, "0: n_head")
     head_dim: int = internal(0, "0: n_embd / n_head")
-    norm: str = internal("rmsnorm", "", ("rmsnorm", "layernorm"))
+    norm: str = internal("rmsnorm", "kind", ("rmsnorm", "layernorm"))
     norm_eps: float = internal(1e-5, "of every norm", above=0)
-    activation: str = internal("swiglu", "", ("swiglu", "gelu", "gelu_tanh"))
-    position: str = internal("rope", "", ("rope", "learned"))
+    activation: str = internal("swiglu", "of the MLP", ("swiglu", "gelu", "gelu_tanh"))
+    position: str = internal("rope", "encoding", ("rope", "learned"))
     qk_norm: bool = internal(False, "of queries and keys, arXiv 2302.05442")
     bias: bool = internal(False, "of all linear layers and layernorms")
     qkv_bias: bool = internal(False, "of queries, keys, values: Qwen 2")
-    rope_base: float = internal(10000.0, "", above=0)
+    rope_base: float = internal(10000.0, "of the frequencies", above=0)
     rope_factor: float = internal(1.0, "slow pairs turn slower", above=0)
     rope_slow_turns: float = internal(1.0, "fewer are slow")
     rope_fast_turns: float = internal(4.0, "more are fast", above=0)
@@ -418,7 +418,7 @@ class Transformer(nn.Module):
         x = self.tok(tokens)
         if self_cond is None or not self.cfg.self_conditioning:
             return x
-        normed = F.rms_norm(self_cond, self_cond.shape[-1:], eps=1e-5)
+        normed = F.rms_norm(self_cond, self_cond.shape[-1:], eps=1e-5)  # zeros stay zeros
         hint = self.self_cond_proj(normed)  # (B, T, C)
         if self.cfg.shift:  # slot i is predicted at i - 1
             return x + F.pad(hint[:, 1:], (0, 0, P, 1))

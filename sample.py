@@ -115,47 +115,34 @@ def sampler_configs() -> list[type]:
 
 
 def main(argv: list[str]) -> None:
+    from view.samples import print_samples
+
     given = configurator.read_settings((SampleConfig, *sampler_configs(), ModelConfig), argv)
     cfg = build(SampleConfig, given)
     text = read_prompt(cfg, given)
     decoder = open_decoder(cfg.init_from, given, pick_device(cfg.device))
-    other = open_beside(decoder, cfg, given)
-    for each in filter(None, (decoder, other)):
-        encode_prompt(text, each, cfg.chat)  # raises if it does not fit
-    greedy = decoder.module is not diffusion and decoder.sampler.temperature == 0
-    if greedy and cfg.num_samples > 1:
-        print("temperature 0 is greedy: all samples are equal", file=sys.stderr)
+    decoders = [decoder]
     watch = nullcontext()
     if cfg.show or cfg.html:
         from view import watch as view
 
         watch = view.watch_for(decoder, cfg)
+    if cfg.html:
+        decoders += view.open_beside(decoder, cfg, given, DEMO, open_decoder)
+    for each in decoders:
+        encode_prompt(text, each, cfg.chat)  # raises if it does not fit
+    greedy = decoder.module is not diffusion and decoder.sampler.temperature == 0
+    if greedy and cfg.num_samples > 1:
+        print("temperature 0 is greedy: all samples are equal", file=sys.stderr)
     out, seconds = generate(decoder, text, cfg, watch)
-    from view.samples import print_samples
-
     print_samples(decoder, out, seconds, cfg.chat)
     if cfg.html:
         tracks = [view.track_of(decoder, watch, out)]
-        if other is not None:
+        for other in decoders[1:]:
             watch = view.watch_for(other, cfg)
-            tracks.append(view.track_of(other, watch, generate(other, text, cfg, watch)[0]))
+            out, _ = generate(other, text, cfg, watch)
+            tracks.append(view.track_of(other, watch, out))
         view.write(cfg, text, tracks, DEMO)
-
-
-def open_beside(decoder: Decoder, cfg: SampleConfig, given: dict) -> Decoder | None:
-    """Return the decoder of the page's second track."""
-    path = cfg.beside
-    if cfg.html and not path and not given.keys() & {"init_from", "infill"}:
-        path = str(DEMO / "ar.pt")
-    if not path:
-        return None
-    if path != "ar":
-        return open_decoder(path, {}, pick_device(cfg.device))
-    model_cfg = decoder.model.cfg
-    cached = model_cfg.paradigm == "diffusion" and model_cfg.prefix_attention != "joint"
-    require(cached, f"--beside=ar needs a cached prefix, which {cfg.init_from} has not")
-    sampler = autoregressive.SamplerConfig()
-    return decoder._replace(module=autoregressive, sampler=sampler)
 
 
 def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple:

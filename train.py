@@ -151,6 +151,8 @@ class Run:
 
 def train(run: Run) -> dict:
     """The loop. Returns the last log entry."""
+    from view.samples import sample_line
+
     cfg = run.cfg
     ctx = run.ctx
     log = run_dir.Log(run.out / "log.jsonl", run.first_step, ctx.is_main, cfg.tensorboard)
@@ -301,24 +303,6 @@ def evaluate(run: Run) -> dict:
         return means
     ar = {"val_ar_loss": means.pop("ar")} if "ar" in means else {}
     return {"val_loss": sum(means.values()) / len(means), "val_loss_by_rate": means} | ar
-
-
-def sample_line(run: Run, step: int) -> str:
-    """Generate a target for one validation prefix."""
-    run.model.eval()
-    tokenizer = get_tokenizer(run.valid_set.tokenizer_name)
-    batch = run.valid_set.batch(0, 0, 8)
-    prompt = batch.prefix[:1].to(run.ctx.device)
-    if run.cfg.model.sep_id < 0:
-        prompt = torch.cat([prompt, batch.target[:1, :1].to(run.ctx.device)], dim=1)
-    with run.ctx.gathered(run.model):
-        out = run.paradigm.generate(run.model, prompt, run.paradigm.SamplerConfig())
-
-    answer = out.tokens[0]
-    answer = answer[(answer == tokenizer.pad_id).cumsum(0) == 0]  # up to the first pad
-    ids = [prompt[0, prompt[0] != tokenizer.pad_id], answer]
-    texts = [repr(tokenizer.decode(part.tolist())) for part in ids]
-    return f"step {step} sample: {' -> '.join(texts)}"
 
 
 def main(argv: list[str]) -> dict:

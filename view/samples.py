@@ -1,8 +1,11 @@
-"""What sample.py prints: the texts on stdout, their cost on stderr."""
+"""Show samples: those of sample.py with their cost, and one of a run."""
 
 import sys
 from itertools import takewhile
 
+import torch
+
+from data.tokenizer import get_tokenizer
 from view.cells import printable
 
 
@@ -30,3 +33,20 @@ def print_samples(decoder, out, seconds: float, chat: bool) -> None:
     best = f" | best of {n}" if n > 1 else ""
     speed = f"{n_tokens / seconds:,.0f} tokens/s ({n_tokens} in {seconds:.3f} s)"
     print(f"{speed} | {calls} | score {float(out.score.mean()):.4f}{best}", file=sys.stderr)
+
+
+def sample_line(run, step: int) -> str:
+    """Generate a target for one validation prefix of a training run."""
+    run.model.eval()
+    tokenizer = get_tokenizer(run.valid_set.tokenizer_name)
+    batch = run.valid_set.batch(0, 0, 8)
+    prompt = batch.prefix[:1].to(run.ctx.device)
+    if run.cfg.model.sep_id < 0:
+        prompt = torch.cat([prompt, batch.target[:1, :1].to(run.ctx.device)], dim=1)
+    with run.ctx.gathered(run.model):
+        out = run.paradigm.generate(run.model, prompt, run.paradigm.SamplerConfig())
+    answer = out.tokens[0]
+    answer = answer[(answer == tokenizer.pad_id).cumsum(0) == 0]  # up to the first pad
+    ids = [prompt[0, prompt[0] != tokenizer.pad_id], answer]
+    texts = [repr(tokenizer.decode(part.tolist())) for part in ids]
+    return f"step {step} sample: {' -> '.join(texts)}"

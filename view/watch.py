@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 import autoregressive
+from configurator import require
+from infra.device import pick_device
 from view.page import Track, write_page
 from view.record import Recorder
 from view.terminal import TerminalView
@@ -21,6 +23,22 @@ def watch_for(decoder, cfg):
     fixed = fixed_slots(decoder)
     total = len(fixed) if growing else getattr(decoder.sampler, "steps", "?")
     return TerminalView(tokenizer, growing, total, candidates, fixed, cfg.pause)
+
+
+def open_beside(decoder, cfg, given: dict, demo: Path, open_decoder) -> list:
+    """Return the decoder of the page's second track, with default settings, if there is one."""
+    path = cfg.beside
+    if not path and not given.keys() & {"init_from", "infill"}:
+        path = str(demo / "ar.pt")
+    if not path:
+        return []
+    if path != "ar":
+        return [open_decoder(path, {}, pick_device(cfg.device))]
+    m = decoder.model.cfg
+    cached = m.paradigm == "diffusion" and m.prefix_attention != "joint"
+    require(cached, f"--beside=ar needs a cached prefix, which {cfg.init_from} has not")
+    sampler = autoregressive.SamplerConfig()
+    return [decoder._replace(module=autoregressive, sampler=sampler)]
 
 
 def fixed_slots(decoder) -> list[bool]:
