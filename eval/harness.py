@@ -17,7 +17,6 @@ The sampler is set here, not by the task. A prompt that is too long loses its be
 
 import json
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -141,10 +140,11 @@ def is_greedy(model, pairs: list, batch_size: int) -> list[bool]:
 
 def load_tasks(names: str):
     """Return (the harness's task manager, the list of tasks)."""
-    manager_of = import_module("lm_eval.tasks").TaskManager
+    from lm_eval.tasks import TaskManager
+
     tasks = [name.strip() for name in names.split(",") if name.strip()]
     files = [name for name in tasks if name.endswith((".yaml", ".yml"))]
-    manager = manager_of(include_defaults=len(files) < len(tasks))  # reading its own takes seconds
+    manager = TaskManager(include_defaults=len(files) < len(tasks))  # reading its own takes seconds
     for name in tasks:
         found = Path(name).is_file() if name in files else manager.match_tasks([name])
         require(found, f"{name}: no such task; a task file ends with .yaml")
@@ -152,15 +152,14 @@ def load_tasks(names: str):
 
 
 def main(argv: list[str]) -> dict:
+    import lm_eval  # an optional dependency
+    from lm_eval.api.model import LM
+    from lm_eval.utils import make_table
+
     cfg, generator, state = open_checkpoint(argv, HarnessConfig)
-    try:
-        lm_eval = import_module("lm_eval")
-        base = import_module("lm_eval.api.model").LM
-    except ImportError as error:
-        raise ValueError(f"lm-eval is not installed ({error}); pip install lm-eval") from None
     manager, tasks = load_tasks(cfg.tasks)
-    model = type("Checkpoint", (Model, base), {})(generator, cfg.bound)
-    base.__init__(model)
+    model = type("Checkpoint", (Model, LM), {})(generator, cfg.bound)
+    LM.__init__(model)
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     found = lm_eval.simple_evaluate(
         model=model,
@@ -174,7 +173,7 @@ def main(argv: list[str]) -> dict:
     result = {"tasks": found["results"], "n": counts, "likelihood": model.measure}
     result |= {"prompts_shortened": model.shortened, "lm_eval": lm_eval.__version__}
     result |= origin("harness", argv, flatten(cfg) | generator.settings(), state)
-    text = import_module("lm_eval.utils").make_table(found)
+    text = make_table(found)
     text += f"\nlikelihoods: {model.measure}"
     if model.shortened:
         limit = f"longer than {model.longest_prefix} tokens and lost their beginning"

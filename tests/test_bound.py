@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from eval_models import BYTES, save_model, save_pairs
+from eval_models import save_model, save_pairs
 from torch import nn
 from torch.nn import functional as F
 
@@ -175,28 +175,6 @@ def test_the_bound_is_tight_where_the_way_back_is_the_true_one(noise, reading, s
         assert all(a > b + 1e-3 for a, b in zip(found, true))
     else:
         assert found == pytest.approx(true, abs=1e-9) and found == pytest.approx(data, abs=1e-7)
-
-
-@pytest.mark.parametrize("noise", ["uniform", "mask"])
-def test_a_model_that_knows_nothing_pays_log_of_the_vocabulary(noise):
-    """All T steps, all values of x_t: the wrong ones are alike, so one stands for K - 1."""
-    T = 50
-    n, cfg = BYTES.n_ordinary + 1, BoundConfig(noise_steps=T, reading="leave_one_out")
-    settings = DIFFUSION | SMALL | dict(noise=noise, block_size=9)
-    model = Transformer(ModelConfig(**settings)).eval()
-    nn.init.zeros_(model.tok.weight)  # the output layer, too
-    wrong = 8 if noise == "uniform" else BYTES.mask_id
-    clean = torch.tensor([7, 7, BYTES.pad_id, BYTES.pad_id])
-    noisy = torch.tensor([7, wrong, BYTES.pad_id, wrong])
-    target = torch.cat([torch.tensor([BYTES.sep_id]), noisy])[None]
-    with torch.no_grad():
-        logits = model(torch.tensor([[1]]), target)[0, 1:]
-    total = torch.zeros(2, dtype=torch.double)
-    for t in range(1, T + 1):
-        same = 1 - t / T + (t / T / n if noise == "uniform" else 0.0)
-        nats = step_nats(logits, clean, noisy, t, cfg, model.cfg).view(2, 2)
-        total += nats @ torch.tensor([same, 1 - same], dtype=torch.double)
-    assert total.tolist() == pytest.approx([math.log(257)] * 2, abs=1e-6)
 
 
 # Its estimate

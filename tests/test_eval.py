@@ -205,11 +205,6 @@ def test_slot_nats_are_the_training_loss_of_the_paradigm(kind):
     assert found.mean().item() == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_a_body_parses_unless_it_is_blank_or_broken():
-    bodies = ["    return x", "    return (x", "", "  \n ", "    pass", "    y = '\ufffd'"]
-    assert python_code.parse_share([PREFIX] * 6, bodies)["parse"] == 2 / 6
-
-
 def test_python_of_a_generator_that_knows_two_answers(place, monkeypatch, capsys):
     known = {tuple(prefix): target for prefix, target in ENCODED[1:3]}  # the others are empty
     fake_generate(monkeypatch, lambda prompt: known.get(tuple(prompt), []))
