@@ -31,14 +31,23 @@ def refuse_lfs_pointer(path: Path) -> None:
             raise ValueError(f"{path}: a git-LFS pointer, not the file; {remedy}")
 
 
-def read_json(path: Path) -> dict:
-    """Return the JSON object of a file. Raises ValueError if there is none."""
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file. Raises ValueError, with the path, if it is none."""
     try:
         refuse_lfs_pointer(path)
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; a Hugging Face folder has one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def read_json(path: Path) -> dict:
+    """Return the JSON object of a file. Raises ValueError if there is none."""
+    text = read_text(path)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({first_line(error)})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}")

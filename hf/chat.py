@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from hf import first_line, read_json, require
+from hf import first_line, read_json, read_text, require
 from hf.tokenizer import HFTokenizer, load_backend
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -17,12 +17,15 @@ def folder_info(folder: Path, config: dict) -> dict:
     paths = [folder / name for name in names]
     settings, generation = (read_json(path) if path.is_file() else {} for path in paths)
     tokens = {name: settings[name] for name in ROLES if settings.get(name)}
-    tokens = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several, each with a name
-        template = {part["name"]: part["template"] for part in template}.get("default")
+    try:
+        tokens = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
+        if isinstance(template, list):  # several, each with a name
+            template = {part["name"]: part["template"] for part in template}.get("default")
+    except (KeyError, TypeError):
+        raise ValueError(f"{paths[0]}: a special token or a template lacks its text") from None
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = read_text(folder / "chat_template.jinja")
     ends = generation.get("eos_token_id", config.get("eos_token_id"))
     ends = [i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int]
     info = {"chat_template": template, "special_tokens": tokens, "end_ids": ends}
@@ -47,7 +50,7 @@ def end_ids(tokenizer: HFTokenizer) -> list[int]:
 def render(tokenizer: HFTokenizer, messages: list[dict]) -> str:
     """Return the text of a conversation by the model's template, run in jinja2's sandbox."""
     template = getattr(tokenizer, "info", {}).get("chat_template")
-    if not template:
+    if not template or not isinstance(template, str):
         raise ValueError("this model has no chat template; leave out --chat")
     jinja2 = require("jinja2")
     sandbox = require("jinja2.sandbox").ImmutableSandboxedEnvironment
@@ -69,5 +72,5 @@ def render(tokenizer: HFTokenizer, messages: list[dict]) -> str:
     values = tokenizer.info.get("special_tokens", {}) | {"messages": messages, "tools": None}
     try:
         return environment.from_string(template).render(add_generation_prompt=True, **values)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
+    except Exception as error:  # the template is a program, and it may be wrong in any way
         raise ValueError(f"the model's chat template fails: {first_line(error)}") from None

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import autoregressive
 from data.tokenizer import FILE, Tokenizer, get_tokenizer, padded_size, tokenizer_from_json
-from hf import first_line, read_json, refuse_lfs_pointer, require
+from hf import first_line, read_json, read_text, refuse_lfs_pointer, require
 from hf.chat import folder_info
 from hf.layouts import Config, family_of, read_settings, refuse_window
 from hf.tokenizer import HFTokenizer, extend
@@ -34,7 +34,6 @@ MAX_TARGET = 128  # tokens: the largest default of target_length
 GREEDY = 32  # tokens that parity() generates
 DTYPES = ("F32", "BF16", "F16")
 OTHER_TOKENIZERS = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 KEPT = ("sep_id", "eos_id", "dropout", "prefix_attention", "n_kv_head", "head_dim", "n_hidden")
 SAFE_WAY = (
     "only safetensors are read, because opening a pickle may run any code; if you trust it, "
@@ -66,10 +65,8 @@ def resolve_source(name: str) -> Path | None:
     if path.is_dir():
         ours = (path / "ckpt.pt").exists() and not (path / "config.json").exists()
         return None if ours else path
-    if path.suffix == ".safetensors":
-        raise ValueError(f"{name}: give the folder, because its config.json describes the weights")
-    if path.suffix in PICKLES and path.suffix != ".pt":
-        raise ValueError(f"{name}: {SAFE_WAY}")
+    if path.suffix in (".safetensors", ".bin", ".pth"):
+        raise ValueError(f"{name}: give the folder with its config.json; {SAFE_WAY}")
     if path.exists() or path.suffix == ".pt":
         return path if path.suffix == ".gguf" else None
     kinds = "no such folder, GGUF file or checkpoint"
@@ -123,18 +120,21 @@ class Folder:
         try:
             with safetensors.safe_open(path, "pt") as file:
                 parts = {name: file.get_slice(name) for name in file.keys()}
-                formats = {name: part.get_dtype() for name, part in parts.items()}
-                self.shape |= {name: tuple(part.get_shape()) for name, part in parts.items()}
+                shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+                kinds = {name: part.get_dtype() for name, part in parts.items()}
         except safetensors.SafetensorError as error:
             reason = f"truncated, or no safetensors file ({first_line(error)})"
             raise ValueError(f"{path}: {reason}") from None
-        for name, form in formats.items():
-            if form not in DTYPES:
-                fault = f"number format {form} is not in {', '.join(DTYPES)}"
-                raise ValueError(f"{path}: {name}: {fault}")
-            if name in self._places:
-                raise ValueError(f"{path}: {name} is in {self._places[name][0].name} too")
-            self._places[name] = (path, name)
+        fault = [
+            f"{name} has the number format {kind}"
+            for name, kind in kinds.items()
+            if kind not in DTYPES
+        ]
+        fault += [f"{name} is in another file too" for name in shapes.keys() & self.shape]
+        if fault:
+            raise ValueError(f"{path}: {fault[0]}; supported: {', '.join(DTYPES)}, each name once")
+        self.shape |= shapes
+        self._places |= {name: (path, name) for name in shapes}
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, memory-mapped."""
@@ -146,9 +146,7 @@ class Folder:
         """Return the tokenizer.json ("" if there is no tokenizer) and what a chat needs."""
         path = self.path / FILE
         if path.exists():
-            refuse_lfs_pointer(path)
-            info = folder_info(self.path, self.config.values)
-            return path.read_text(encoding="utf-8"), info
+            return read_text(path), folder_info(self.path, self.config.values)
         for name in OTHER_TOKENIZERS:
             if (self.path / name).exists():
                 raise ValueError(
@@ -174,11 +172,10 @@ def load_hf(path: Path, block_size: int = 0, target_length: int = 0) -> LoadedMo
     settings = read_settings(config)
     context = settings["block_size"]
     source.open_weights()
-    rows = config.get("vocab_size", int)
-    embedding = source.family.names("tok.weight")[0]
-    found = source.shape.get(embedding, (0,))[0]
-    if found != rows:
-        raise ValueError(f"{path}: {embedding} has {found} rows, vocab_size is {rows}")
+    rows = source.shape.get(source.family.names("tok.weight")[0], (0,))[0]
+    if rows != config.get("vocab_size", int):
+        vocab_size = config.values["vocab_size"]
+        raise ValueError(f"{path}: the embedding has {rows} rows, {vocab_size=}")
     kept = Config(config.get("ar2diff", dict, {}), config.path)
     tokenizer = _tokenizer(source, kept, rows)
     notes = []
@@ -191,12 +188,13 @@ def load_hf(path: Path, block_size: int = 0, target_length: int = 0) -> LoadedMo
             raise ValueError(f"{path}: {block_size=} exceeds its {context} learned positions")
         notes.append(f"{block_size=}: the source was trained on at most {context} tokens")
     default = kept.get("target_length", int, min(MAX_TARGET, block_size // 2))
-    settings |= {"block_size": block_size, "target_length": target_length or default}
-    if not 2 <= settings["target_length"] < block_size:
+    target_length = target_length or default
+    if not 2 <= target_length < block_size:
         raise ValueError(f"target_length must be 2 to {block_size - 1}, got {target_length}")
+    settings |= dict(block_size=block_size, target_length=target_length)
     ids = ("vocab_size", "n_ordinary", "pad_id", "mask_id")
     settings |= {name: getattr(tokenizer, name) for name in ids}
-    settings |= {"sep_id": -1, "eos_id": _eos(config, tokenizer)}
+    settings |= dict(sep_id=-1, eos_id=_eos(config, tokenizer))
     settings |= {name: kept.values[name] for name in KEPT if name in kept.values}
     try:
         cfg = ModelConfig(**settings)
@@ -256,10 +254,10 @@ def _account(source, cfg: ModelConfig, rows: int, context: int) -> dict[str, tup
     missing = [name for name in expected if name not in source.shape]
     if missing:
         raise ValueError(f"{source.path}: lacks the tensor {_some(missing)}")
-    for name, shape in expected.items():
-        if source.shape[name] != shape:
-            found = source.shape[name]
-            raise ValueError(f"{source.path}: {name} has shape {found}, expected {shape}")
+    wrong = [name for name, shape in expected.items() if source.shape[name] != shape]
+    if wrong:
+        shapes = f"has shape {source.shape[wrong[0]]}, expected {expected[wrong[0]]}"
+        raise ValueError(f"{source.path}: {wrong[0]} {shapes}")
     buffers = source.family.buffers
     extra = [n for n in source.shape if n not in expected and not re.fullmatch(buffers, n)]
     if cfg.tie_weights and "lm_head.weight" in extra:  # a second copy of the embedding
@@ -304,15 +302,11 @@ def fill_reserved(table: Tensor, rows: int, cfg: ModelConfig) -> None:
 
     rows: what the source has. Its rows beyond its tokenizer's ids may become pad and mask.
     """
-    table[rows:] = table[[cfg.pad_id, cfg.mask_id]] = mean_row(table, cfg)
-    if cfg.eos_id >= 0:
-        table[cfg.pad_id] = table[cfg.eos_id]
-
-
-def mean_row(table: Tensor, cfg: ModelConfig) -> Tensor:
     parts = table[: cfg.n_ordinary].split(1024)
     mean = sum(part.sum(0, dtype=torch.float64) for part in parts) / cfg.n_ordinary
-    return mean.to(table.dtype)
+    table[rows:] = table[[cfg.pad_id, cfg.mask_id]] = mean.to(table.dtype)
+    if cfg.eos_id >= 0:
+        table[cfg.pad_id] = table[cfg.eos_id]
 
 
 # Proof

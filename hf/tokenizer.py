@@ -19,7 +19,7 @@ import json
 import os
 
 from data.tokenizer import ALPHABET, Tokenizer, padded_size, reserved_tokens
-from hf import first_line, require
+from hf import LFS_POINTER, first_line, require
 
 SPACE = "▁"  # how byte-fallback vocabularies write a space
 PAD = "<|ar2diff_pad|>"
@@ -47,6 +47,12 @@ class HFTokenizer(Tokenizer):
                 f"this {model.get('type')} tokenizer is not supported; supported: byte-level BPE, "
                 "and BPE with byte_fallback and the tokens <0x00> to <0xFF>"
             )
+        for part in [*_parts(found.get("normalizer")), *splitters]:
+            spaces = part.get("pattern") == {"String": " "} and part.get("content") == SPACE
+            replaces = part.get("type") == "Replace" and not spaces
+            if replaces or part.get("behavior") == "Removed":
+                fault = f"it replaces or removes {part.get('pattern')}"
+                raise ValueError(f"this tokenizer changes text: {fault}")
         single = ALPHABET if self.byte_level else BYTE_FALLBACK
         self._no_token = {i for i, token in enumerate(single) if token not in model["vocab"]}
         self._backend = load_backend(_lossless(found))
@@ -104,6 +110,8 @@ def parse(text: str) -> dict:
         _lossless(found)  # fails if another part has the wrong type
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good = False
+    if text.startswith(LFS_POINTER.decode()):
+        raise ValueError("a git-LFS pointer, not the file; run `git lfs pull`")
     if not good:
         raise ValueError("not the JSON of a byte-pair tokenizer")
     return found

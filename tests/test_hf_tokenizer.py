@@ -87,6 +87,9 @@ MODEL = byte_level()["model"]
 STRIP = dict(type="Strip", strip_left=True, strip_right=True)
 NO_SPACES = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}]}
 NO_SPACES["pretokenizers"].append(byte_level()["pre_tokenizer"])
+QUOTES = {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}
+CUT = {"type": "Split", "pattern": {"Regex": "日本"}, "behavior": "Removed", "invert": False}
+CUT = {"type": "Sequence", "pretokenizers": [CUT, byte_level()["pre_tokenizer"]]}
 REFUSED = {
     "no JSON": ("{", "not the JSON of a byte-pair tokenizer"),
     "huge id": ({"model": BPE | {"vocab": {"a": 1e12}}}, "not the JSON"),
@@ -98,6 +101,9 @@ REFUSED = {
     "nfkc": (byte_level(normalizer={"type": "NFKC"}), "changes text"),
     "strip": (byte_level(normalizer=STRIP), "changes text"),
     "drops spaces": (byte_level(pre_tokenizer=NO_SPACES), "changes text"),
+    "replaces two": (byte_level(normalizer=QUOTES), "it replaces or removes .*``"),
+    "removes two": (byte_level(pre_tokenizer=CUT), "it replaces or removes .*日本"),
+    "lfs": ("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
 }
 
 
@@ -157,10 +163,31 @@ def test_a_chat_is_rendered_and_encoded_as_in_transformers(tmp_path):
         ("{{ messages.append(1) }}", "chat template fails"),  # the sandbox
         ("{{ ''.__class__.__mro__ }}", "chat template fails"),
         ("{{ 1 / 0 }}", "chat template fails"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "chat template fails: .*recursion"),
+        (7, "has no chat template"),
         ("", "has no chat template"),
     ],
 )
 def test_a_template_that_fails_is_one_line(template, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         chat_ids(chat_tokenizer(tmp_path, template), MESSAGES)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b"version https://git-lfs.github.com/spec/v1\n"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}'),
+        ("tokenizer_config.json", b'{"bos_token": {"id": 3}}'),
+        ("generation_config.json", b"null"),
+        ("chat_template.jinja", b"caf\xe9"),
+    ],
+)
+def test_a_damaged_file_of_a_chat_is_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name) as error:
+        folder_info(tmp_path, {})
     assert "\n" not in str(error.value)
