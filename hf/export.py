@@ -16,7 +16,7 @@ from torch import Tensor
 from data.tokenizer import ALPHABET, BYTE_LEVEL, FILE, Tokenizer, reserved_tokens
 from hf import require
 from hf.layouts import FAMILIES, family_name, write_settings
-from hf.load import KEPT, mean_row, row_counts
+from hf.load import KEPT, fill_reserved, row_counts
 from hf.tokenizer import HFTokenizer
 from model import NEW_MODULES, ModelConfig
 
@@ -75,15 +75,13 @@ def _rows_without_reserved(weights: dict[str, Tensor], m: ModelConfig) -> int:
         return m.vocab_size
     rows = m.n_ordinary
     for name in weights.keys() & {"tok.weight", "head.weight"}:
-        table = weights[name].float()
-        mean = mean_row(weights[name], m).float()
-        expected = mean.expand(m.vocab_size - m.n_ordinary, -1).clone()
-        expected[m.pad_id - m.n_ordinary] = table[m.eos_id] if m.eos_id >= 0 else mean
-        same = torch.isclose(table[m.n_ordinary :], expected, rtol=1e-5, atol=1e-8).all(1)
-        if not same[[m.pad_id - m.n_ordinary, m.mask_id - m.n_ordinary]].all():
-            return m.vocab_size
+        expected = weights[name].clone()
+        fill_reserved(expected, m.n_ordinary, m)
+        same = torch.isclose(weights[name].float(), expected.float(), rtol=1e-5, atol=1e-8).all(1)
         different = (~same).nonzero().flatten().tolist()
-        rows = max([rows, *(m.n_ordinary + 1 + i for i in different)])
+        if m.pad_id in different or m.mask_id in different:
+            return m.vocab_size
+        rows = max([rows, *(i + 1 for i in different)])
     return rows
 
 

@@ -420,7 +420,7 @@ REFUSED = {
     r"has shape \(48, 32\), expected \(40, 32\)": settings(intermediate_size=40),
     r"lacks the tensor model.layers.3\..* and 6 more": settings(num_hidden_layers=4),
     r"has model.layers.2\..* and 6 more, which config": settings(num_hidden_layers=2),
-    "embed_tokens.weight has 300 rows, vocab_size is 118": settings(vocab_size=2**70),
+    "the embedding has 300 rows, vocab_size=118": settings(vocab_size=2**70),
     "config.json: no such file": lambda folder: (folder / "config.json").unlink(),
     "config.json: not JSON": text("config.json", "{"),
     "must hold a JSON object, got list": text("config.json", "[1]"),
@@ -432,7 +432,7 @@ REFUSED = {
     "tokenizer.json: a git-LFS pointer.*`git lfs pull`": text("tokenizer.json"),
     "merge the adapter": text("adapter_config.json", "{}"),
     "not the JSON of a byte-pair tokenizer": text("tokenizer.json", '{"model": 3}'),
-    "number format I32 is not in F32, BF16, F16": norm(torch.ones(32, dtype=torch.int32)),
+    "model.norm.weight has the number format I32; supported: F32": norm(torch.ones(32, dtype=torch.int32)),
     "model.norm.weight holds NaN or infinite weights": norm(torch.full((32,), torch.nan)),
     "2.safetensors: no such file; download": shards("2.safetensors"),
     "weight_map must name files of this folder": shards("../2.safetensors"),
@@ -456,7 +456,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(message, copy, monkeypatch):
     [
         ("./models/qwen", "no such folder, GGUF file or checkpoint, and no hub name"),
         ("source/weights", "no such folder"),  # source exists, so this is no hub name
-        ("pytorch_model.bin", "may run any code"),
+        ("pytorch_model.bin", "give the folder.*may run any code"),
         ("source/model.safetensors", "give the folder"),
     ],
 )
