@@ -348,7 +348,7 @@ def _writer(folder, kind: str, tokenizer_name: str, target_length: int, block_si
         if tokenizer.file:
             (new / FILE).write_text(tokenizer.file, encoding="utf-8")
         text = json.dumps(meta, indent=1, ensure_ascii=False)
-        (new / "meta.json").write_text(text, encoding="utf-8")
+        (new / "meta.json").write_text(text, encoding="utf-8", errors="backslashreplace")
         if folder.exists():
             folder.rename(Path(scratch, "old"))  # a folder with files cannot be replaced
         new.rename(folder)

@@ -26,7 +26,7 @@ def lock_dir(out: Path) -> Iterator[None]:
     created = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     path = out / "lock"
-    with open(path, "a+", encoding="utf-8") as file:
+    with open(path, "a+", encoding="utf-8", errors="backslashreplace") as file:
         try:
             import fcntl
 

@@ -1,7 +1,9 @@
 """Any terminal, folder and environment: the work is done, and nothing is written elsewhere."""
 
 import io
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import ar2diff
 import sample
 import train
 from configurator import run
+from data import text_file
 from data.loader import write_pairs
 from infra import device
 from infra.checkpoint import load
@@ -74,6 +77,21 @@ def test_a_command_works_with_any_stream(name, how, desk, tmp_path):
     assert "Traceback" not in (tmp_path / "output").read_text("utf-8", "replace")
     if name in ("train", "ar2diff"):
         assert load(desk / "made é" / "ckpt.pt")["step"] == (6 if name == "train" else 0)
+
+
+def test_the_name_of_a_folder_need_not_be_utf8(tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"L\xe4ufe")
+    folder.mkdir()
+    (folder / "a.txt").write_text("a line\n" * 99)
+    argv = [f"--input={folder}/a.txt", "--name=lines", f"--out={folder}", "--held_out=0.2"]
+    text_file.main([*argv, "--target_length=8", "--block_size=32"])
+    command = shlex.split(json.loads((folder / "lines" / "meta.json").read_text())["command"])
+    assert command[3:7] == argv
+    argv = [*TINY, f"--data={folder}/lines", f"--out_dir={folder}/run"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    monkeypatch.setattr(device, "measured_flops", lambda *_: 1e12)
+    run(train.main)
+    assert load(folder / "run" / "ckpt.pt")["step"] == 6
 
 
 @pytest.mark.slow  # starts Python 5 times
