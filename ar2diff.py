@@ -4,7 +4,7 @@
     python ar2diff.py --init_from=Qwen/Qwen2.5-0.5B --out_dir=out/qwen --check
     python ar2diff.py --init_from=out/qwen/ckpt.pt --export=out/qwen_hf  # and back
 
-The weights stay. The mask, the position that predicts a slot and the loss change.
+The weights stay. The mask, the predicting position and the loss change.
 train.py continues from ckpt.pt: N steps (AR2Diff_N), then fine-tuning.
 """
 
@@ -32,19 +32,17 @@ from model import NEW_MODULES, Transformer, model_from_state_dict
 class ConvertConfig:
     """What to convert, and into what."""
 
-    init_from: str = setting(
-        "out/ar2diff_1_ar/ckpt.pt", "checkpoint, HF folder, hub name or .gguf", path=True
-    )
+    init_from: str = setting("out/ar2diff_1_ar/ckpt.pt", "or folder, hub name, .gguf", path=True)
     out_dir: str = setting("out/ar2diff_start", "place of ckpt.pt", path=True)
     paradigm: str = setting("diffusion", "ar: import only", ("diffusion", "ar"))
     export: str = setting("", "write a Hugging Face folder", path=True)
     block_size: int = setting(0, "imports; 0: at most 4,096")
     target_length: int = setting(0, "imports; 0: at most 128")
     prefix_attention: str = setting(
-        "bidirectional", "joint is the paper's", ("bidirectional", "causal", "joint")
+        "bidirectional", "paper: joint", ("bidirectional", "causal", "joint")
     )
-    noise: str = setting("uniform", "uniform is the paper's", ("uniform", "mask"))
-    shift: bool = setting(True, "position i - 1 predicts slot i, as in AR models")
+    noise: str = setting("uniform", "paper: uniform", ("uniform", "mask"))
+    shift: bool = setting(True, "position i - 1 predicts slot i")
     self_conditioning: bool = setting(True, "not in the paper")
     check: bool = setting(False, "verify; a failure exits with status 1")
     data: str = setting("", "of --check; default: the AR model's", path=True)
@@ -63,9 +61,9 @@ class Check(NamedTuple):
 
 
 def convert(source: Transformer, copy: bool = True, **settings) -> Transformer:
-    """Return a new model with the same weights (copies or not) and other settings.
+    """Return a new model with the same weights and other settings.
 
-    NEW_MODULES may be added. They are zero: the same tokens give the same logits.
+    NEW_MODULES may be added. They are zero and change no logit.
     """
     weights = source.state_dict()
     if copy:
@@ -95,7 +93,7 @@ def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
 
 
 @torch.no_grad()
-def verify(source, model, batch, seed: int = 0, knows_text: bool = True) -> list[Check]:
+def verify(source, model, batch, seed=0, knows_text=True) -> list[Check]:
     """Compare a converted model with its AR source on text.
 
     knows_text: the source must predict it better than guessing.
@@ -110,7 +108,8 @@ def verify(source, model, batch, seed: int = 0, knows_text: bool = True) -> list
     ar_loss = autoregressive.loss(source, batch, None, None).item()
     guess = math.log(model.cfg.n_ordinary + 1)
     before = f"{ar_loss:.3f} (guessing: {guess:.3f})"
-    if ar_loss >= guess:
+    knows = ar_loss < guess
+    if not knows:
         before += ": random weights, or ids of another tokenizer"
     equal = "with the causal mask the logits equal the source's"
     names = ", ".join(new) or "none"
@@ -121,7 +120,7 @@ def verify(source, model, batch, seed: int = 0, knows_text: bool = True) -> list
         check_future(model, batch, sees=True),
         check_prefix(model, batch, seed),
         check_alignment(as_source, batch, ar_loss),
-        Check("AR loss before, nats per slot", before, ar_loss < guess or not knows_text),
+        Check("AR loss before, nats per slot", before, knows or not knows_text),
         check_loss_after(model, batch, seed),
     ]
 
@@ -158,7 +157,8 @@ def check_prefix(model, batch, seed: int) -> Check:
     reads = [ids[:, :P] for ids in seen if ids.shape[1] != T]
     changed = sum(not torch.equal(ids, first.prefix) for ids in reads)
     measured = f"{changed} of {len(reads)} reads changed"
-    return Check("the prefix is never corrupted", measured, len(reads) > 0 == changed)
+    ok = len(reads) > 0 == changed
+    return Check("the prefix is never corrupted", measured, ok)
 
 
 def check_alignment(as_source, batch, ar_loss: float) -> Check:
@@ -236,9 +236,10 @@ def open_source(cfg: ConvertConfig) -> Source:
     model, tokenizer, state = load_model(path)
     is_ar = model.cfg.paradigm == "ar"
     require(is_ar, f"{path} is a diffusion model; --init_from needs an AR model")
-    given = cfg.block_size or cfg.target_length or cfg.prompt or cfg.paradigm == "ar"
+    given = cfg.block_size or cfg.target_length or cfg.prompt
     flags = "--block_size, --target_length, --prompt and --paradigm=ar"
-    require(not given, f"{path} is a checkpoint; {flags} are for imported weights")
+    free = not given and cfg.paradigm == "diffusion"
+    require(free, f"{path} is a checkpoint; {flags} are for imported weights")
     data = state.get("train_config", {}).get("data", "")
     return Source(model, tokenizer, data, f"{path} step {state['step']}", None)
 
@@ -253,7 +254,8 @@ def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
         checks += parity(source.path, source.model, batch.target[:, 1:])
     if model is not source.model:
         knows_text = source.path is None
-        checks += verify(source.model.float(), model.float(), batch, cfg.seed, knows_text)
+        models = (source.model.float(), model.float())
+        checks += verify(*models, batch, cfg.seed, knows_text)
     for claim, measured, ok in checks:
         print(f"{'ok  ' if ok else 'FAIL'}  {claim:<52} {measured}")
     failed = sum(not ok for *_, ok in checks)
@@ -274,8 +276,9 @@ def check_batch(source: Source, cfg: ConvertConfig) -> Batch:
         return text_batch(cfg.prompt, source.tokenizer, model_cfg)
     require(data, f"{cfg.init_from} does not name its data; give it with --data")
     valid_set = open_dataset(build_if_missing(data), "valid")
-    needs(valid_set, f"{cfg.init_from} with --data={data}", tokenizer_name=source.tokenizer.name)
-    needs(valid_set, f"{cfg.init_from} with --data={data}", target_length=model_cfg.target_length)
+    use = f"{cfg.init_from} with --data={data}"
+    needs(valid_set, use, tokenizer_name=source.tokenizer.name)
+    needs(valid_set, use, target_length=model_cfg.target_length)
     return valid_set.batch(cfg.seed, 0, 16)
 
 

@@ -1,9 +1,9 @@
-"""Text diffusion: noise, loss, samplers, generate. Compare it with autoregressive.py.
+"""Text diffusion: noise, loss, samplers. Compare it with autoregressive.py.
 
-Training corrupts the target at a random rate and predicts the clean text. The model
-then reads its own prediction and predicts again: AR2Diff's loss (arXiv 2401.17181,
-section 3), after SUNDAE (arXiv 2112.06749). Generation starts from noise, the canvas,
-and rewrites it a few times. It holds text, then pads: the model decides the length.
+Training corrupts the target and predicts the clean text. The model then reads its
+own prediction and predicts again: AR2Diff's loss (arXiv 2401.17181, section 3),
+after SUNDAE (arXiv 2112.06749). Generation starts from noise, the canvas, and
+rewrites it a few times. Text and pads are alike: the model decides the length.
 """
 
 import math
@@ -41,7 +41,7 @@ def sample_noise(uniform: Tensor, model_cfg) -> Tensor:
     return torch.where(token == model_cfg.n_ordinary, model_cfg.pad_id, token)
 
 
-def corrupt(target: Tensor, rate: Tensor, model_cfg, rng: CounterRNG) -> Tensor:
+def corrupt(target: Tensor, rate: Tensor, model_cfg, rng) -> Tensor:
     """Replace tokens (B, T) by noise with probability rate (B, 1)."""
     chance, value = rng.uniform(CORRUPT, target.shape[1])
     hit = chance < rate  # (B, T)
@@ -79,8 +79,8 @@ def align_logits(logits: Tensor, shift: bool) -> Tensor:
 def losses(model, batch, cfg, rng, rate=None, extra_edges=None, scale=1.0):
     """Yield L(1), L(2), ..., times scale: nats per slot, pads included.
 
-    Call backward() on each before the next is computed, to free its graph. The prefix
-    is read once: a last term of value 0 carries all gradients into it.
+    Call backward() on each before the next, to free its graph. The prefix is read
+    once: a last term of value 0 carries all gradients into it.
     """
     cache = model.encode(batch.prefix, reserve=batch.target.shape[1])
     detached, pairs = cache.detach()
@@ -93,9 +93,9 @@ def losses(model, batch, cfg, rng, rate=None, extra_edges=None, scale=1.0):
 
 
 def loss_terms(model, cache, batch, cfg, rng, rate=None, extra_edges=None):
-    """Yield the terms for a prefix in cache; with ar_loss_weight, causal_loss too.
+    """Yield the terms for a prefix in cache, causal_loss last.
 
-    L(k + 1) reads the prediction of pass k, as tokens and as self-conditioning.
+    L(k + 1) reads the prediction of pass k, also as self-conditioning.
     """
     model_cfg = model.cfg
     target = batch.target  # (B, T)
@@ -144,7 +144,7 @@ def loss_by_rate(model, batch, rng: CounterRNG, rates) -> dict[str, float]:
     cache = model.encode(batch.prefix, reserve=batch.target.shape[1])
     found = {}
     for rate in rates:
-        fixed = torch.full((len(batch.target), 1), rate, device=batch.target.device)
+        fixed = torch.full_like(batch.target[:, :1], rate, dtype=torch.float32)
         terms = loss_terms(model, cache, batch, cfg, rng, fixed)
         found[f"{rate:.1f}"] = next(terms).item()
     return found
@@ -154,10 +154,10 @@ SOFTMAX_CHUNK = 1 << 24  # logits per softmax, to bound its memory
 
 
 def expected_embedding(model, logits: Tensor) -> Tensor:
-    """Return the mean embedding (B, T, C) of logits (B, T - 1, V), slot 0: zeros."""
+    """Return the mean embedding (B, T, C) of logits (B, T - 1, V)."""
     rows = max(1, SOFTMAX_CHUNK // logits[0].numel())
     parts = [model.expected_embedding(part) for part in logits.split(rows)]
-    return F.pad(torch.cat(parts), (0, 0, 1, 0))
+    return F.pad(torch.cat(parts), (0, 0, 1, 0))  # slot 0: zeros
 
 
 # Samplers: one step each. denoise() runs them.
@@ -194,7 +194,8 @@ def argmax_unrolled(logits, state, step, cfg, rng, model_cfg):
     if step > 0:
         # 50 x 0.3 is 15.000001 in float32, hence the small number.
         n = (state.editable.sum(1, keepdim=True) * cfg.update_fraction - 1e-3).ceil()
-        chosen = chosen & (_rank(-state.aux.masked_fill(~chosen, math.inf)) < n)
+        before = state.aux.masked_fill(~chosen, math.inf)
+        chosen = chosen & (_rank(-before) < n)
     canvas = torch.where(chosen, drawn, state.canvas)
     scored = _replace_masks(state.canvas, drawn, model_cfg)
     converged = _unchanged(drawn, state)
@@ -240,7 +241,7 @@ SAMPLERS = {step.__name__: step for step in STEPS}
 class SamplerConfig:
     """How a canvas becomes text."""
 
-    sampler: str = setting("resample", "resample is the paper's", tuple(SAMPLERS))
+    sampler: str = setting("resample", "paper: resample", tuple(SAMPLERS))
     steps: int = setting(10, "network calls", minimum=1)
     temperature: float = setting(0.2, "resample, confidence", minimum=1e-3, zero_ok=True)
     update_fraction: float = setting(1.0, "slots redrawn per step", above=0, maximum=1)
@@ -289,7 +290,7 @@ def _rank(score: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(model, prefix, cfg, seed=0, example=None, on_step=None, given=None):
-    """Denoise cfg.candidates canvases per prefix (B, P); keep the best (section 4.2).
+    """Denoise some canvases per prefix (B, P); keep the best (section 4.2).
 
     example (B,): keys of the random numbers. on_step: see denoise.
     given (B, T - 1): fixed tokens, -1 for a free slot.
@@ -308,7 +309,7 @@ def generate(model, prefix, cfg, seed=0, example=None, on_step=None, given=None)
     rng = CounterRNG(seed, example, candidate)
     length = model_cfg.target_length - 1
     out = denoise(model, cache, start[prompt], length, cfg, rng, on_step, given)
-    best = out.score.view(B, N).argmin(1) + torch.arange(B, device=prefix.device) * N
+    best = out.score.view(B, N).argmin(1) + prompt[::N] * N
     calls = out.calls.view(B, N).sum(1)
     return GenerateOutput(out.tokens[best], out.score[best], calls)
 
@@ -317,8 +318,8 @@ def generate(model, prefix, cfg, seed=0, example=None, on_step=None, given=None)
 def denoise(model, cache, start, length, cfg, rng, on_step=None, given=None):
     """Rewrite R canvases in at most cfg.steps calls. Converged rows are frozen.
 
-    start (R, 1): slot 0. on_step: called with (step, canvas (R, S), logits (R, S, V),
-    rows (R,): -1 if frozen) after each call; before, with step 0 and None.
+    start (R, 1): slot 0. on_step: called with (step, canvas (R, S),
+    logits (R, S, V), rows (R,): -1 if frozen); first with step 0 and None.
     """
     model_cfg = model.cfg
     step_fn = SAMPLERS[cfg.sampler]
@@ -343,7 +344,8 @@ def denoise(model, cache, start, length, cfg, rng, on_step=None, given=None):
         state = freeze(state, new, active)
         calls += active
         if on_step is not None:
-            on_step(step + 1, state.canvas, logits, torch.where(active, rows, -1))
+            running = torch.where(active, rows, -1)
+            on_step(step + 1, state.canvas, logits, running)
         finished = active & (state.converged | is_last)
         if finished.any():
             nll = token_nll(logits, state.scored).mean(1)
@@ -354,7 +356,7 @@ def denoise(model, cache, start, length, cfg, rng, on_step=None, given=None):
     return GenerateOutput(state.output, score, calls)
 
 
-def initial_state(length: int, rng: CounterRNG, model_cfg, given) -> SamplerState:
+def initial_state(length: int, rng, model_cfg, given) -> SamplerState:
     """Return canvases of noise, with the given tokens in place."""
     canvas = sample_noise(rng.uniform(CANVAS, length)[0], model_cfg)  # (R, S)
     editable = torch.ones_like(canvas, dtype=torch.bool)
@@ -366,7 +368,7 @@ def initial_state(length: int, rng: CounterRNG, model_cfg, given) -> SamplerStat
     return SamplerState(canvas, canvas, canvas, aux, converged, editable)
 
 
-def freeze(old: SamplerState, new: SamplerState, active: Tensor) -> SamplerState:
+def freeze(old, new, active: Tensor) -> SamplerState:
     """Return the new state of active rows (R,), the old one of others."""
     masks = [active if part.dim() == 1 else active[:, None] for part in old]
     return SamplerState(*map(torch.where, masks, new, old))

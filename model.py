@@ -44,15 +44,15 @@ class ModelConfig:
         "causal", "joint: it reads the target too", ("causal", "bidirectional", "joint")
     )
     target_attention: str = setting("causal", "in the target", ("causal", "bidirectional"))
-    noise: str = setting("uniform", "uniform is the paper's", ("uniform", "mask"))
-    shift: bool = setting(False, "diffusion: position i - 1 predicts slot i, as in AR")
-    self_conditioning: bool = setting(False, "diffusion: read the last prediction")
+    noise: str = setting("uniform", "paper: uniform", ("uniform", "mask"))
+    shift: bool = setting(False, "position i - 1 predicts slot i")
+    self_conditioning: bool = setting(False, "read the last prediction")
 
     # Set by the tokenizer.
     vocab_size: int = internal(288, "rows of tok", minimum=1)
     n_ordinary: int = internal(256, "ids below it are text", minimum=1)
     pad_id: int = internal(256, "ends a text")
-    sep_id: int = internal(257, "slot 0; -1: the last of the prompt", minimum=-1)
+    sep_id: int = internal(257, "slot 0; -1: of the prompt", minimum=-1)
     mask_id: int = internal(258, "of noise='mask'")
     eos_id: int = internal(-1, "of imported weights; -1: none", minimum=-1)
 
@@ -82,11 +82,12 @@ class ModelConfig:
         slow = self.rope_slow_turns
         fast = self.rope_fast_turns
         top = max(self.pad_id, self.sep_id, self.mask_id, self.n_ordinary - 1)
-        require(self.head_dim or C % H == 0, f"n_embd {C} must be a multiple of n_head {H}")
         even = self.position != "rope" or D % 2 == 0
+        whole = self.head_dim or C % H == 0
+        require(whole, f"n_embd {C} must be a multiple of n_head {H}")
         require(even, f"n_embd / n_head must be even, got {D}")
         require(H % G == 0, f"n_head {H} must be a multiple of n_kv_head {G}")
-        require(slow < fast, f"rope_slow_turns {slow} must be below rope_fast_turns {fast}")
+        require(slow < fast, f"rope_slow_turns {slow} must be below {fast}, rope_fast_turns")
         require(top < V, f"token id {top} must be below vocab_size {V}")
         require(self.eos_id < self.n_ordinary, f"eos_id {self.eos_id} must be an ordinary id")
         if self.prefix_attention == "joint":
@@ -110,8 +111,10 @@ class ModelConfig:
 
     @property
     def hidden_size(self) -> int:
-        gated = 32 * math.ceil(self.n_embd / 12)
-        return self.n_hidden or (gated if self.activation == "swiglu" else 4 * self.n_embd)
+        hidden = 4 * self.n_embd
+        if self.activation == "swiglu":
+            hidden = 32 * math.ceil(self.n_embd / 12)
+        return self.n_hidden or hidden
 
     @property
     def single_pass(self) -> bool:
@@ -121,15 +124,16 @@ class ModelConfig:
 
 
 def rope_table(cfg: ModelConfig) -> Tensor:
-    """Return cos and sin (2, block_size, D) of RoPE (arXiv 2104.09864, section 3.2)."""
+    """Return cos and sin (2, block_size, D) of RoPE (arXiv 2104.09864)."""
     D = cfg.head_size
-    frequency = cfg.rope_base ** (-torch.arange(0, D, 2).float() / D)  # (D / 2,)
+    frequency = cfg.rope_base ** (-torch.arange(0, D, 2).float() / D)
     if cfg.rope_factor != 1:  # as in Llama 3's published code
         turns = cfg.rope_trained_length * frequency / (2 * math.pi)
         width = cfg.rope_fast_turns - cfg.rope_slow_turns
         kept = ((turns - cfg.rope_slow_turns) / width).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / cfg.rope_factor)
-    angle = torch.outer(torch.arange(cfg.block_size).float(), frequency).repeat(1, 2)
+    position = torch.arange(cfg.block_size).float()
+    angle = torch.outer(position, frequency).repeat(1, 2)
     return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -140,24 +144,23 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
-def attention_mask(kind, past: Tensor, new: Tensor, extra_edges=None) -> Tensor:
-    """Return which keys each of T new tokens attends to: (B, 1, T, S + T) bool.
+def attention_mask(kind, past: Tensor, new: Tensor, extra_edges=None):
+    """Return which keys T new tokens attend to: (B, 1, T, S + T) bool.
 
-    past (B, S) and new (B, T) are False for padding, which only attends to itself. Two
-    settings give the five patterns of the literature: rows attend to columns, p is
-    the prefix, t the target.
+    past (B, S) and new (B, T) are False for padding, which attends to itself only.
+    Two settings give five patterns: rows attend to columns, p: prefix, t: target.
 
-        prefix causal    bidirectional    joint            bidirectional    causal
-        target causal    causal           bidirectional    bidirectional    bidirectional
-             p p t t t   p p t t t        p p t t t        p p t t t        p p t t t
-        p    x . . . .   x x . . .        x x x x x        x x . . .        x . . . .
-        p    x x . . .   x x . . .        x x x x x        x x . . .        x x . . .
-        t    x x x . .   x x x . .        x x x x x        x x x x x        x x x x x
-        t    x x x x .   x x x x .        x x x x x        x x x x x        x x x x x
-        t    x x x x x   x x x x x        x x x x x        x x x x x        x x x x x
-             GPT         prefix LM        AR2Diff          cached prefix    AR-readable prompt
+    prefix causal   bidirectional  joint          bidirectional  causal
+    target causal   causal         bidirectional  bidirectional  bidirectional
+         p p t t t  p p t t t      p p t t t      p p t t t      p p t t t
+    p    x . . . .  x x . . .      x x x x x      x x . . .      x . . . .
+    p    x x . . .  x x . . .      x x x x x      x x . . .      x x . . .
+    t    x x x . .  x x x . .      x x x x x      x x x x x      x x x x x
+    t    x x x x .  x x x x .      x x x x x      x x x x x      x x x x x
+    t    x x x x x  x x x x x      x x x x x      x x x x x      x x x x x
+         GPT        prefix LM      AR2Diff        cached prefix  AR-readable
 
-    extra_edges (T, T) bool: open in addition to the causal ones (mask annealing).
+    extra_edges (T, T) bool: open in addition to the causal ones.
     """
     B, S = past.shape
     T = new.shape[1]
@@ -175,7 +178,7 @@ def attention_mask(kind, past: Tensor, new: Tensor, extra_edges=None) -> Tensor:
 def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
     """Split a prompt (B, P) into the prefix and slot 0 of the target (B, 1).
 
-    Slot 0 is the separator or, with sep_id=-1, the last token, which leaves the prefix.
+    Slot 0 is the separator or, with sep_id=-1, the prompt's last token.
     """
     if cfg.sep_id >= 0 or not prompt.shape[1]:
         first = cfg.sep_id if cfg.sep_id >= 0 else cfg.pad_id
@@ -200,19 +203,19 @@ class KVCache:
         self.valid: Tensor | None = None  # (B, length), False: padding
         self.prefix: Tensor | None = None  # (B, P) ids, if joint
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, k: Tensor, v: Tensor):
         """Append k, v (B, H, T, D). Return all, 2 x (B, H, length + T, D)."""
         self.k[layer], k = self._write(self.k[layer], k)
         self.v[layer], v = self._write(self.v[layer], v)
         return k, v
 
-    def _write(self, buffer: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
+    def _write(self, buffer: Tensor | None, new: Tensor):
         B, H, T, D = new.shape
         start = self.length
         end = start + T
         if torch.is_grad_enabled():  # autograd may need the old buffer
-            joined = torch.cat([buffer[:, :, :start], new], dim=2) if start else new
-            return joined, joined
+            new = torch.cat([buffer[:, :, :start], new], dim=2) if start else new
+            return new, new
         if buffer is None or buffer.shape[2] < end or buffer.dtype != new.dtype:
             larger = new.new_empty(B, H, max(end, self.reserve), D)
             if start:
@@ -237,7 +240,7 @@ class KVCache:
         other.prefix = None if self.prefix is None else self.prefix[index]
         return other
 
-    def detach(self) -> tuple["KVCache", list[tuple[Tensor, Tensor]]]:
+    def detach(self) -> tuple["KVCache", list]:
         """Return a fork without a graph, and pairs (original, detached leaf)."""
         other = self.map(lambda tensor: tensor.detach().requires_grad_())
         pairs = zip(self.k + self.v, other.k + other.v)
@@ -277,7 +280,8 @@ class Attention(nn.Module):
         self.cfg = cfg
         width = cfg.n_head * cfg.head_size
         kv_width = cfg.kv_heads * cfg.head_size
-        self.qkv = nn.Linear(cfg.n_embd, width + 2 * kv_width, bias=cfg.bias or cfg.qkv_bias)
+        bias = cfg.bias or cfg.qkv_bias
+        self.qkv = nn.Linear(cfg.n_embd, width + 2 * kv_width, bias=bias)
         self.proj = nn.Linear(width, cfg.n_embd, bias=cfg.bias)
         norm = RMSNorm if cfg.qk_norm else nn.Identity
         self.q_norm = norm(cfg.head_size, eps=cfg.norm_eps)
@@ -289,18 +293,18 @@ class Attention(nn.Module):
         H = self.cfg.n_head
         G = self.cfg.kv_heads
         D = self.cfg.head_size
-        q, k, v = self.qkv(x).split((H * D, G * D, G * D), dim=2)    # (B, T, HD), 2 x (B, T, GD)
-        q = self.q_norm(q.view(B, T, H, D)).transpose(1, 2)          # (B, H, T, D)
-        k = self.k_norm(k.view(B, T, G, D)).transpose(1, 2)          # (B, G, T, D)
-        v = v.view(B, T, G, D).transpose(1, 2)                       # (B, G, T, D)
+        q, k, v = self.qkv(x).split((H * D, G * D, G * D), dim=2)
+        q = self.q_norm(q.view(B, T, H, D)).transpose(1, 2)      # (B, H, T, D)
+        k = self.k_norm(k.view(B, T, G, D)).transpose(1, 2)      # (B, G, T, D)
+        v = v.view(B, T, G, D).transpose(1, 2)                   # (B, G, T, D)
         if rope is not None:
             q = rotate(q, rope)
             k = rotate(k, rope)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)                         # (B, G, S + T, D)
+            k, v = cache.extend(layer, k, v)                     # (B, G, S + T, D)
         dropout = self.cfg.dropout if self.training else 0.0
-        y = attend(q, k, v, mask, dropout, causal)                   # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, H * D))     # (B, T, C)
+        y = attend(q, k, v, mask, dropout, causal)               # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).reshape(B, T, H * D)) # (B, T, C)
     # fmt: on
 
 
@@ -330,7 +334,8 @@ class Block(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, rope, mask, causal, cache, layer):
-        x = x + self.drop(self.attn(self.norm1(x), rope, mask, causal, cache, layer))
+        y = self.attn(self.norm1(x), rope, mask, causal, cache, layer)
+        x = x + self.drop(y)
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -341,14 +346,15 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        require(cfg.block_size > 1, f"block_size must be at least 2, got {cfg.block_size}")
+        most = cfg.block_size
+        require(most > 1, f"block_size must be at least 2, got {most}")
         self.cfg = cfg
         self.activation_checkpointing = False
         self.tok = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.position == "learned":
             self.pos = nn.Embedding(cfg.block_size, cfg.n_embd)
         else:
-            self.register_buffer("rope", rope_table(cfg), persistent=False)  # (2, block_size, D)
+            self.register_buffer("rope", rope_table(cfg), persistent=False)
         self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(self.block(cfg) for _ in range(cfg.n_layer))
         self.norm = make_norm(cfg)
@@ -366,15 +372,14 @@ class Transformer(nn.Module):
         if self.cfg.prefix_attention == "joint":
             cache.prefix = prefix  # it attends to the target, so wait
         elif P:
+            kind = self.cfg.prefix_attention
             valid = find_padding(prefix, self.cfg)
-            self._read(self.tok(prefix), cache, self.cfg.prefix_attention, valid)
+            self._read(self.tok(prefix), cache, kind, valid)
             cache.length = P
             cache.valid = valid
         return cache
 
-    def decode(
-        self, cache, target, append=False, self_cond=None, attention=None, extra_edges=None
-    ) -> Tensor:
+    def decode(self, cache, target, append=False, self_cond=None, attention=None, extra_edges=None):
         """Return logits (B, T, V) for target (B, T). append: cache it too.
 
         self_cond (B, T, C): expected embedding of the last prediction.
@@ -383,25 +388,28 @@ class Transformer(nn.Module):
         kind = attention or self.cfg.target_attention
         if cache.prefix is not None:
             require(not append, "prefix_attention='joint' has no cache to append to")
-            return self._decode_joint(cache.prefix, target, self_cond, kind, extra_edges)
+            prefix = cache.prefix
+            return self._decode_joint(prefix, target, self_cond, kind, extra_edges)
         x = self.embed(target, 0, self_cond)  # (B, T, C)
         x = self._read(x, cache, kind, None, extra_edges)
         if append:
             cache.append_valid(target)
         return self.head(x)
 
-    def _decode_joint(self, prefix, target, self_cond, kind, extra_edges=None) -> Tensor:
+    def _decode_joint(self, prefix, target, self_cond, kind, extra_edges=None):
         P = prefix.shape[1]
         valid = find_padding(prefix, self.cfg)
         if valid is not None:
             valid = F.pad(valid, (0, target.shape[1]), value=True)
-        x = self.embed(torch.cat([prefix, target], dim=1), P, self_cond)  # (B, P + T, C)
+        tokens = torch.cat([prefix, target], dim=1)
+        x = self.embed(tokens, P, self_cond)  # (B, P + T, C)
         return self.head(self._read(x, None, kind, valid, extra_edges)[:, P:])
 
     def forward(self, prefix, target, self_cond=None, attention=None, extra_edges=None):
         """Return decode(encode(prefix), target), in one pass if possible."""
         if self.cfg.single_pass and not attention and extra_edges is None:
-            return self._decode_joint(prefix, target, self_cond, self.cfg.target_attention)
+            kind = self.cfg.target_attention
+            return self._decode_joint(prefix, target, self_cond, kind)
         cache = self.encode(prefix)
         return self.decode(cache, target, False, self_cond, attention, extra_edges)
 
@@ -450,7 +458,7 @@ class Transformer(nn.Module):
         if self.cfg.position == "learned":
             x = x + self.pos(position)
         else:
-            rope = self.rope[:, position].to(x.dtype)  # (2, T, D) or (2, B, T, D)
+            rope = self.rope[:, position].to(x.dtype)  # (2, T, D)
             rope = rope[:, :, None] if padded else rope  # (2, B, 1, T, D)
         # A dense mask turns off the flash kernel, so it is built only if it is needed.
         # is_causal aligns queries and keys at the start, so it is wrong after a cache.
@@ -459,7 +467,8 @@ class Transformer(nn.Module):
             return self.drop(x), rope, None, False
         if plain and S == 0:
             return self.drop(x), rope, None, True
-        return self.drop(x), rope, attention_mask(kind, past, valid, extra_edges), False
+        mask = attention_mask(kind, past, valid, extra_edges)
+        return self.drop(x), rope, mask, False
 
     def run_blocks(self, x, rope, mask, causal, cache):
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -467,8 +476,10 @@ class Transformer(nn.Module):
             cache = copy.copy(cache)
         for layer, block in enumerate(self.blocks):
             args = (x, rope, mask, causal, cache, layer)
-            # Keep only the input of each block for the backward pass (arXiv 1604.06174).
-            x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+            if recompute:  # keep only the input of each block (arXiv 1604.06174)
+                x = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x = block(*args)
         return self.norm(x)
 
     def init_weights(self):
@@ -479,9 +490,10 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         # Layers that write to the residual stream: smaller with depth (GPT-2, section 2.3).
+        std = std * (2 * self.cfg.n_layer) ** -0.5
         for name, weight in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight")):
-                nn.init.normal_(weight, std=std * (2 * self.cfg.n_layer) ** -0.5)
+                nn.init.normal_(weight, std=std)
         for name in NEW_MODULES:
             if hasattr(self, name):
                 nn.init.zeros_(getattr(self, name).weight)
@@ -521,7 +533,7 @@ def meta_model(cfg: ModelConfig) -> Transformer:
 
 
 def model_from_state_dict(cfg: ModelConfig, weights: dict) -> Transformer:
-    """Return the network around these tensors. Missing NEW_MODULES become zeros."""
+    """Return the network around these tensors. New modules are zero."""
     model = meta_model(cfg)
     first = next(iter(weights.values()))
     new = {

@@ -45,21 +45,22 @@ class SampleConfig:
     prompt: str = setting("", "the text to continue")
     prompt_file: str = setting("", "or a UTF-8 file; - is stdin", path=True)
     chat: bool = setting(False, "use the model's chat template")
-    infill: str = setting("", "diffusion: the target, with [[n]] for n free slots")
+    infill: str = setting("", "a target with [[n]] for n free slots")
     num_samples: int = setting(1, "of the same prompt", minimum=1)
     seed: int = setting(1337, "of all random numbers", maximum=2**62)
     device: str = setting("auto", "auto, cpu, cuda, mps")
     dtype: str = setting("float32", "of autocast", ("float32", "bfloat16"))
     show: bool = setting(False, "draw the first sample in the terminal")
     pause: float = setting(0.1, "seconds after each drawn step", maximum=60)
-    html: str = setting("", "write a page that plays the first sample", path=True)
-    beside: str = setting("", "on the page too: ar, or a checkpoint", path=True)
+    html: str = setting("", "a page that plays the first sample", path=True)
+    beside: str = setting("", "ar, or another checkpoint", path=True)
 
     def __post_init__(self):
         validate(self)
         both = self.show and self.html
-        require(not both, "use --show or --html, not both: drawing would change the times")
-        require(self.html or not self.beside, f"--beside={self.beside} needs --html=FILE")
+        require(not both, "use --show or --html, not both")
+        alone = self.beside and not self.html
+        require(not alone, f"--beside={self.beside} needs --html=FILE")
 
 
 class Decoder(NamedTuple):
@@ -92,11 +93,11 @@ def choose_sampler(model_cfg: ModelConfig, given: dict, path: str):
         module = autoregressive
     if name == "speculative":
         from extras import speculative as module
-    refuse_changes(given, vars(model_cfg), f"{path} has", "the model's settings are fixed")
+    refuse_changes(given, vars(model_cfg), f"{path} has")
     names = {f.name for f in fields(module.SamplerConfig)}
     others = {f.name for cls in sampler_configs() for f in fields(cls)} - names
     for key in given.keys() & others:
-        problem = f"{key!r} is not a setting of {module.__name__}, which decodes {path}"
+        problem = f"{key!r} is not a setting of {module.__name__}, used by {path}"
         raise ValueError(problem + suggest(key, names))
     T = model_cfg.target_length
     require(T > 1, f"{path} has target_length={T}: train it first")
@@ -117,7 +118,8 @@ def sampler_configs() -> list[type]:
 def main(argv: list[str]) -> None:
     from view.samples import print_samples
 
-    given = configurator.read_settings((SampleConfig, *sampler_configs(), ModelConfig), argv)
+    classes = (SampleConfig, *sampler_configs(), ModelConfig)
+    given = configurator.read_settings(classes, argv)
     cfg = build(SampleConfig, given)
     text = read_prompt(cfg, given)
     decoder = open_decoder(cfg.init_from, given, pick_device(cfg.device))
@@ -175,9 +177,10 @@ def read_prompt(cfg: SampleConfig, given: dict) -> str:
     if not asked and sys.stdin is not None and not sys.stdin.isatty():
         path = "-"
     if path:
-        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        stdin = path == "-"
+        raw = sys.stdin.buffer.read() if stdin else Path(path).read_bytes()
         # The one newline at the end of a file or pipe is dropped.
-        text = normalize_text(raw, "stdin" if path == "-" else path).removesuffix("\n")
+        text = normalize_text(raw, "stdin" if stdin else path).removesuffix("\n")
     if not text and not asked and "init_from" not in given:
         print(f"no prompt given, using the example {DEMO_PROMPT!r}", file=sys.stderr)
         return DEMO_PROMPT
@@ -204,7 +207,7 @@ def parse_template(text: str, tokenizer: Tokenizer, model_cfg) -> list[int]:
     """Return T - 1 ids: "ab[[2]]c" -> [97, 98, -1, -1, 99, 256, 256, ..]."""
     slots = []
     parts = re.split(r"\[\[([^\[\]]*)\]\]", text)  # text, n, text, n, .., text
-    require(len(parts) > 1, f"infill: no slot is free in {text!r}; write [[12]] for 12 slots")
+    require(len(parts) > 1, f"infill: no slot is free in {text!r}; write [[12]] for 12")
     for i, part in enumerate(parts):
         if i % 2 == 0:
             slots += tokenizer.encode(part)

@@ -81,11 +81,7 @@ class TrainConfig:
 
     def __post_init__(self):
         validate(self)
-        B = self.batch_size
-        accum = self.grad_accum_steps
         passes = self.loss.unroll_steps
-        multiple = f"must be a multiple of grad_accum_steps {accum}"
-        require(B % accum == 0, f"batch_size {B} {multiple}")
         if self.compile:
             needs(self, "compile", activation_checkpointing=False)
         if self.parallel == "fsdp":
@@ -138,7 +134,8 @@ class Run:
         state["converted_from"] = self.converted_from
         if self.ctx.is_main:
             tokenizer = self.train_set.tokenizer_name
-            checkpoint.save(self.out / name, self.model, step, tokenizer, keep_last, **state)
+            path = self.out / name
+            checkpoint.save(path, self.model, step, tokenizer, keep_last, **state)
         self.ctx.barrier()
 
     def batch_places(self):
@@ -199,7 +196,8 @@ def train(run: Run) -> dict:
                 since = time.perf_counter()
             if stopping and not is_last:
                 name = signal.Signals(stopping).name
-                print(f"stopped by {name} at step {done}; use --init_from=resume", file=sys.stderr)
+                message = f"stopped by {name} at step {done}; use --init_from=resume"
+                print(message, file=sys.stderr)
                 sys.exit(128 + stopping)
     return log.last
 
@@ -320,7 +318,8 @@ def main(argv: list[str]) -> dict:
             if ctx.is_main:
                 ctx.barrier()
             if estimate_only:
-                return flops.estimate(cfg, open_dataset(cfg.data, "train", cfg.objective))
+                train_set = open_dataset(cfg.data, "train", cfg.objective)
+                return flops.estimate(cfg, train_set)
             return start(ctx, cfg, weights, state)
 
 
@@ -334,8 +333,8 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
     if state is not None:
         run.restore(state)
     if run.first_step >= cfg.max_steps:
-        print(f"nothing to do: the checkpoint is at step {run.first_step} of {cfg.max_steps}")
-        return run_dir.Log(run.out / "log.jsonl", run.first_step, enabled=ctx.is_main).last
+        print(f"nothing to do: step {run.first_step} of {cfg.max_steps} is reached")
+        return run_dir.Log(run.out / "log.jsonl", run.first_step, ctx.is_main).last
     print(f"{num_params(run.model):,} parameters | {ctx.device} {cfg.dtype}", end=" | ")
     print(f"{cfg.data} {len(run.train_set):,} | {configurator.describe(cfg)}")
     if cfg.dtype == "bfloat16" and not fast_bf16:
@@ -352,7 +351,7 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
 def prepare(given: dict, out: Path, resume: bool, world_size: int):
     """Validate all; build missing data. Returns (settings, weights, checkpoint)."""
     from_data = ("block_size", "target_length")  # 0 means: not given
-    given = {name: value for name, value in given.items() if value or name not in from_data}
+    given = {name: v for name, v in given.items() if v or name not in from_data}
     found = run_dir.checkpoints(out)
     free = resume or given.get("overwrite") or not found
     ways = "continue with --init_from=resume, start over with --overwrite"
@@ -386,8 +385,9 @@ def prepare(given: dict, out: Path, resume: bool, world_size: int):
 def resumed_config(given: dict, state: dict, train_set, path: Path) -> TrainConfig:
     stored = state["train_config"]
     fields = configurator.all_fields(TrainConfig)
-    allowed = [name for name, field in fields.items() if field.metadata.get("may_change")]
-    configurator.refuse_changes(given, stored, f"{path} was trained with", allowed=allowed)
+    allowed = [k for k, field in fields.items() if field.metadata.get("may_change")]
+    reason = f"{path} was trained with"
+    configurator.refuse_changes(given, stored, reason, allowed=allowed)
     remedy = "restore it, or name the right folder with --data"
     same = state["fingerprint"] == train_set.fingerprint
     require(same, f"{train_set.folder} differs from the data of {path}; {remedy}")
@@ -423,13 +423,15 @@ def model_of_checkpoint(given: dict, source: str, train_set) -> tuple:
     stored = state["model_config"]
     theirs = state["tokenizer"]
     ours = train_set.tokenizer_name
-    problem = f"{source} was trained with tokenizer {theirs!r}, {train_set.folder} has {ours!r}"
+    problem = f"{source} was trained with tokenizer {theirs!r}, the data have {ours!r}"
     require(theirs == ours, f"{problem}; build the data with --tokenizer={theirs}")
     hint = "convert it with python ar2diff.py, or drop the setting"
     anneals = given.get("anneal_steps") and stored["paradigm"] == "ar"
-    require(not anneals, f"{source} is an AR model, anneal_steps needs a diffusion model; {hint}")
+    problem = f"{source} is an AR model, anneal_steps needs a diffusion model"
+    require(not anneals, f"{problem}; {hint}")
     configurator.refuse_changes(given, stored, f"{source} has", hint, allowed=["dropout"])
-    return state["model"], stored | {"dropout": given.get("dropout", stored["dropout"])}
+    dropout = given.get("dropout", stored["dropout"])
+    return state["model"], stored | {"dropout": dropout}
 
 
 def init_model(cfg: TrainConfig, weights: dict | None) -> Transformer:
@@ -442,7 +444,7 @@ def init_model(cfg: TrainConfig, weights: dict | None) -> Transformer:
             model.load_state_dict(weights)
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[-1].strip()[:120]
-        raise ValueError(f"a model with these settings cannot be built: {reason}") from None
+        raise ValueError(f"the model cannot be built: {reason}") from None
     return model
 
 
