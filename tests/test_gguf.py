@@ -62,8 +62,10 @@ def shapes(arch: str, untied: bool = False) -> dict[str, tuple]:
     return found | ({"output.weight": (288, C)} if untied else {})
 
 
-def write(path: Path, arch="llama", kind=F32, untied=False, sentencepiece=False, **fields) -> Path:
-    """Write a tiny GGUF file with random weights. fields: more fields, or None to leave one out."""
+def write(
+    path: Path, arch="llama", kind=F32, untied=False, sentencepiece=False, tensors=None, **fields
+) -> Path:
+    """Write a tiny GGUF file with random weights. None leaves a tensor or a field out."""
     writer = gguf.GGUFWriter(path, arch)
     norm = "layer_norm_epsilon" if arch == "gpt2" else "layer_norm_rms_epsilon"
     values = {f"{arch}.{name}": value for name, value in SIZES.items()}
@@ -98,10 +100,14 @@ def write(path: Path, arch="llama", kind=F32, untied=False, sentencepiece=False,
             add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
             add.get(type(value), writer.add_string)(name, value)
     random = np.random.default_rng(0)
-    for name, shape in shapes(arch, untied).items():
-        data = random.normal(0, 0.3, shape).astype(np.float32) + ("norm" in name)
-        chosen = kind if len(shape) == 2 and name != "position_embd.weight" else F32
-        writer.add_tensor(name, gguf.quantize(data, chosen), raw_dtype=chosen)
+    found = {
+        name: random.normal(0, 0.3, shape).astype(np.float32) + ("norm" in name)
+        for name, shape in shapes(arch, untied).items()
+    }
+    for name, data in (found | (tensors or {})).items():
+        if data is not None:
+            chosen = kind if data.ndim == 2 and name != "position_embd.weight" else F32
+            writer.add_tensor(name, gguf.quantize(data, chosen), raw_dtype=chosen)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -141,30 +147,21 @@ def test_weights_logits_and_ids_are_those_of_transformers(arch, kind, more, tmp_
     assert [1, *loaded.tokenizer.encode(f" {text}")] == tokenizer.encode(text)
 
 
-def test_rope_scaling_is_read_from_its_tensor(tmp_path, monkeypatch):
+def test_rope_scaling_is_read_from_its_tensor(tmp_path):
     """llama.cpp stores Llama 3's RoPE scaling as one divisor per pair of channels."""
-    config = transformers.LlamaConfig(hidden_size=256, num_attention_heads=2)
+    config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4)
     config.rope_parameters = dict(rope_type="llama3", rope_theta=5e5, factor=8.0)
     config.rope_parameters |= dict(low_freq_factor=1.0, high_freq_factor=4.0)
     config.rope_parameters |= dict(original_max_position_embeddings=8192)
     scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    divisors = 5e5 ** -(torch.arange(0, 128, 2) / 128) / scaled
-    head = dict(SIZES, embedding_length=512)
-    monkeypatch.setattr(sys.modules[__name__], "SIZES", head)
-    table = shapes("llama") | {"rope_freqs.weight": (64,)}
-    monkeypatch.setattr(sys.modules[__name__], "shapes", lambda *_: table)
-    path = write(tmp_path / "llama3.gguf")
-    with pytest.raises(ValueError, match="rope_freqs.weight is not Llama 3's"):
-        load_hf(path)
-    original = gguf.quantize
-
-    def quantize(x, kind):
-        return original(divisors.numpy() if x.shape == (64,) else x, kind)
-
-    monkeypatch.setattr(gguf, "quantize", quantize)
-    m = load_hf(write(tmp_path / "scaled.gguf")).model.cfg
+    divisors = (5e5 ** -(torch.arange(0, 16, 2) / 16) / scaled).numpy()
+    path = write(tmp_path / "llama3.gguf", tensors={"rope_freqs.weight": divisors})
+    m = load_hf(path).model.cfg
     assert (m.rope_factor, m.rope_slow_turns, m.rope_fast_turns) == (8, 1, 4)
     assert (m.rope_base, m.rope_trained_length) == (5e5, 8192)
+    path = write(tmp_path / "other.gguf", tensors={"rope_freqs.weight": divisors + 1})
+    with pytest.raises(ValueError, match="rope_freqs.weight is not Llama 3's"):
+        load_hf(path)
 
 
 BAD = {
@@ -193,11 +190,8 @@ def test_what_cannot_be_read_is_refused_by_name(fields, message, tmp_path, monke
 
 
 @pytest.mark.parametrize("missing", ["blk.1.ffn_up.weight", "token_embd.weight"])
-def test_a_missing_tensor_is_named(missing, tmp_path, monkeypatch):
-    table = shapes("llama")
-    del table[missing]
-    monkeypatch.setattr(sys.modules[__name__], "shapes", lambda *_: table)
-    path = write(tmp_path / "bad.gguf")
+def test_a_missing_tensor_is_named(missing, tmp_path):
+    path = write(tmp_path / "bad.gguf", tensors={missing: None})
     name = "model.layers.1.mlp.up_proj.weight" if "blk" in missing else missing
     with pytest.raises(ValueError, match=f"lacks the tensor {name}"):
         load_hf(path)

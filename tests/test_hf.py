@@ -18,11 +18,11 @@ from data import text_file
 from data.tokenizer import get_tokenizer
 from diffusion import sample_noise
 from hf.export import export_folder
-from hf.layouts import FAMILIES, Config, read_settings
+from hf.layouts import FAMILIES
 from hf.load import load_hf, resolve_source
 from infra.checkpoint import load, load_model, save
 from infra.logits import banned_token_ids
-from model import NEW_MODULES, ModelConfig, Transformer, model_from_state_dict, num_params
+from model import NEW_MODULES, ModelConfig, Transformer, model_from_state_dict
 
 transformers = pytest.importorskip("transformers")
 from eval import parity  # noqa: E402
@@ -106,12 +106,9 @@ def imported(folder, name: str = "ar", *more: str) -> dict:
     return load(f"{name}/ckpt.pt")
 
 
-@pytest.mark.parametrize(
-    "family", ["qwen3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "llama"))]
-)
-def test_convert_train_sample_and_export(family, tmp_path, monkeypatch, capsys):
+def test_convert_train_sample_and_export(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    theirs = source(Path("source"), family)
+    theirs = source(Path("source"), "qwen3")
     lengths = ["--target_length=12", "--block_size=40"]
     ar2diff.main(["--init_from=source", "--out_dir=start", *lengths, "--check"])
     report = capsys.readouterr().out
@@ -244,34 +241,6 @@ def test_a_failed_or_repeated_export_changes_nothing(copy, monkeypatch):
             ar2diff.main(["--init_from=ar/ckpt.pt", f"--export={folder}", *more])
 
 
-# Sizes that are published: layers, heads, groups, width, MLP, rows, number of weights
-PUBLISHED = {
-    "gpt2": ("gpt2", 12, 12, None, 768, None, 50257, 124_439_808),
-    "SmolLM2 135M": ("llama tied", 30, 9, 3, 576, 1536, 49152, 134_515_008),
-    "Llama 3.2 1B": ("llama tied", 16, 32, 8, 2048, 8192, 128256, 1_235_814_400),
-    "Mistral 7B": ("mistral", 32, 32, 8, 4096, 14336, 32000, 7_241_732_096),
-    "Qwen2.5 0.5B": ("qwen2 tied", 24, 14, 2, 896, 4864, 151936, 494_032_768),
-    "Qwen3 0.6B": ("qwen3 tied", 28, 16, 8, 1024, 3072, 151936, 596_049_920),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_config_has_the_published_number_of_weights(name):
-    kind, layers, heads, groups, width, hidden, rows, count = PUBLISHED[name]
-    kind, *tied = kind.split()
-    if kind == "gpt2":
-        values = dict(n_layer=layers, n_head=heads, n_embd=width, n_positions=1024)
-    else:
-        values = dict(num_hidden_layers=layers, num_attention_heads=heads, hidden_size=width)
-        values |= dict(num_key_value_heads=groups, intermediate_size=hidden)
-        values |= dict(max_position_embeddings=64, tie_word_embeddings=bool(tied))
-    c = Config(values | {"model_type": kind}, "config.json")
-    special = dict(vocab_size=rows, n_ordinary=rows - 3, pad_id=rows - 3, mask_id=rows - 1)
-    m = ModelConfig(**read_settings(c), **special, sep_id=-1)
-    with torch.device("meta"):
-        assert num_params(Transformer(m)) == count
-
-
 # What folders look like
 
 
@@ -339,21 +308,15 @@ def test_a_single_file_wins_over_an_index_as_in_transformers(copy):
 
 ROPE = dict(rope_type="default", rope_theta=10000.0)
 SPELLINGS = {
-    "rope_theta": (dict(rope_parameters=ROPE, rope_theta=5e5), "rope_theta is both"),
-    "type": (dict(rope_parameters=ROPE, rope_scaling=dict(type="linear")), "rope_type is both"),
-    "equal": (dict(rope_parameters=ROPE, rope_scaling=dict(type="default"), rope_theta=1e4), ""),
-    "old only": (dict(rope_parameters=None, rope_theta=5e5), ""),
-    "new only": (dict(rope_parameters=ROPE | dict(rope_theta=5e5)), ""),
+    "equal": dict(rope_parameters=ROPE, rope_scaling=dict(type="default"), rope_theta=1e4),
+    "old only": dict(rope_parameters=None, rope_theta=5e5),
+    "new only": dict(rope_parameters=ROPE | dict(rope_theta=5e5), rope_theta=None),
 }
 
 
-@pytest.mark.parametrize("changes, message", SPELLINGS.values(), ids=SPELLINGS)
-def test_two_spellings_of_a_setting_agree_or_are_refused(changes, message, copy):
+@pytest.mark.parametrize("changes", SPELLINGS.values(), ids=SPELLINGS)
+def test_old_and_new_spellings_are_read_as_in_transformers(changes, copy):
     edit(copy, **changes)
-    if message:
-        with pytest.raises(ValueError, match=message):
-            load_hf(copy)
-        return
     assert_logits_are_those_of_transformers(copy)
 
 
@@ -408,6 +371,8 @@ def too_many_ids(folder: Path) -> None:
 REFUSED = {
     "model_type 'mamba' is not supported; supported: gpt2": settings(model_type="mamba"),
     "rope_type='yarn' is not supported": settings(rope_parameters=dict(rope_type="yarn")),
+    "rope_theta is both 500000.0 and": settings(rope_parameters=ROPE, rope_theta=5e5),
+    "rope_type is both": settings(rope_parameters=ROPE, rope_scaling=dict(type="linear")),
     "partial_rotary_factor=0.5 is not supported": settings(partial_rotary_factor=0.5),
     "96 tokens exceed sliding_window=16": settings(model_type="mistral", sliding_window=16),
     "attention_bias or mlp_bias is both True and False": settings(attention_bias=True),
@@ -432,7 +397,9 @@ REFUSED = {
     "tokenizer.json: a git-LFS pointer.*`git lfs pull`": text("tokenizer.json"),
     "merge the adapter": text("adapter_config.json", "{}"),
     "not the JSON of a byte-pair tokenizer": text("tokenizer.json", '{"model": 3}'),
-    "model.norm.weight has the number format I32; supported: F32": norm(torch.ones(32, dtype=torch.int32)),
+    "model.norm.weight has the number format I32; supported: F32": norm(
+        torch.ones(32, dtype=torch.int32)
+    ),
     "model.norm.weight holds NaN or infinite weights": norm(torch.full((32,), torch.nan)),
     "2.safetensors: no such file; download": shards("2.safetensors"),
     "weight_map must name files of this folder": shards("../2.safetensors"),
