@@ -16,7 +16,8 @@ TEXT = (
     "The harbour was quiet in the early morning. Two boats lay at the quay, and on one of them a "
     "man in a blue coat was mending a net. He did not look up when the bell of the old church "
     "began to ring. Later, he said, there would be wind from the west, and by noon all the boats "
-    "would be back. The children knew it too; they had already gone down to the beach. "
+    "would be back. The children knew it too; they had already gone down to the beach with "
+    "baskets, to wait for the fish and to hear the news from the other side of the bay. "
 )
 
 

@@ -21,9 +21,7 @@ from hf.tokenizer import HFTokenizer
 from model import NEW_MODULES, ModelConfig
 
 
-def export_folder(
-    folder: Path, state: dict, tokenizer: Tokenizer, overwrite: bool = False
-) -> list[str]:
+def export_folder(folder: Path, state: dict, tokenizer: Tokenizer, overwrite=False) -> list[str]:
     """Write a folder, whole or not at all; return notes for the user, one line each.
 
     state: what infra.checkpoint.load returns. Raises ValueError if no family fits or if the folder
@@ -85,9 +83,7 @@ def _rows_without_reserved(weights: dict[str, Tensor], m: ModelConfig) -> int:
     return rows
 
 
-def _their_tensors(
-    weights: dict[str, Tensor], kind: str, m: ModelConfig, rows: int
-) -> dict[str, Tensor]:
+def _their_tensors(weights: dict, kind: str, m: ModelConfig, rows: int) -> dict[str, Tensor]:
     """Return the tensors under their names. Views if the layout allows it."""
     family = FAMILIES[kind]
     found = {}
@@ -104,9 +100,7 @@ def _their_tensors(
     return found
 
 
-def _common_config(
-    weights: dict[str, Tensor], tokenizer: Tokenizer, m: ModelConfig, rows: int
-) -> dict:
+def _common_config(weights: dict, tokenizer: Tokenizer, m: ModelConfig, rows: int) -> dict:
     """Return the settings that all families share, with ours under "ar2diff"."""
     kept = {name: getattr(m, name) for name in (*KEPT, "target_length")}
     kept["tokenizer"] = tokenizer.name

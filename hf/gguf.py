@@ -172,7 +172,15 @@ class GGUFFile:
         special = {name: tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)}
         bos_is_default = fields["model"] == "llama" or fields.get("pre") in ("llama-bpe", "llama3")
         if fields.get("add_bos_token", bos_is_default) and "bos_token" in special:
-            found["post_processor"] = _start_with(special["bos_token"], ids["bos_token"])
+            bos = special["bos_token"]
+            token = {"SpecialToken": {"id": bos, "type_id": 0}}
+            first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+            found["post_processor"] = dict(
+                type="TemplateProcessing",
+                single=[token, first],
+                pair=[token, first, second],
+                special_tokens={bos: {"id": bos, "ids": [ids["bos_token"]], "tokens": [bos]}},
+            )
         ends = {fields.get("eos_token_id"), fields.get("eot_token_id")} - {None}
         template = fields.get("tokenizer.chat_template", "")
         info = {"special_tokens": special, "end_ids": sorted(ends), "chat_template": template}
@@ -208,12 +216,3 @@ def _byte_fallback(fields: dict, vocab: dict[str, int]) -> dict:
     if fields.get("add_space_prefix", True):
         steps.insert(0, {"type": "Prepend", "prepend": SPACE})
     return {"normalizer": {"type": "Sequence", "normalizers": steps}, "model": model}
-
-
-def _start_with(bos: str, bos_id: int) -> dict:
-    """Return the post-processor that puts one token before a text."""
-    token = {"SpecialToken": {"id": bos, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    special = {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
-    single = {"type": "TemplateProcessing", "single": [token, first], "special_tokens": special}
-    return single | {"pair": [token, first, second]}

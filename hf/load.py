@@ -9,10 +9,8 @@ is the mean of the ordinary rows: its logit is their mean logit, so its probabil
 1 / n_ordinary. Pad ends a text, so its row starts as a copy of the source's end-of-text row.
 """
 
-import contextlib
 import copy
 import importlib.util
-import io
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -376,5 +374,4 @@ def reference_model(path: Path):
     if path.suffix == ".gguf":
         settings["gguf_file"] = path.name
         path = path.parent
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-        return transformers.AutoModelForCausalLM.from_pretrained(path, **settings).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **settings)
