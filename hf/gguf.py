@@ -149,6 +149,9 @@ class GGUFFile:
         tokens = fields.get("tokens")
         if not tokens:
             raise ValueError(f"{self.path}: has no tokenizer (tokenizer.ggml.tokens)")
+        order = {"gpt2": "merges", "llama": "scores"}.get(fields.get("model"))
+        if order and not fields.get(order):  # each text would become single bytes
+            raise ValueError(f"{self.path}: has no tokenizer.ggml.{order}; convert the model again")
         types = list(fields.get("token_type") or [1] * len(tokens))
         while types and types[-1] == UNUSED:  # filled up to the rows of the embedding
             types.pop()

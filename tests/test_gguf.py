@@ -172,6 +172,8 @@ BAD = {
     "no pre-tokenizer": ({"tokenizer.ggml.pre": None}, "unknown pre-tokenizer None"),
     "tokenizer": ({"tokenizer.ggml.model": "bert"}, "tokenizer 'bert' is not gpt2 or llama"),
     "no tokenizer": ({"tokenizer.ggml.tokens": None}, "has no tokenizer"),
+    "no merges": ({"tokenizer.ggml.merges": None}, "has no tokenizer.ggml.merges"),
+    "no scores": ({"sentencepiece": True, "tokenizer.ggml.scores": None}, "ggml.scores; convert"),
     "no size": ({"llama.embedding_length": None}, "hidden_size is missing"),
     "scaling": ({"llama.rope.scaling.type": "yarn"}, "rope_type='yarn' is not supported"),
     "part": ({"llama.rope.dimension_count": 8}, "partial_rotary_factor=0.5 is not supported"),
