@@ -123,14 +123,10 @@ class Folder:
         except safetensors.SafetensorError as error:
             reason = f"truncated, or no safetensors file ({first_line(error)})"
             raise ValueError(f"{path}: {reason}") from None
-        fault = [
-            f"{name} has the number format {kind}"
-            for name, kind in kinds.items()
-            if kind not in DTYPES
-        ]
-        fault += [f"{name} is in another file too" for name in shapes.keys() & self.shape]
-        if fault:
-            raise ValueError(f"{path}: {fault[0]}; supported: {', '.join(DTYPES)}, each name once")
+        for name, kind in kinds.items():
+            if kind not in DTYPES or name in self.shape:
+                fault = f"is in two files or not of a supported number format: {', '.join(DTYPES)}"
+                raise ValueError(f"{path}: {name} ({kind}) {fault}")
         self.shape |= shapes
         self._places |= {name: (path, name) for name in shapes}
 

