@@ -4,8 +4,8 @@
     python ar2diff.py --init_from=Qwen/Qwen2.5-0.5B --out_dir=out/qwen --check
     python ar2diff.py --init_from=out/qwen/ckpt.pt --export=out/qwen_hf  # and back
 
-The weights stay. The mask, the predicting position and the loss change.
-train.py continues from ckpt.pt: N steps (AR2Diff_N), then fine-tuning.
+The weights stay. The mask, the predicting position and the loss change. train.py
+continues from ckpt.pt: N steps (AR2Diff_N), then fine-tuning.
 """
 
 import math
@@ -25,7 +25,7 @@ from data.objectives import Batch
 from data.tokenizer import Tokenizer
 from infra.checkpoint import load_model, save
 from infra.rng import EDGES, make_rng
-from model import NEW_MODULES, Transformer, model_from_state_dict
+from model import NEW_MODULES, PREFIXES, Transformer, model_from_state_dict
 
 
 @dataclass
@@ -38,9 +38,7 @@ class ConvertConfig:
     export: str = setting("", "write a Hugging Face folder", path=True)
     block_size: int = setting(0, "imports; 0: at most 4,096")
     target_length: int = setting(0, "imports; 0: at most 128")
-    prefix_attention: str = setting(
-        "bidirectional", "paper: joint", ("bidirectional", "causal", "joint")
-    )
+    prefix_attention: str = setting("bidirectional", "paper: joint", PREFIXES)
     noise: str = setting("uniform", "paper: uniform", ("uniform", "mask"))
     shift: bool = setting(True, "position i - 1 predicts slot i")
     self_conditioning: bool = setting(True, "not in the paper")
@@ -61,10 +59,7 @@ class Check(NamedTuple):
 
 
 def convert(source: Transformer, copy: bool = True, **settings) -> Transformer:
-    """Return a new model with the same weights and other settings.
-
-    NEW_MODULES may be added. They are zero and change no logit.
-    """
+    """Return a new model with the same weights and other settings."""
     weights = source.state_dict()
     if copy:
         weights = {name: tensor.clone() for name, tensor in weights.items()}
@@ -77,10 +72,7 @@ def new_weights(model: Transformer) -> dict[str, Tensor]:
 
 
 def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
-    """Return the open edges (T, T) at this step, or (P + T, P + T) if joint.
-
-    Their random share grows linearly up to 1 (DiffuLLaMA, arXiv 2410.17891).
-    """
+    """Return random open edges (T, T), more each step (DiffuLLaMA, arXiv 2410.17891)."""
     P = batch.prefix.shape[1] if joint else 0
     T = batch.target.shape[1]
     # The target comes first: its edges do not depend on the prefix length.
@@ -90,14 +82,9 @@ def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
 
 
 # The checks. They hold for any weights, except that of the loss before.
-
-
 @torch.no_grad()
 def verify(source, model, batch, seed=0, knows_text=True) -> list[Check]:
-    """Compare a converted model with its AR source on text.
-
-    knows_text: the source must predict it better than guessing.
-    """
+    """Compare a converted model with its AR source. knows_text: it beats guessing."""
     weights = model.state_dict()
     new = new_weights(model)
     old = {name: weights[name] for name in weights.keys() - new.keys()}
@@ -276,9 +263,10 @@ def check_batch(source: Source, cfg: ConvertConfig) -> Batch:
         return text_batch(cfg.prompt, source.tokenizer, model_cfg)
     require(data, f"{cfg.init_from} does not name its data; give it with --data")
     valid_set = open_dataset(build_if_missing(data), "valid")
-    use = f"{cfg.init_from} with --data={data}"
-    needs(valid_set, use, tokenizer_name=source.tokenizer.name)
-    needs(valid_set, use, target_length=model_cfg.target_length)
+    facts = {"data": data, "tokenizer": valid_set.tokenizer_name}
+    facts["target_length"] = valid_set.target_length
+    T = model_cfg.target_length
+    needs(facts, f"data={data}", tokenizer=source.tokenizer.name, target_length=T)
     return valid_set.batch(cfg.seed, 0, 16)
 
 

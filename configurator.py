@@ -33,10 +33,9 @@ BOOLEANS = {None: True, "true": True, "1": True, "false": False, "0": False}
 
 
 def setting(default, help: str, choices: tuple = (), **limits):
-    """A field with limits: minimum (default 0), maximum, above (exclusive).
+    """A field with limits: minimum (default 0), maximum, above (exclusive), zero_ok.
 
-    zero_ok: 0 is allowed below the minimum. path: expand a leading ~.
-    hidden: cannot be typed. may_change: when a run resumes.
+    path: expand a leading ~. hidden: cannot be typed. may_change: by a resumed run.
     """
     metadata = {"help": help, "choices": choices} | limits
     return dataclasses.field(default=default, metadata=metadata)
@@ -63,11 +62,13 @@ def require(holds, message: str) -> None:
         raise ValueError(message)
 
 
-def needs(cfg, reason: str, **settings) -> None:
-    """Raise ValueError unless cfg has these settings."""
-    for name, value in settings.items():
-        got = getattr(cfg, name)
-        require(got == value, f"{reason} needs {name}={value}, got {got}")
+def needs(settings: dict, reason: str, **wanted) -> None:
+    """Check that the setting in reason, `name` or `name=value`, has the others it needs."""
+    name, _, value = reason.partition("=")
+    if str(settings[name]) == value if value else settings[name]:
+        for other, value in wanted.items():
+            got = settings[other]
+            require(got == value, f"{reason} needs {other}={value}, got {got}")
 
 
 def validate(cfg) -> None:

@@ -27,9 +27,8 @@ from infra.logits import (
 from infra.rng import CANVAS, CORRUPT, RATE, RENOISE, SAMPLE, SELECT, UNROLL, CounterRNG
 from model import split_prompt
 
+
 # Noise
-
-
 def sample_noise(uniform: Tensor, model_cfg) -> Tensor:
     """Map numbers in [0, 1) to noise: any text token or pad, or mask_id."""
     if model_cfg.noise == "mask":
@@ -50,8 +49,6 @@ def corrupt(target: Tensor, rate: Tensor, model_cfg, rng) -> Tensor:
 
 
 # Loss
-
-
 @dataclass
 class LossConfig:
     """The loss. The kind of noise is a setting of the model."""
@@ -93,10 +90,7 @@ def losses(model, batch, cfg, rng, rate=None, extra_edges=None, scale=1.0):
 
 
 def loss_terms(model, cache, batch, cfg, rng, rate=None, extra_edges=None):
-    """Yield the terms for a prefix in cache, causal_loss last.
-
-    L(k + 1) reads the prediction of pass k, also as self-conditioning.
-    """
+    """Yield the terms. L(k + 1) reads the prediction of pass k; causal_loss is last."""
     model_cfg = model.cfg
     target = batch.target  # (B, T)
     rate = draw_rate(cfg, rng) if rate is None else rate
@@ -216,10 +210,7 @@ def confidence(logits, state, step, cfg, rng, model_cfg):
 
 
 def entropy_bound(logits, state, step, cfg, rng, model_cfg):
-    """Keep slots of low entropy, up to a bound of its sum; renoise the others.
-
-    The temperature falls, as in DiffusionGemma (transformers 5.23).
-    """
+    """Keep slots of low entropy, up to a bound of its sum (DiffusionGemma)."""
     progress = step / max(cfg.steps - 1, 1)
     fall = cfg.temperature_start - cfg.temperature_end
     temperature = cfg.temperature_start - fall * progress
@@ -280,14 +271,11 @@ def _keep_or_renoise(logits, state, kept, drawn, entropies, cfg, rng, model_cfg)
 
 
 def _rank(score: Tensor) -> Tensor:
-    """Return the rank of each slot of (R, S), the highest score first."""
-    order = score.argsort(dim=1, descending=True, stable=True)
-    return order.argsort(dim=1)
+    # 0: the highest of (R, S).
+    return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 # Generation
-
-
 @torch.no_grad()
 def generate(model, prefix, cfg, seed=0, example=None, on_step=None, given=None):
     """Denoise some canvases per prefix (B, P); keep the best (section 4.2).
@@ -357,7 +345,6 @@ def denoise(model, cache, start, length, cfg, rng, on_step=None, given=None):
 
 
 def initial_state(length: int, rng, model_cfg, given) -> SamplerState:
-    """Return canvases of noise, with the given tokens in place."""
     canvas = sample_noise(rng.uniform(CANVAS, length)[0], model_cfg)  # (R, S)
     editable = torch.ones_like(canvas, dtype=torch.bool)
     if given is not None:
@@ -369,6 +356,6 @@ def initial_state(length: int, rng, model_cfg, given) -> SamplerState:
 
 
 def freeze(old, new, active: Tensor) -> SamplerState:
-    """Return the new state of active rows (R,), the old one of others."""
+    """Return the new state of active rows, the old one of others."""
     masks = [active if part.dim() == 1 else active[:, None] for part in old]
     return SamplerState(*map(torch.where, masks, new, old))

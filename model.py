@@ -1,8 +1,7 @@
 """The network: a decoder-only Transformer, its attention masks, its KV cache.
 
-An autoregressive and a text diffusion model are the same class with two
-different settings, `prefix_attention` and `target_attention`. `encode` reads
-the prefix, `decode` reads a target after it, `forward` does both.
+Autoregressive and diffusion models differ in two settings, `prefix_attention` and
+`target_attention`. `encode` reads the prefix, `decode` a target, `forward` both.
 """
 
 import copy
@@ -22,7 +21,7 @@ from configurator import needs, require, setting, validate
 
 # The only layers that a diffusion model may add to its AR source. They start at zero.
 NEW_MODULES = ("self_cond_proj",)
-
+PREFIXES = ("causal", "bidirectional", "joint")
 internal = partial(setting, hidden=True)  # it cannot be typed
 
 
@@ -40,9 +39,7 @@ class ModelConfig:
     target_length: int = setting(0, "0: from the data")
     dropout: float = setting(0.0, "share set to 0", maximum=0.99)
     tie_weights: bool = setting(True, "the output layer is the embedding")
-    prefix_attention: str = setting(
-        "causal", "joint: it reads the target too", ("causal", "bidirectional", "joint")
-    )
+    prefix_attention: str = setting("causal", "joint: reads the target", PREFIXES)
     target_attention: str = setting("causal", "in the target", ("causal", "bidirectional"))
     noise: str = setting("uniform", "paper: uniform", ("uniform", "mask"))
     shift: bool = setting(False, "position i - 1 predicts slot i")
@@ -74,32 +71,26 @@ class ModelConfig:
 
     def __post_init__(self):
         validate(self)
-        C = self.n_embd
         H = self.n_head
         G = self.kv_heads
         V = self.vocab_size
-        D = self.head_size
         slow = self.rope_slow_turns
         fast = self.rope_fast_turns
         top = max(self.pad_id, self.sep_id, self.mask_id, self.n_ordinary - 1)
-        even = self.position != "rope" or D % 2 == 0
-        whole = self.head_dim or C % H == 0
-        require(whole, f"n_embd {C} must be a multiple of n_head {H}")
-        require(even, f"n_embd / n_head must be even, got {D}")
+        even = self.position != "rope" or self.head_size % 2 == 0
+        whole = self.head_dim or self.n_embd % H == 0
+        require(whole, f"n_embd {self.n_embd} must be a multiple of n_head {H}")
+        require(even, f"n_embd / n_head must be even, got {self.head_size}")
         require(H % G == 0, f"n_head {H} must be a multiple of n_kv_head {G}")
         require(slow < fast, f"rope_slow_turns {slow} must be below {fast}, rope_fast_turns")
         require(top < V, f"token id {top} must be below vocab_size {V}")
         require(self.eos_id < self.n_ordinary, f"eos_id {self.eos_id} must be an ordinary id")
-        if self.prefix_attention == "joint":
-            needs(self, "prefix_attention=joint", target_attention="bidirectional")
-        if self.arch == "encoder_decoder":
-            needs(self, "arch=encoder_decoder", prefix_attention="bidirectional")
-        if self.paradigm == "ar":
-            needs(self, "paradigm=ar", target_attention="causal")
-        if self.shift:
-            needs(self, "shift", paradigm="diffusion")
-        if self.self_conditioning:
-            needs(self, "self_conditioning", paradigm="diffusion")
+        flat = vars(self)
+        needs(flat, "prefix_attention=joint", target_attention="bidirectional")
+        needs(flat, "arch=encoder_decoder", prefix_attention="bidirectional")
+        needs(flat, "paradigm=ar", target_attention="causal")
+        needs(flat, "shift", paradigm="diffusion")
+        needs(flat, "self_conditioning", paradigm="diffusion")
 
     @property
     def head_size(self) -> int:
@@ -176,10 +167,7 @@ def attention_mask(kind, past: Tensor, new: Tensor, extra_edges=None):
 
 
 def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Split a prompt (B, P) into the prefix and slot 0 of the target (B, 1).
-
-    Slot 0 is the separator or, with sep_id=-1, the prompt's last token.
-    """
+    """Split a prompt (B, P) into the prefix and slot 0 (B, 1): sep_id or its last token."""
     if cfg.sep_id >= 0 or not prompt.shape[1]:
         first = cfg.sep_id if cfg.sep_id >= 0 else cfg.pad_id
         return prompt, torch.full((len(prompt), 1), first, device=prompt.device)
@@ -190,15 +178,12 @@ def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 class KVCache:
-    """Keys and values k[l], v[l] (B, H, capacity, D) of `length` tokens.
-
-    AR decoding appends to them. A diffusion canvas overwrites the last one.
-    """
+    """Keys and values k[l], v[l] (B, H, capacity, D) of the first `length` tokens."""
 
     def __init__(self, n_layer: int, reserve: int = 0):
         self.k: list[Tensor | None] = [None] * n_layer
         self.v: list[Tensor | None] = [None] * n_layer
-        self.length = 0
+        self.length = 0  # later ones are overwritten: a canvas is not kept
         self.reserve = reserve
         self.valid: Tensor | None = None  # (B, length), False: padding
         self.prefix: Tensor | None = None  # (B, P) ids, if joint
@@ -278,6 +263,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
+        self.sizes = (cfg.n_head, cfg.kv_heads, cfg.head_size)
         width = cfg.n_head * cfg.head_size
         kv_width = cfg.kv_heads * cfg.head_size
         bias = cfg.bias or cfg.qkv_bias
@@ -290,9 +276,7 @@ class Attention(nn.Module):
     # fmt: off
     def forward(self, x, rope, mask, causal, cache, layer):
         B, T, _ = x.shape
-        H = self.cfg.n_head
-        G = self.cfg.kv_heads
-        D = self.cfg.head_size
+        H, G, D = self.sizes
         q, k, v = self.qkv(x).split((H * D, G * D, G * D), dim=2)
         q = self.q_norm(q.view(B, T, H, D)).transpose(1, 2)      # (B, H, T, D)
         k = self.k_norm(k.view(B, T, G, D)).transpose(1, 2)      # (B, G, T, D)
@@ -437,10 +421,7 @@ class Transformer(nn.Module):
         return self.run_blocks(*inputs, cache)
 
     def prepare_input(self, x, cache, kind, valid, extra_edges=None):
-        """Return (x, rope, mask, is_causal) for embeddings x (B, T, C).
-
-        valid (B, T): False for padding, which takes no position.
-        """
+        """Return (x, rope, mask, is_causal). valid (B, T): False for padding."""
         B, T = x.shape[:2]
         S = cache.length if cache is not None else 0
         past = cache.valid if cache is not None else None
@@ -536,16 +517,14 @@ def model_from_state_dict(cfg: ModelConfig, weights: dict) -> Transformer:
     """Return the network around these tensors. New modules are zero."""
     model = meta_model(cfg)
     first = next(iter(weights.values()))
-    new = {
-        name: torch.zeros(meta.shape, dtype=first.dtype, device=first.device)
-        for name, meta in model.state_dict().items()
-        if name not in weights and name.split(".")[0] in NEW_MODULES
-    }
+    shapes = {name: meta.shape for name, meta in model.state_dict().items()}
+    new = [n for n in shapes.keys() - weights.keys() if n.split(".")[0] in NEW_MODULES]
+    zeros = {name: first.new_zeros(shapes[name]) for name in new}
     try:
-        model.load_state_dict(weights | new, assign=True)
+        model.load_state_dict(weights | zeros, assign=True)
     except RuntimeError as error:  # names or shapes
         reason = " ".join(str(error).split())
-        raise ValueError(f"the weights do not fit these settings: {reason}") from None
+        raise ValueError(f"the weights do not fit: {reason}") from None
     if cfg.tie_weights:
         model.head.weight = model.tok.weight
     if cfg.position == "rope":

@@ -3,15 +3,13 @@
     python sample.py                                       # a demonstration
     python sample.py --init_from=out/run/ckpt.pt --prompt=hello
     echo hello | python sample.py --init_from=out/run/ckpt.pt > answer.txt
-    python sample.py --prompt="forty-two" --show           # watch it
-    python sample.py --prompt="forty-two" --html=out/page.html
+    python sample.py --prompt="forty-two" --show           # or --html=page.html
     python sample.py --infill="quarante-[[6]]"             # 6 free slots
 
 --sampler=ar reads a diffusion model with a cached prefix from left to right.
 --sampler=speculative gives the same text in fewer network calls.
 """
 
-import re
 import sys
 import time
 from contextlib import nullcontext, suppress
@@ -70,7 +68,7 @@ class Decoder(NamedTuple):
     tokenizer: Tokenizer
     module: object  # it has generate
     sampler: object  # its SamplerConfig
-    template: list[int] | None = None  # see parse_template
+    template: list[int] | None = None  # ids, -1 for a free slot
 
 
 def open_decoder(path: str, given: dict, device: torch.device) -> Decoder:
@@ -78,6 +76,8 @@ def open_decoder(path: str, given: dict, device: torch.device) -> Decoder:
     module, sampler = choose_sampler(model.cfg, given, path)
     template = None
     if "infill" in given:
+        from extras.infilling import parse_template
+
         template = parse_template(given["infill"], tokenizer, model.cfg)
     return Decoder(model, tokenizer, module, sampler, template)
 
@@ -201,23 +201,6 @@ def encode_prompt(text: str, decoder: Decoder, chat: bool) -> list[int]:
     most = decoder.model.cfg.block_size - decoder.model.cfg.target_length
     require(n <= most, f"the prompt has {n} tokens, the model reads at most {most}")
     return ids
-
-
-def parse_template(text: str, tokenizer: Tokenizer, model_cfg) -> list[int]:
-    """Return T - 1 ids: "ab[[2]]c" -> [97, 98, -1, -1, 99, 256, 256, ..]."""
-    slots = []
-    parts = re.split(r"\[\[([^\[\]]*)\]\]", text)  # text, n, text, n, .., text
-    require(len(parts) > 1, f"infill: no slot is free in {text!r}; write [[12]] for 12")
-    for i, part in enumerate(parts):
-        if i % 2 == 0:
-            slots += tokenizer.encode(part)
-            continue
-        valid = re.fullmatch("[0-9]{1,6}", part) and int(part)
-        require(valid, f"infill: [[{part}]] is not a number of slots, such as [[12]]")
-        slots += [-1] * int(part)
-    free = model_cfg.target_length - 1 - len(slots)
-    require(free >= 0, f"infill: {len(slots)} slots, {-free} more than the model has")
-    return slots + [model_cfg.pad_id] * free
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@
     python train.py config/ar2diff_2_adapt.py --max_steps=300     # continue
     python train.py config/ar2diff_2_adapt.py --init_from=resume  # go on
 
-Random numbers are functions of (seed, step, example). So a resumed run equals
-the undisturbed one bit for bit.
+Random numbers are functions of (seed, step, example): a resumed run is the same.
 """
 
 import collections
@@ -39,7 +38,6 @@ from model import ModelConfig, Transformer, build_model, num_params
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
 RATES = [0.1, 0.3, 0.5, 0.7, 0.9]  # corruption rates of the validation loss
 KEEP_LAST = 2  # ckpt.pt and ckpt.1.pt
-
 variable = partial(setting, may_change=True)  # a resumed run may change it
 
 
@@ -81,20 +79,15 @@ class TrainConfig:
 
     def __post_init__(self):
         validate(self)
+        flat = flatten(self)
         passes = self.loss.unroll_steps
-        if self.compile:
-            needs(self, "compile", activation_checkpointing=False)
-        if self.parallel == "fsdp":
-            needs(self, "parallel=fsdp", optimizer="adamw")
-        if self.model.self_conditioning:
-            require(passes > 1, f"self_conditioning needs unroll_steps=2, got {passes}")
-        if self.anneal_steps:
-            needs(self.model, "anneal_steps", target_attention="bidirectional")
-        if self.loss.ar_loss_weight:
-            needs(self.model, "ar_loss_weight", paradigm="diffusion")
-        if self.model.prefix_attention == "joint":
-            needs(self.loss, "prefix_attention=joint", ar_loss_weight=0)
-            needs(self, "prefix_attention=joint", mask_schedule="random")
+        enough = passes > 1 or not self.model.self_conditioning
+        require(enough, f"self_conditioning needs unroll_steps=2, got {passes}")
+        needs(flat, "compile", activation_checkpointing=False)
+        needs(flat, "parallel=fsdp", optimizer="adamw")
+        needs(flat, "anneal_steps", target_attention="bidirectional")
+        needs(flat, "ar_loss_weight", paradigm="diffusion")
+        needs(flat, "prefix_attention=joint", ar_loss_weight=0, mask_schedule="random")
 
 
 class Run:
@@ -196,8 +189,7 @@ def train(run: Run) -> dict:
                 since = time.perf_counter()
             if stopping and not is_last:
                 name = signal.Signals(stopping).name
-                message = f"stopped by {name} at step {done}; use --init_from=resume"
-                print(message, file=sys.stderr)
+                tqdm.write(f"stopped by {name} at step {done}; use --init_from=resume", sys.stderr)
                 sys.exit(128 + stopping)
     return log.last
 
@@ -227,13 +219,12 @@ def train_step(run: Run, batches, step: int) -> dict:
         n_flops += ctx.world_size * B * flops.train_flops(cfg.model, P, T, *passes)
     ctx.average_gradients(run.model)
     norm = ctx.clip_gradients(run.model, cfg.grad_clip)
-    terms = list(ctx.mean(dict(enumerate(terms))).values())
-    terms = terms[: n - cached]
+    terms = list(ctx.mean(dict(enumerate(terms))).values())[: n - cached]
     loss = sum(terms)
+    problem = f"loss {loss}, gradient norm {norm} at step {step}"
     remedy = "try a lower --learning_rate or --dtype=float32"
     good = f"{run.out / 'ckpt.pt'} holds the last good step"
-    message = f"loss {loss}, gradient norm {norm} at step {step}: {remedy}; {good}"
-    require(math.isfinite(loss) and math.isfinite(norm), message)
+    require(math.isfinite(loss + norm), f"{problem}: {remedy}; {good}")
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -8,6 +8,7 @@ import torch
 
 import sample
 from data.tokenizer import get_tokenizer
+from extras.infilling import parse_template
 from infra.checkpoint import save
 from model import ModelConfig, Transformer
 
@@ -80,9 +81,9 @@ def test_a_diffusion_model_decodes_in_three_ways(generate):
 
 def test_a_template_is_slots_and_then_pads():
     m = ModelConfig(**TINY | DIFFUSION)
-    slots = sample.parse_template("ab[[2]]c[[1]]", BYTES, m)
+    slots = parse_template("ab[[2]]c[[1]]", BYTES, m)
     assert slots == [97, 98, -1, -1, 99, -1] + [PAD] * 5
-    slots = sample.parse_template("[[1], 2][[3]]", BYTES, m)
+    slots = parse_template("[[1], 2][[3]]", BYTES, m)
     assert slots == [*b"[[1], 2]", -1, -1, -1]
 
 
