@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from configurator import configure, run, setting
 from data.sources import SetConfig, hash_number, read_json_lines, read_text, write_set, write_texts
 
+JSON_LINES = (".jsonl", ".ndjson", ".json")  # a .json file is never meant as plain text
+
 
 @dataclass
 class TextFileConfig(SetConfig):
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> None:
     if not all(inputs):
         raise ValueError("no input: give --input=FILE (.txt or .jsonl)")
     command = ["data.text_file", *argv]
-    kinds = {path.removesuffix(".gz").endswith(".jsonl") for path in inputs}
+    kinds = {path.lower().removesuffix(".gz").endswith(JSON_LINES) for path in inputs}
     if len(kinds) > 1:
         raise ValueError("--input: give text files or .jsonl files, not both")
     if kinds == {True}:

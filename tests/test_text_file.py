@@ -50,10 +50,11 @@ def test_each_file_gives_its_share_to_both_splits(tmp_path):
         assert "line" in decoded(data) and "Zeile" in decoded(data)
 
 
-def test_pairs_keep_their_text_and_share_no_prefix(tmp_path):
+@pytest.mark.parametrize("name", ["p.jsonl", "P.JSONL", "p.json"])
+def test_pairs_keep_their_text_and_share_no_prefix(tmp_path, name):
     items = [{"prefix": f"q{i // 2}", "target": f"answer é {i}"} for i in range(60)]
     empty = {"prefix": "q", "target": ""}  # left out and counted
-    train, valid = build(tmp_path, write(tmp_path / "p.jsonl", [*items, empty]))
+    train, valid = build(tmp_path, write(tmp_path / name, [*items, empty]))
     assert train.meta["left_out"]["train"] == {"empty": 1, "too_long": 0}
     sides = texts(tmp_path / "out" / "mine")
     assert sorted(sum(sides, [])) == sorted(tuple(item.values()) for item in items)
