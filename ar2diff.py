@@ -32,7 +32,7 @@ from model import NEW_MODULES, PREFIXES, Transformer, model_from_state_dict
 class ConvertConfig:
     """What to convert, and into what."""
 
-    init_from: str = setting("out/ar2diff_1_ar/ckpt.pt", "or folder, hub name, .gguf", path=True)
+    init_from: str = setting("out/ar2diff_1_ar/ckpt.pt", "or folder, hub, gguf", path=True)
     out_dir: str = setting("out/ar2diff_start", "place of ckpt.pt", path=True)
     paradigm: str = setting("diffusion", "ar: import only", ("diffusion", "ar"))
     export: str = setting("", "write a Hugging Face folder", path=True)
@@ -42,9 +42,9 @@ class ConvertConfig:
     noise: str = setting("uniform", "paper: uniform", ("uniform", "mask"))
     shift: bool = setting(True, "position i - 1 predicts slot i")
     self_conditioning: bool = setting(True, "not in the paper")
-    check: bool = setting(False, "verify; a failure exits with status 1")
+    check: bool = setting(False, "verify; exit 1 on failure")
     data: str = setting("", "of --check; default: the AR model's", path=True)
-    prompt: str = setting("", "of --check for imports; default: a paragraph")
+    prompt: str = setting("", "of --check for imports")
     overwrite: bool = setting(False, "replace a checkpoint")
     seed: int = setting(0, "of --check", maximum=2**62)
 
@@ -72,7 +72,7 @@ def new_weights(model: Transformer) -> dict[str, Tensor]:
 
 
 def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
-    """Return random open edges (T, T), more each step (DiffuLLaMA, arXiv 2410.17891)."""
+    """Return open edges (T, T), more each step (arXiv 2410.17891)."""
     P = batch.prefix.shape[1] if joint else 0
     T = batch.target.shape[1]
     # The target comes first: its edges do not depend on the prefix length.
@@ -84,7 +84,7 @@ def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
 # The checks. They hold for any weights, except that of the loss before.
 @torch.no_grad()
 def verify(source, model, batch, seed=0, knows_text=True) -> list[Check]:
-    """Compare a converted model with its AR source. knows_text: it beats guessing."""
+    """Compare model and source. knows_text: the source beats guessing."""
     weights = model.state_dict()
     new = new_weights(model)
     old = {name: weights[name] for name in weights.keys() - new.keys()}
@@ -118,15 +118,12 @@ def check_future(model, batch, sees: bool) -> Check:
     difference = model(batch.prefix, changed) - model(batch.prefix, batch.target)
     earlier = difference[:, :1] if sees else difference[:, :-1]
     effect = earlier.abs().max().item()
-    claim = "the source does not see later tokens"
-    if sees:
-        claim = "the converted model sees later tokens"
+    claim = "the converted model sees" if sees else "the source does not see"
     measured = f"the last token changes earlier logits by {effect:.1e}"
-    return Check(claim, measured, (effect > 0) == sees)
+    return Check(f"{claim} later tokens", measured, (effect > 0) == sees)
 
 
 def check_prefix(model, batch, seed: int) -> Check:
-    """Record every prefix that a loss and a generation read."""
     first = Batch(*(part[:2] for part in batch))
     T = model.cfg.target_length
     if first.prefix.shape[1] == T:  # reads are told apart by their width
@@ -173,13 +170,11 @@ def check_loss_after(model, batch, seed: int) -> Check:
 
 
 class Source(NamedTuple):
-    """An AR model. path: its folder or file; None: a checkpoint."""
-
     model: Transformer
     tokenizer: Tokenizer
     data: str  # what it was trained on
     origin: str
-    path: Path | None
+    path: Path | None  # folder or GGUF file; None: a checkpoint
 
 
 def main(argv: list[str]) -> None:
@@ -192,7 +187,8 @@ def main(argv: list[str]) -> None:
     free = cfg.overwrite or not out.exists()
     require(free, f"{out} exists; use another --out_dir, or --overwrite")
     foreign = (out.parent / "config.json").exists()
-    require(not foreign, f"{out.parent} is a Hugging Face folder; use another --out_dir")
+    problem = f"{out.parent} is a Hugging Face folder"
+    require(not foreign, f"{problem}; use another --out_dir")
     source = open_source(cfg)
     names = ("prefix_attention", "noise", "shift", "self_conditioning")
     settings = {name: getattr(cfg, name) for name in names}
@@ -232,7 +228,6 @@ def open_source(cfg: ConvertConfig) -> Source:
 
 
 def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
-    """Print all checks. Exit with status 1 if one fails."""
     batch = check_batch(source, cfg)
     checks = []
     if source.path is not None:
@@ -254,7 +249,7 @@ def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
 
 
 def check_batch(source: Source, cfg: ConvertConfig) -> Batch:
-    """Return held-out data, or a paragraph for imported weights."""
+    """Return held-out data or, for imported weights, a paragraph."""
     data = cfg.data or source.data
     model_cfg = source.model.cfg
     if not data and source.path is not None:

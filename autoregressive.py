@@ -1,7 +1,6 @@
 """Autoregressive models: loss and generate. Compare it with diffusion.py."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +25,7 @@ class SamplerConfig:
         validate(self)
 
 
-def losses(model, batch, cfg, rng, extra_edges=None, scale=1.0) -> Iterator[Tensor]:
+def losses(model, batch, cfg, rng, extra_edges=None, scale=1.0):
     """Yield the one term, times scale: nats per slot, pads included."""
     logits = model(batch.prefix, batch.target)  # (B, T, V)
     # Position i predicts slot i + 1; -100 is not scored.
@@ -34,17 +33,16 @@ def losses(model, batch, cfg, rng, extra_edges=None, scale=1.0) -> Iterator[Tens
     yield cross_entropy_in_place(logits, expected) * scale
 
 
-def loss(model, batch, cfg, rng: CounterRNG) -> Tensor:
+def loss(model, batch, cfg, rng) -> Tensor:
     """Return the mean cross-entropy, nats per target slot."""
     return sum(losses(model, batch, cfg, rng))
 
 
 @torch.no_grad()
 def generate(model, prefix, cfg, seed=0, example=None, on_step=None):
-    """Continue each prefix (B, P) until a pad, one token per network call.
+    """Continue each prefix (B, P) until a pad. example (B,): keys of the draws.
 
-    example (B,): keys of the random numbers. on_step: called with (step,
-    tokens (B, T - 1), logits (B, 1, V), rows (B,)).
+    on_step: called with (step, tokens (B, T - 1), logits (B, 1, V), rows).
     """
     model_cfg = model.cfg
     B = len(prefix)

@@ -33,21 +33,19 @@ BOOLEANS = {None: True, "true": True, "1": True, "false": False, "0": False}
 
 
 def setting(default, help: str, choices: tuple = (), **limits):
-    """A field with limits: minimum (default 0), maximum, above (exclusive), zero_ok.
+    """A field with limits: minimum (default 0), maximum, above, zero_ok.
 
-    path: expand a leading ~. hidden: cannot be typed. may_change: by a resumed run.
+    path: expand a leading ~. hidden: not typed. may_change: by a resumed run.
     """
     metadata = {"help": help, "choices": choices} | limits
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def group(cls: type):
-    """A field that holds another settings dataclass."""
     return dataclasses.field(default_factory=cls, metadata={"group": cls})
 
 
 def all_fields(*classes: type) -> dict[str, dataclasses.Field]:
-    """Return all settings of the classes, by name."""
     found = {}
     for cls in classes:
         for field in dataclasses.fields(cls):
@@ -57,13 +55,13 @@ def all_fields(*classes: type) -> dict[str, dataclasses.Field]:
 
 
 def require(holds, message: str) -> None:
-    """Raise ValueError with this message unless the condition holds."""
+    """Raise ValueError unless the condition holds."""
     if not holds:
         raise ValueError(message)
 
 
 def needs(settings: dict, reason: str, **wanted) -> None:
-    """Check that the setting in reason, `name` or `name=value`, has the others it needs."""
+    """Check what a setting (`name` or `name=value`) needs."""
     name, _, value = reason.partition("=")
     if str(settings[name]) == value if value else settings[name]:
         for other, value in wanted.items():
@@ -72,7 +70,7 @@ def needs(settings: dict, reason: str, **wanted) -> None:
 
 
 def validate(cfg) -> None:
-    """Check all values. Raises ValueError with name, value and limit."""
+    """Check all values. Raises ValueError with name and value."""
     for field in dataclasses.fields(cfg):
         if "group" in field.metadata:
             continue
@@ -131,7 +129,6 @@ def build(cls: type, values: dict):
 
 
 def flatten(cfg) -> dict:
-    """Return all settings, those of groups too, as one dict."""
     flat = {}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
@@ -140,7 +137,6 @@ def flatten(cfg) -> dict:
 
 
 def from_stored(cls: type, stored: dict, source: str):
-    """Build a `cls` from the settings in a file."""
     fields = all_fields(cls)
     for name in stored:
         known = name in fields
@@ -149,7 +145,7 @@ def from_stored(cls: type, stored: dict, source: str):
 
 
 def read_settings(classes, argv: list[str]) -> dict:
-    """Read argv as a flat dict. validate() checks the limits later."""
+    """Read argv as a flat dict. validate() checks the limits."""
     fields = typed_fields(*classes)
     values = {}
     for arg in argv:
@@ -208,13 +204,14 @@ def refuse_changes(given: dict, fixed: dict, context, hint="drop the setting", a
     """Raise ValueError if a given setting differs from a fixed one."""
     for name, value in given.items():
         if name in fixed and name not in allowed and value != fixed[name]:
-            raise ValueError(f"cannot set {name}={value}: {context} {name}={fixed[name]}; {hint}")
+            reason = f"{context} {name}={fixed[name]}; {hint}"
+            raise ValueError(f"cannot set {name}={value}: {reason}")
 
 
 def describe(cfg) -> str:
-    """Return the changed settings as flags."""
     fields = all_fields(type(cfg))
-    changed = [f"--{k}={v}" for k, v in flatten(cfg).items() if v != fields[k].default]
+    flat = flatten(cfg).items()
+    changed = [f"--{k}={v}" for k, v in flat if v != fields[k].default]
     return " ".join(changed) or "(all defaults)"
 
 
@@ -237,7 +234,7 @@ def help_text(*classes: type) -> str:
 
 
 def run(main: Callable[[list[str]], object], *classes: type) -> None:
-    """Call main(sys.argv[1:]). An error is one line. --help lists the classes."""
+    """Call main(sys.argv[1:]). --help lists the classes."""
     from view.streams import secure_streams
 
     secure_streams()

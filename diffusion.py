@@ -8,6 +8,7 @@ rewrites it a few times. Text and pads are alike: the model decides the length.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -63,8 +64,7 @@ class LossConfig:
 
 
 def draw_rate(cfg: LossConfig, rng: CounterRNG) -> Tensor:
-    """Draw corruption rates (B, 1)."""
-    rate, kind = rng.uniform(RATE, 1)
+    rate, kind = rng.uniform(RATE, 1)  # (B, 1)
     return torch.where(kind < cfg.full_noise_prob, 1.0, rate)
 
 
@@ -74,23 +74,19 @@ def align_logits(logits: Tensor, shift: bool) -> Tensor:
 
 
 def losses(model, batch, cfg, rng, rate=None, extra_edges=None, scale=1.0):
-    """Yield L(1), L(2), ..., times scale: nats per slot, pads included.
-
-    Call backward() on each before the next, to free its graph. The prefix is read
-    once: a last term of value 0 carries all gradients into it.
-    """
+    """Yield L(1), L(2), ..., times scale. Call backward() on each at once."""
     cache = model.encode(batch.prefix, reserve=batch.target.shape[1])
     detached, pairs = cache.detach()
     for term in loss_terms(model, detached, batch, cfg, rng, rate, extra_edges):
         yield term * scale
     pairs = [pair for pair in pairs if pair[1].grad is not None]
-    if pairs:
+    if pairs:  # a term of value 0 carries all gradients into the prefix
         carried = sum((read * leaf.grad).sum() for read, leaf in pairs)
         yield carried - carried.detach()
 
 
 def loss_terms(model, cache, batch, cfg, rng, rate=None, extra_edges=None):
-    """Yield the terms. L(k + 1) reads the prediction of pass k; causal_loss is last."""
+    """Yield the terms. L(k + 1) reads the prediction of pass k."""
     model_cfg = model.cfg
     target = batch.target  # (B, T)
     rate = draw_rate(cfg, rng) if rate is None else rate
@@ -197,7 +193,7 @@ def argmax_unrolled(logits, state, step, cfg, rng, model_cfg):
 
 
 def confidence(logits, state, step, cfg, rng, model_cfg):
-    """Keep the most confident slots, more each step; renoise the others."""
+    """Keep the most confident slots, more each step."""
     uniform, _ = rng.uniform(SAMPLE, logits.shape[1])
     drawn = draw_tokens(logits, cfg.temperature, uniform)
     nll = token_nll(logits, drawn).masked_fill(~state.editable, math.inf)  # (R, S)
@@ -226,6 +222,7 @@ def entropy_bound(logits, state, step, cfg, rng, model_cfg):
 
 STEPS = (resample, argmax_unrolled, confidence, entropy_bound)
 SAMPLERS = {step.__name__: step for step in STEPS}
+temperature_setting = partial(setting, minimum=1e-3, zero_ok=True)
 
 
 @dataclass
@@ -234,11 +231,11 @@ class SamplerConfig:
 
     sampler: str = setting("resample", "paper: resample", tuple(SAMPLERS))
     steps: int = setting(10, "network calls", minimum=1)
-    temperature: float = setting(0.2, "resample, confidence", minimum=1e-3, zero_ok=True)
+    temperature: float = temperature_setting(0.2, "resample, confidence")
     update_fraction: float = setting(1.0, "slots redrawn per step", above=0, maximum=1)
     candidates: int = setting(1, "canvases per prompt", minimum=1)
-    temperature_start: float = setting(0.8, "entropy_bound", minimum=1e-3, zero_ok=True)
-    temperature_end: float = setting(0.4, "entropy_bound", minimum=1e-3, zero_ok=True)
+    temperature_start: float = temperature_setting(0.8, "of entropy_bound")
+    temperature_end: float = temperature_setting(0.4, "of entropy_bound")
     entropy_bound: float = setting(0.1, "nats accepted per step")
     stop_entropy: float = setting(0.005, "nats per slot: a row may stop")
 
@@ -256,7 +253,7 @@ def _replace_masks(tokens: Tensor, drawn: Tensor, model_cfg) -> Tensor:
 
 
 def _keep_or_renoise(logits, state, kept, drawn, entropies, cfg, rng, model_cfg):
-    """Kept slots get their drawn token, the others noise. aux: the output."""
+    """Kept slots get their drawn token, the others noise."""
     noise = sample_noise(rng.uniform(RENOISE, kept.shape[1])[0], model_cfg)
     canvas = torch.where(kept, drawn, noise)
     canvas = torch.where(state.editable, canvas, state.canvas)
@@ -278,10 +275,9 @@ def _rank(score: Tensor) -> Tensor:
 # Generation
 @torch.no_grad()
 def generate(model, prefix, cfg, seed=0, example=None, on_step=None, given=None):
-    """Denoise some canvases per prefix (B, P); keep the best (section 4.2).
+    """Denoise canvases per prefix (B, P) and keep the best (section 4.2).
 
-    example (B,): keys of the random numbers. on_step: see denoise.
-    given (B, T - 1): fixed tokens, -1 for a free slot.
+    example (B,): keys of the draws. given (B, T - 1): fixed tokens or -1.
     """
     model_cfg = model.cfg
     B = len(prefix)
@@ -304,7 +300,7 @@ def generate(model, prefix, cfg, seed=0, example=None, on_step=None, given=None)
 
 @torch.no_grad()
 def denoise(model, cache, start, length, cfg, rng, on_step=None, given=None):
-    """Rewrite R canvases in at most cfg.steps calls. Converged rows are frozen.
+    """Rewrite R canvases in up to cfg.steps calls. Converged rows are frozen.
 
     start (R, 1): slot 0. on_step: called with (step, canvas (R, S),
     logits (R, S, V), rows (R,): -1 if frozen); first with step 0 and None.

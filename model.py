@@ -34,11 +34,11 @@ class ModelConfig:
     n_layer: int = setting(4, "blocks (in each half)", minimum=1, maximum=1000)
     n_head: int = setting(4, "attention heads", minimum=1)
     n_embd: int = setting(128, "width", minimum=1)
-    n_hidden: int = setting(0, "width of the MLP; 0: 8/3 or 4 n_embd")
-    block_size: int = setting(0, "prefix + target; 0: from the data")
+    n_hidden: int = setting(0, "of the MLP; 0: 8/3 or 4 n_embd")
+    block_size: int = setting(0, "tokens; 0: from the data")
     target_length: int = setting(0, "0: from the data")
     dropout: float = setting(0.0, "share set to 0", maximum=0.99)
-    tie_weights: bool = setting(True, "the output layer is the embedding")
+    tie_weights: bool = setting(True, "output layer = embedding")
     prefix_attention: str = setting("causal", "joint: reads the target", PREFIXES)
     target_attention: str = setting("causal", "in the target", ("causal", "bidirectional"))
     noise: str = setting("uniform", "paper: uniform", ("uniform", "mask"))
@@ -60,9 +60,9 @@ class ModelConfig:
     norm_eps: float = internal(1e-5, "of every norm", above=0)
     activation: str = internal("swiglu", "of the MLP", ("swiglu", "gelu", "gelu_tanh"))
     position: str = internal("rope", "encoding", ("rope", "learned"))
-    qk_norm: bool = internal(False, "of queries and keys, arXiv 2302.05442")
-    bias: bool = internal(False, "of all linear layers and layernorms")
-    qkv_bias: bool = internal(False, "of queries, keys, values: Qwen 2")
+    qk_norm: bool = internal(False, "arXiv 2302.05442")
+    bias: bool = internal(False, "of all layers")
+    qkv_bias: bool = internal(False, "of q, k, v: Qwen 2")
     rope_base: float = internal(10000.0, "of the frequencies", above=0)
     rope_factor: float = internal(1.0, "slow pairs turn slower", above=0)
     rope_slow_turns: float = internal(1.0, "fewer are slow")
@@ -82,9 +82,10 @@ class ModelConfig:
         require(whole, f"n_embd {self.n_embd} must be a multiple of n_head {H}")
         require(even, f"n_embd / n_head must be even, got {self.head_size}")
         require(H % G == 0, f"n_head {H} must be a multiple of n_kv_head {G}")
-        require(slow < fast, f"rope_slow_turns {slow} must be below {fast}, rope_fast_turns")
+        require(slow < fast, f"rope_slow_turns {slow} must be below {fast}")
         require(top < V, f"token id {top} must be below vocab_size {V}")
-        require(self.eos_id < self.n_ordinary, f"eos_id {self.eos_id} must be an ordinary id")
+        eos = self.eos_id
+        require(eos < self.n_ordinary, f"eos_id {eos} must be an ordinary id")
         flat = vars(self)
         needs(flat, "prefix_attention=joint", target_attention="bidirectional")
         needs(flat, "arch=encoder_decoder", prefix_attention="bidirectional")
@@ -111,7 +112,8 @@ class ModelConfig:
     def single_pass(self) -> bool:
         """Whether prefix and target are one sequence."""
         causal = self.prefix_attention == self.target_attention == "causal"
-        return self.arch == "decoder_only" and (causal or self.prefix_attention == "joint")
+        one = causal or self.prefix_attention == "joint"
+        return one and self.arch == "decoder_only"
 
 
 def rope_table(cfg: ModelConfig) -> Tensor:
@@ -167,7 +169,7 @@ def attention_mask(kind, past: Tensor, new: Tensor, extra_edges=None):
 
 
 def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Split a prompt (B, P) into the prefix and slot 0 (B, 1): sep_id or its last token."""
+    """Split a prompt (B, P): prefix and slot 0 (B, 1), sep_id or the last token."""
     if cfg.sep_id >= 0 or not prompt.shape[1]:
         first = cfg.sep_id if cfg.sep_id >= 0 else cfg.pad_id
         return prompt, torch.full((len(prompt), 1), first, device=prompt.device)
@@ -178,7 +180,7 @@ def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 class KVCache:
-    """Keys and values k[l], v[l] (B, H, capacity, D) of the first `length` tokens."""
+    """Keys and values k[l], v[l] (B, H, capacity, D) of `length` tokens."""
 
     def __init__(self, n_layer: int, reserve: int = 0):
         self.k: list[Tensor | None] = [None] * n_layer
@@ -189,7 +191,7 @@ class KVCache:
         self.prefix: Tensor | None = None  # (B, P) ids, if joint
 
     def extend(self, layer: int, k: Tensor, v: Tensor):
-        """Append k, v (B, H, T, D). Return all, 2 x (B, H, length + T, D)."""
+        """Append k, v (B, H, T, D). Return all of them."""
         self.k[layer], k = self._write(self.k[layer], k)
         self.v[layer], v = self._write(self.v[layer], v)
         return k, v
@@ -226,7 +228,7 @@ class KVCache:
         return other
 
     def detach(self) -> tuple["KVCache", list]:
-        """Return a fork without a graph, and pairs (original, detached leaf)."""
+        """Return a fork without a graph, and pairs (original, leaf)."""
         other = self.map(lambda tensor: tensor.detach().requires_grad_())
         pairs = zip(self.k + self.v, other.k + other.v)
         return other, [pair for pair in pairs if pair[0] is not None]
@@ -250,7 +252,8 @@ class RMSNorm(nn.RMSNorm):
     """torch's, but with the weight in the dtype of x, for autocast."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def make_norm(cfg: ModelConfig) -> nn.Module:
@@ -367,11 +370,11 @@ class Transformer(nn.Module):
         """Return logits (B, T, V) for target (B, T). append: cache it too.
 
         self_cond (B, T, C): expected embedding of the last prediction.
-        attention: used instead of cfg.target_attention.
+        attention: instead of cfg.target_attention.
         """
         kind = attention or self.cfg.target_attention
         if cache.prefix is not None:
-            require(not append, "prefix_attention='joint' has no cache to append to")
+            require(not append, "prefix_attention=joint has no cache to append to")
             prefix = cache.prefix
             return self._decode_joint(prefix, target, self_cond, kind, extra_edges)
         x = self.embed(target, 0, self_cond)  # (B, T, C)
@@ -402,7 +405,6 @@ class Transformer(nn.Module):
         return logits.softmax(-1).to(self.tok.weight.dtype) @ self.tok.weight
 
     def compile_blocks(self) -> None:
-        """Compile the stack of blocks. Checkpoint keys do not change."""
         self.run_blocks = torch.compile(self.run_blocks)
 
     def embed(self, tokens: Tensor, P: int, self_cond: Tensor | None) -> Tensor:
@@ -481,7 +483,7 @@ class Transformer(nn.Module):
 
 
 def find_padding(tokens: Tensor, cfg: ModelConfig) -> Tensor | None:
-    """Return False for pads, else True (B, P); None if there are no pads."""
+    """Return False for pads, else True; None if there are no pads."""
     valid = tokens != cfg.pad_id
     return None if bool(valid.all()) else valid
 

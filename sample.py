@@ -6,8 +6,8 @@
     python sample.py --prompt="forty-two" --show           # or --html=page.html
     python sample.py --infill="quarante-[[6]]"             # 6 free slots
 
---sampler=ar reads a diffusion model with a cached prefix from left to right.
---sampler=speculative gives the same text in fewer network calls.
+--sampler=ar reads a diffusion model with a cached prefix from left to right, and
+--sampler=speculative does so in fewer calls.
 """
 
 import sys
@@ -45,11 +45,11 @@ class SampleConfig:
     chat: bool = setting(False, "use the model's chat template")
     infill: str = setting("", "a target with [[n]] for n free slots")
     num_samples: int = setting(1, "of the same prompt", minimum=1)
-    seed: int = setting(1337, "of all random numbers", maximum=2**62)
+    seed: int = setting(1337, "of all draws", maximum=2**62)
     device: str = setting("auto", "auto, cpu, cuda, mps")
     dtype: str = setting("float32", "of autocast", ("float32", "bfloat16"))
     show: bool = setting(False, "draw the first sample in the terminal")
-    pause: float = setting(0.1, "seconds after each drawn step", maximum=60)
+    pause: float = setting(0.1, "seconds per step", maximum=60)
     html: str = setting("", "a page that plays the first sample", path=True)
     beside: str = setting("", "ar, or another checkpoint", path=True)
 
@@ -62,8 +62,6 @@ class SampleConfig:
 
 
 class Decoder(NamedTuple):
-    """A checkpoint and the way to decode it."""
-
     model: Transformer
     tokenizer: Tokenizer
     module: object  # it has generate
@@ -83,7 +81,6 @@ def open_decoder(path: str, given: dict, device: torch.device) -> Decoder:
 
 
 def choose_sampler(model_cfg: ModelConfig, given: dict, path: str):
-    """Return the decoding module and its SamplerConfig."""
     module = PARADIGMS[model_cfg.paradigm]
     name = given.get("sampler", "resample")
     known = [*diffusion.SAMPLERS, "ar", "speculative"]
@@ -148,7 +145,7 @@ def main(argv: list[str]) -> None:
 
 
 def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple:
-    """Return the samples and the seconds they took, without drawing."""
+    """Return the samples and their seconds, without drawing."""
     n = cfg.num_samples
     device = decoder.model.tok.weight.device
     prompt = encode_prompt(text, decoder, cfg.chat)
@@ -169,7 +166,7 @@ def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple:
 
 
 def read_prompt(cfg: SampleConfig, given: dict) -> str:
-    """Return the prompt as given, from a file or stdin, or an example."""
+    """Return the prompt: as given, of a file or stdin, or an example."""
     text = cfg.prompt
     path = cfg.prompt_file
     require(not (text and path), "use --prompt=TEXT or --prompt_file=PATH, not both")
@@ -182,7 +179,7 @@ def read_prompt(cfg: SampleConfig, given: dict) -> str:
         # The one newline at the end of a file or pipe is dropped.
         text = normalize_text(raw, "stdin" if stdin else path).removesuffix("\n")
     if not text and not asked and "init_from" not in given:
-        print(f"no prompt given, using the example {DEMO_PROMPT!r}", file=sys.stderr)
+        print(f"no prompt given, so {DEMO_PROMPT!r} is used", file=sys.stderr)
         return DEMO_PROMPT
     ways = "use --prompt=TEXT, --prompt_file=PATH or stdin"
     require(text or cfg.infill, f"the prompt is empty; {ways}")
@@ -190,7 +187,6 @@ def read_prompt(cfg: SampleConfig, given: dict) -> str:
 
 
 def encode_prompt(text: str, decoder: Decoder, chat: bool) -> list[int]:
-    """Return the ids of a prompt. The target must fit after it."""
     if chat:
         from hf.chat import chat_ids
 

@@ -52,19 +52,19 @@ class TrainConfig:
     init_from: str = variable("scratch", "or resume or a checkpoint", path=True)
     out_dir: str = variable("out/run", "checkpoints, log", path=True)
     overwrite: bool = variable(False, "replace the run in out_dir")
-    estimate: bool = variable(False, "print memory and time, then stop")
+    estimate: bool = variable(False, "print memory and time")
     max_steps: int = variable(1000, "optimizer steps", minimum=1)
     batch_size: int = setting(32, "sequences per step", minimum=1)
     grad_accum_steps: int = variable(1, "micro-batches", minimum=1)
-    optimizer: str = setting("muon", "muon: of matrices in blocks", ("muon", "adamw"))
+    optimizer: str = setting("muon", "muon: of matrices", ("muon", "adamw"))
     learning_rate: float = setting(1.5e-3, "AdamW's; Muon: 5 times", maximum=1e3)
     warmup_steps: int = setting(20, "linear")
     schedule: str = setting("linear", "then", ("constant", "linear", "cosine"))
     weight_decay: float = setting(0.1, "of matrices", maximum=10)
     grad_clip: float = setting(1.0, "largest norm; 0: no clipping")
-    anneal_steps: int = setting(0, "open the causal mask; 0: at once")
+    anneal_steps: int = setting(0, "open the mask; 0: at once")
     mask_schedule: str = setting("random", "how it opens", ("random", "blocks"))
-    seed: int = setting(1337, "of all random numbers", maximum=2**62)
+    seed: int = setting(1337, "of all draws", maximum=2**62)
     device: str = variable("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = variable("float32", "autocast", ("float32", "bfloat16", "auto"))
     compile: bool = variable(False, "torch.compile")
@@ -91,8 +91,6 @@ class TrainConfig:
 
 
 class Run:
-    """Everything that the loop works with."""
-
     def __init__(self, ctx: DistributedContext, cfg: TrainConfig, model):
         self.ctx = ctx
         self.cfg = cfg
@@ -189,7 +187,8 @@ def train(run: Run) -> dict:
                 since = time.perf_counter()
             if stopping and not is_last:
                 name = signal.Signals(stopping).name
-                tqdm.write(f"stopped by {name} at step {done}; use --init_from=resume", sys.stderr)
+                text = f"stopped by {name} at step {done}; use --init_from=resume"
+                tqdm.write(text, sys.stderr)
                 sys.exit(128 + stopping)
     return log.last
 
@@ -233,7 +232,7 @@ def train_step(run: Run, batches, step: int) -> dict:
 
 
 def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
-    """Add the gradients of a micro-batch, and its loss to terms."""
+    """Add the gradients of a micro-batch, and its terms to terms."""
     cfg = run.cfg
     rng = make_rng(cfg.seed, batch.example, step)
     edges = extra_edges(batch, step, cfg)
@@ -253,7 +252,6 @@ def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
 
 
 def extra_edges(batch, step: int, cfg: TrainConfig) -> Tensor | None:
-    """Return the edges that are open; None once all are."""
     if step >= cfg.anneal_steps:
         return None
     if cfg.mask_schedule == "blocks":
@@ -268,7 +266,7 @@ def extra_edges(batch, step: int, cfg: TrainConfig) -> Tensor | None:
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict:
-    """Return the validation loss, nats per slot; of diffusion, L(1) over RATES."""
+    """Return the validation loss, nats per slot; L(1) over RATES."""
     cfg = run.cfg
     ctx = run.ctx
     model = run.model
@@ -291,11 +289,12 @@ def evaluate(run: Run) -> dict:
     if cfg.model.paradigm == "ar":
         return means
     ar = {"val_ar_loss": means.pop("ar")} if "ar" in means else {}
-    return {"val_loss": sum(means.values()) / len(means), "val_loss_by_rate": means} | ar
+    val_loss = sum(means.values()) / len(means)
+    return {"val_loss": val_loss, "val_loss_by_rate": means} | ar
 
 
 def main(argv: list[str]) -> dict:
-    """Train as argv asks. Returns the last log entry, or the estimate."""
+    """Train. Returns the last log entry, or the estimate."""
     resume = "--init_from=resume" in argv  # or the source in a file
     argv = [arg for arg in argv if arg != "--init_from=resume"]
     given = configurator.read_settings((TrainConfig,), argv)
@@ -315,7 +314,6 @@ def main(argv: list[str]) -> dict:
 
 
 def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
-    """Build the run, print its settings, and train."""
     device.disable_malloc_trim()
     fast_bf16 = device.has_fast_bf16(ctx.device)
     if cfg.dtype == "auto":
@@ -340,7 +338,7 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
 
 
 def prepare(given: dict, out: Path, resume: bool, world_size: int):
-    """Validate all; build missing data. Returns (settings, weights, checkpoint)."""
+    """Return (settings, weights, checkpoint); build missing data."""
     from_data = ("block_size", "target_length")  # 0 means: not given
     given = {name: v for name, v in given.items() if v or name not in from_data}
     found = run_dir.checkpoints(out)
@@ -387,7 +385,6 @@ def resumed_config(given: dict, state: dict, train_set, path: Path) -> TrainConf
 
 
 def new_config(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
-    """Return the settings of a new run and its weights or None."""
     tokenizer = get_tokenizer(train_set.tokenizer_name)
     ids = ("vocab_size", "n_ordinary", "pad_id", "sep_id", "mask_id")
     fixed = {name: getattr(tokenizer, name) for name in ids}
@@ -403,13 +400,14 @@ def new_config(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
         fixed = stored | {"target_length": train_set.target_length}
     cfg = configurator.build(TrainConfig, given | fixed)
     most = cfg.model.block_size
-    problem = f"{train_set.folder} needs {need} tokens, the model's block_size is {most}"
-    require(most >= need, f"{problem}; pretrain with --block_size={need}")
+    limit = f"the model's block_size is {most}"
+    remedy = f"pretrain with --block_size={need}"
+    require(most >= need, f"{train_set.folder} needs {need} tokens, {limit}; {remedy}")
     return cfg, weights
 
 
 def model_of_checkpoint(given: dict, source: str, train_set) -> tuple:
-    """Return weights and model settings of a checkpoint. The data must fit."""
+    """Return weights and model settings of a checkpoint."""
     state = checkpoint.load(source)
     stored = state["model_config"]
     theirs = state["tokenizer"]
