@@ -32,7 +32,7 @@ from model import NEW_MODULES, PREFIXES, Transformer, model_from_state_dict
 class ConvertConfig:
     """What to convert, and into what."""
 
-    init_from: str = setting("out/ar2diff_1_ar/ckpt.pt", "or folder, hub, gguf", path=True)
+    init_from: str = setting("out/ar2diff_1_ar/ckpt.pt", "or folder, hub name, .gguf", path=True)
     out_dir: str = setting("out/ar2diff_start", "place of ckpt.pt", path=True)
     paradigm: str = setting("diffusion", "ar: import only", ("diffusion", "ar"))
     export: str = setting("", "write a Hugging Face folder", path=True)
@@ -59,7 +59,7 @@ class Check(NamedTuple):
 
 
 def convert(source: Transformer, copy: bool = True, **settings) -> Transformer:
-    """Return a new model with the same weights and other settings."""
+    """Return a model with the same weights, copied or shared, and other settings."""
     weights = source.state_dict()
     if copy:
         weights = {name: tensor.clone() for name, tensor in weights.items()}
@@ -146,7 +146,7 @@ def check_prefix(model, batch, seed: int) -> Check:
 
 
 def check_alignment(as_source, batch, ar_loss: float) -> Check:
-    """On clean tokens the right alignment gives the AR loss."""
+    """Clean tokens, rightly aligned, give the AR loss."""
     logits = as_source(batch.prefix, batch.target)
     expected = batch.target[:, 1:]
 

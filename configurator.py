@@ -2,8 +2,8 @@
 
     python train.py config/toy_copy_ar.py --learning_rate=1e-3 --compile
 
-Later arguments win. A config file holds plain assignments. An unknown name,
-a wrong type or a value outside its limits stops the run with one line.
+Later arguments win. A config file holds plain assignments. A mistake stops the
+run with one line.
 """
 
 import dataclasses

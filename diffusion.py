@@ -237,7 +237,7 @@ class SamplerConfig:
     temperature_start: float = temperature_setting(0.8, "of entropy_bound")
     temperature_end: float = temperature_setting(0.4, "of entropy_bound")
     entropy_bound: float = setting(0.1, "nats accepted per step")
-    stop_entropy: float = setting(0.005, "nats per slot: a row may stop")
+    stop_entropy: float = setting(0.005, "nats per slot to stop")
 
     def __post_init__(self):
         validate(self)
@@ -300,7 +300,7 @@ def generate(model, prefix, cfg, seed=0, example=None, on_step=None, given=None)
 
 @torch.no_grad()
 def denoise(model, cache, start, length, cfg, rng, on_step=None, given=None):
-    """Rewrite R canvases in up to cfg.steps calls. Converged rows are frozen.
+    """Rewrite R canvases in up to cfg.steps calls; freeze converged rows.
 
     start (R, 1): slot 0. on_step: called with (step, canvas (R, S),
     logits (R, S, V), rows (R,): -1 if frozen); first with step 0 and None.

@@ -27,11 +27,11 @@ internal = partial(setting, hidden=True)  # it cannot be typed
 
 @dataclass
 class ModelConfig:
-    """All that fixes what the network computes. Checkpoints store it."""
+    """All that fixes what the network computes. In each checkpoint."""
 
     paradigm: str = setting("ar", "the loss and the decoding", ("ar", "diffusion"))
     arch: str = setting("decoder_only", "see extras/", ("decoder_only", "encoder_decoder"))
-    n_layer: int = setting(4, "blocks (in each half)", minimum=1, maximum=1000)
+    n_layer: int = setting(4, "blocks (per half)", minimum=1, maximum=1000)
     n_head: int = setting(4, "attention heads", minimum=1)
     n_embd: int = setting(128, "width", minimum=1)
     n_hidden: int = setting(0, "of the MLP; 0: 8/3 or 4 n_embd")
@@ -51,7 +51,7 @@ class ModelConfig:
     pad_id: int = internal(256, "ends a text")
     sep_id: int = internal(257, "slot 0; -1: of the prompt", minimum=-1)
     mask_id: int = internal(258, "of noise='mask'")
-    eos_id: int = internal(-1, "of imported weights; -1: none", minimum=-1)
+    eos_id: int = internal(-1, "imports; -1: none", minimum=-1)
 
     # Set by hf/ for imported weights.
     n_kv_head: int = internal(0, "0: n_head")
@@ -401,7 +401,7 @@ class Transformer(nn.Module):
         return self.decode(cache, target, False, self_cond, attention, extra_edges)
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
-        """Return the mean embedding (..., C) under logits (..., V)."""
+        """Return the mean embedding (..., C) of logits (..., V)."""
         return logits.softmax(-1).to(self.tok.weight.dtype) @ self.tok.weight
 
     def compile_blocks(self) -> None:

@@ -42,21 +42,21 @@ class SampleConfig:
     init_from: str = setting(str(DEMO / "diffusion.pt"), "checkpoint", path=True)
     prompt: str = setting("", "the text to continue")
     prompt_file: str = setting("", "or a UTF-8 file; - is stdin", path=True)
-    chat: bool = setting(False, "use the model's chat template")
+    chat: bool = setting(False, "use the chat template")
     infill: str = setting("", "a target with [[n]] for n free slots")
     num_samples: int = setting(1, "of the same prompt", minimum=1)
     seed: int = setting(1337, "of all draws", maximum=2**62)
     device: str = setting("auto", "auto, cpu, cuda, mps")
     dtype: str = setting("float32", "of autocast", ("float32", "bfloat16"))
-    show: bool = setting(False, "draw the first sample in the terminal")
+    show: bool = setting(False, "draw a sample in the terminal")
     pause: float = setting(0.1, "seconds per step", maximum=60)
-    html: str = setting("", "a page that plays the first sample", path=True)
+    html: str = setting("", "a page that plays a sample", path=True)
     beside: str = setting("", "ar, or another checkpoint", path=True)
 
     def __post_init__(self):
         validate(self)
         both = self.show and self.html
-        require(not both, "use --show or --html, not both")
+        require(not both, f"use --show or --html={self.html}, not both")
         alone = self.beside and not self.html
         require(not alone, f"--beside={self.beside} needs --html=FILE")
 
@@ -169,7 +169,7 @@ def read_prompt(cfg: SampleConfig, given: dict) -> str:
     """Return the prompt: as given, of a file or stdin, or an example."""
     text = cfg.prompt
     path = cfg.prompt_file
-    require(not (text and path), "use --prompt=TEXT or --prompt_file=PATH, not both")
+    require(not (text and path), f"use --prompt or --prompt_file={path}, not both")
     asked = given.keys() & {"prompt", "prompt_file", "infill"}
     if not asked and sys.stdin is not None and not sys.stdin.isatty():
         path = "-"

@@ -51,7 +51,7 @@ class TrainConfig:
     data: str = variable("out/data/mini", "data set", path=True)
     init_from: str = variable("scratch", "or resume or a checkpoint", path=True)
     out_dir: str = variable("out/run", "checkpoints, log", path=True)
-    overwrite: bool = variable(False, "replace the run in out_dir")
+    overwrite: bool = variable(False, "replace a run")
     estimate: bool = variable(False, "print memory and time")
     max_steps: int = variable(1000, "optimizer steps", minimum=1)
     batch_size: int = setting(32, "sequences per step", minimum=1)
@@ -59,7 +59,7 @@ class TrainConfig:
     optimizer: str = setting("muon", "muon: of matrices", ("muon", "adamw"))
     learning_rate: float = setting(1.5e-3, "AdamW's; Muon: 5 times", maximum=1e3)
     warmup_steps: int = setting(20, "linear")
-    schedule: str = setting("linear", "then", ("constant", "linear", "cosine"))
+    schedule: str = setting("linear", "after it", ("constant", "linear", "cosine"))
     weight_decay: float = setting(0.1, "of matrices", maximum=10)
     grad_clip: float = setting(1.0, "largest norm; 0: no clipping")
     anneal_steps: int = setting(0, "open the mask; 0: at once")
@@ -70,12 +70,12 @@ class TrainConfig:
     compile: bool = variable(False, "torch.compile")
     activation_checkpointing: bool = variable(False, "less memory")
     parallel: str = variable("ddp", "under torchrun", ("ddp", "fsdp"))
-    log_interval: int = variable(20, "steps per speed report", minimum=1)
+    log_interval: int = variable(20, "steps per report", minimum=1)
     eval_interval: int = variable(200, "steps per evaluation", minimum=1)
     eval_batches: int = variable(8, "batches per evaluation", minimum=1)
     sample_interval: int = variable(200, "0: no samples")
     save_interval: int = variable(200, "steps per checkpoint", minimum=1)
-    tensorboard: bool = variable(False, "log for TensorBoard too")
+    tensorboard: bool = variable(False, "log there too")
 
     def __post_init__(self):
         validate(self)
@@ -327,7 +327,7 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
     print(f"{num_params(run.model):,} parameters | {ctx.device} {cfg.dtype}", end=" | ")
     print(f"{cfg.data} {len(run.train_set):,} | {configurator.describe(cfg)}")
     if cfg.dtype == "bfloat16" and not fast_bf16:
-        print("bfloat16 is very slow on this processor; use --dtype=float32")
+        print("bfloat16 is slow on this processor; use --dtype=float32")
     run.model.activation_checkpointing = cfg.activation_checkpointing
     if cfg.compile:
         device.compile_or_explain(run.model)
