@@ -45,6 +45,9 @@ def desk(tmp_path_factory):
         yield folder
 
 
+KEPT = []  # a stream that nothing refers to closes its file
+
+
 def replace_streams(how: str) -> None:
     """Do what Python does at its start with the streams it is given."""
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -52,16 +55,17 @@ def replace_streams(how: str) -> None:
             os.close(number)
             setattr(sys, name, None)
             continue
-        encoding = "utf-8" if how == "left" else how
-        if how == "left":  # the reader of the pipe has gone
-            reader, writer = os.pipe()
+        encoding = how if how in ("ascii", "cp1252") else "utf-8"
+        KEPT.append(getattr(sys, name))
+        if how in ("left", "hung up"):  # the reader of a pipe, or the terminal, has gone
+            reader, writer = os.pipe() if how == "left" else os.openpty()
             os.close(reader)
             os.dup2(writer, number)
         raw = open(number, "wb", closefd=False)
         setattr(sys, name, io.TextIOWrapper(raw, encoding=encoding, line_buffering=True))
 
 
-@pytest.mark.parametrize("how", ["ascii", "cp1252", "closed", "left"])
+@pytest.mark.parametrize("how", ["ascii", "cp1252", "closed", "left", "hung up"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_works_with_any_stream(name, how, desk, tmp_path):
     main, argv = COMMANDS[name]

@@ -1,12 +1,13 @@
-"""Make the standard streams safe: any character set, closed streams, `| head`."""
+"""Make the standard streams safe: any character set, closed streams and terminals, `| head`."""
 
+import errno
 import os
 import sys
 from functools import partial
 
 
 class Output:
-    """A text stream that drops its text once the reader has left."""
+    """A text stream that drops its text once the reader or the terminal has gone."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -19,7 +20,10 @@ class Output:
     def _call(self, method, *args):
         try:
             return method(*args)
-        except BrokenPipeError:  # the work goes on, its output is dropped
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # no reader, no terminal
+                raise
+            # The work goes on, its output is dropped.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
