@@ -25,7 +25,7 @@ def import_source(name: str, block_size: int, target_length: int):
     """Read weights and print what was found. Returns (model, tokenizer, "", name, path)."""
     path = resolve_source(name)
     if path is None:
-        raise ValueError(f"{name}: no such checkpoint, Hugging Face folder, hub name or GGUF file")
+        raise ValueError(f"{name}: no .pt file, Hugging Face folder, hub name or GGUF file")
     model, tokenizer, notes = load_hf(path, block_size, target_length)
     dtype = str(model.tok.weight.dtype).removeprefix("torch.")
     size = f"{sum(p.numel() for p in model.parameters()):,} weights, {dtype}"

@@ -66,7 +66,7 @@ def resolve_source(name: str) -> Path | None:
     if path.suffix in (".safetensors", ".bin", ".pth"):
         raise ValueError(f"{name}: give the folder with its config.json; {SAFE_WAY}")
     if path.exists() or path.suffix == ".pt":
-        return path if path.suffix == ".gguf" else None
+        return path if path.suffix.lower() == ".gguf" else None
     kinds = "no such folder, GGUF file or checkpoint"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or path.parent.exists():
         raise ValueError(f"{name}: {kinds}, and no hub name such as org/model")
@@ -156,7 +156,7 @@ def load_hf(path: Path, block_size: int = 0, target_length: int = 0) -> LoadedMo
     block_size 0: the context of the source, at most MAX_BLOCK. target_length 0: half of block_size,
     at most MAX_TARGET. Raises ValueError, one line, if the source cannot be read.
     """
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         from hf.gguf import GGUFFile
 
         source = GGUFFile(path)
@@ -367,7 +367,7 @@ def reference_model(path: Path):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     settings = dict(dtype=torch.float32, local_files_only=True)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         settings["gguf_file"] = path.name
         path = path.parent
     return transformers.AutoModelForCausalLM.from_pretrained(path, **settings)

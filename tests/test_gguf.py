@@ -15,7 +15,7 @@ import ar2diff
 from hf.chat import chat_ids
 from hf.gguf import GGUFFile
 from hf.layouts import FAMILIES
-from hf.load import load_hf, parity, reference_model, same_greedy_tokens
+from hf.load import load_hf, parity, reference_model, resolve_source, same_greedy_tokens
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -127,14 +127,15 @@ def assert_weights_are_those_of(theirs, path: Path, model) -> None:
 
 @pytest.mark.parametrize("arch, kind, more", CASES.values(), ids=CASES)
 def test_weights_logits_and_ids_are_those_of_transformers(arch, kind, more, tmp_path):
-    path = write(tmp_path / "tiny.gguf", arch, kind, **more)
+    path = write(tmp_path / "tiny.GGUF", arch, kind, **more)
+    assert resolve_source(str(path)) == path
     loaded = load_hf(path)
     theirs = reference_model(path)
     assert_weights_are_those_of(theirs, path, loaded.model)
     ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
     rows = parity(path, loaded.model, ids)
     assert len(rows) == 2 and all(ok for *_, ok in rows), rows
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.GGUF")
     text = "the  theatre, theirs: 1234\n\nthe end"
     if not more.get("sentencepiece"):
         assert loaded.tokenizer.encode(text) == tokenizer.encode(text, add_special_tokens=False)
