@@ -274,12 +274,11 @@ def write_results(path: Path, lines: dict[str, dict]) -> None:
 class Runner:
     """Runs jobs, several at a time. Each finished job adds or replaces one line of `path`."""
 
-    def __init__(self, path: Path, out: Path, threads: int):
+    def __init__(self, path: Path, out: Path):
         self.path = path
         self.out = out
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if threads:
-            self.environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT)} | one_thread
         self.stage_locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self.failed: set[str] = set()  # folders
         self.file_lock = threading.Lock()

@@ -80,7 +80,6 @@ class TablesConfig:
     quickstart: bool = setting(False, "the table of quickstart.sh, from out/quickstart/")
     seeds: int = setting(3, "training seeds, from 1", minimum=1, maximum=9)
     lanes: int = setting(2, "jobs at a time", minimum=1)
-    threads: int = setting(1, "CPU threads of a job; 0: all", minimum=0)
     quick: bool = setting(False, "20 steps of a tiny network, 10 items, one seed")
     out: str = setting("out/tables", "folder of the models", path=True)
     results: str = setting("results", "folder of the JSON-lines files", path=True)
@@ -323,7 +322,7 @@ def main(argv: list[str]) -> None:
     for seed in range(1, 2 if cfg.quick else cfg.seeds + 1):
         jobs += study.jobs_of(cfg.scale, scale, seed)
     try:
-        Runner(path, out, cfg.threads).run(jobs, cfg.lanes)
+        Runner(path, out).run(jobs, cfg.lanes)
     finally:  # a failed job does not hide the others
         lines = read_results(path)
         print(table_2(lines, cfg.scale))

@@ -103,15 +103,6 @@ def test_a_seed_among_the_settings_counts_and_an_unknown_commit_does_not(tmp_pat
     assert without_origin(path)[0].endswith("has no commit")
 
 
-@pytest.mark.parametrize(
-    "flags, error",
-    [("--results=nowhere", "nowhere: no such folder"), ("--pages=N.md", "N.md: no such page")],
-)
-def test_missing_folders_and_pages_are_errors(page, flags, error):
-    with pytest.raises(ValueError, match=error):
-        main([flags])
-
-
 def test_pages_without_a_table_do_not_pass(page, capsys):
     (page.parent / "a.md").write_text("nothing")
     with pytest.raises(SystemExit):

@@ -206,8 +206,3 @@ def test_a_choice_is_the_likeliest_and_its_kind_is_said(task, checkpoint, capsys
     found = harness.main([*flags, "--draws=2", "--n=3", f"--tasks={path}"])
     assert math.isclose(found["tasks"]["ours_multiple_choice"]["acc,none"], 2 / 3)
     assert f"likelihoods: {EXACT if kind == 'ar' else BOUND}" in capsys.readouterr().out
-
-
-def test_a_missing_task_is_named(task, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="none.yaml: no such task"):
-        harness.main([f"--init_from={checkpoint}", f"--tasks={tmp_path / 'none.yaml'}"])

@@ -87,7 +87,7 @@ def ran(monkeypatch) -> list[str]:
 
 
 def run(folder: Path, *jobs: Job, lanes: int = 2) -> dict:
-    Runner(folder / "a.jsonl", folder / "out", threads=1).run(list(jobs), lanes)
+    Runner(folder / "a.jsonl", folder / "out").run(list(jobs), lanes)
     return read_results(folder / "a.jsonl")
 
 
@@ -115,12 +115,6 @@ def test_a_failed_stage_is_tried_once_and_stops_only_what_needs_it(tmp_path, ran
     with pytest.raises(ValueError, match=r"3 jobs failed; the first: 0 \(see .*bad-.*log\)"):
         run(tmp_path, *jobs, Job("good", EVAL), lanes=1)
     assert ran == ["bad", "add", "eval"] and set(read_results(tmp_path / "a.jsonl")) == {"good"}
-
-
-def test_data_that_must_be_built_by_hand_is_named_with_its_command(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="python_code is missing; build it: python -m data.python"):
-        study.build_data(SCALES["small"])
 
 
 @pytest.mark.slow

@@ -39,14 +39,6 @@ def test_nested_metrics_are_read_and_bits_are_no_percent():
     assert found["AR"] == ["2.37", "50.0", "1.00", "100.0"]
 
 
-def test_the_papers_numbers():
-    """Spot checks: span corruption is best on SQuAD, 20 steps solve most of MBPP."""
-    one = tables.table_1({}).splitlines()
-    assert any("decoder_only    | span_corruption | 29.1, 80.6, 11.1" in line for line in one)
-    three = tables.table_3({}).splitlines()
-    assert any("| 20    | 8       | 160   | 77.72, 16.7" in line for line in three)
-
-
 def test_labelled_lines_become_the_rows_of_their_table():
     lines = {
         "mini_1_mini_translation_a_b_2": {"row": "A, b", "exact_match": 0.25},
@@ -86,21 +78,6 @@ def test_the_quickstart_becomes_lines_a_table_and_a_picture(tmp_path):
     assert len(read_results(tmp_path / "quickstart.jsonl")) == 6
     assert "AR2Diff_300" in (tmp_path / "quickstart.md").read_text()
     assert (tmp_path / "quality.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_missing_evaluation_of_the_quickstart_is_named(tmp_path):
-    quickstart_files(tmp_path, ["ar_finetune"])
-    with pytest.raises(ValueError, match="has no scratch_finetune.*run bash quickstart.sh"):
-        tables.quickstart(tmp_path)
-
-
-def test_main_runs_nothing_that_is_measured_and_prints_the_tables(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(tables.study, "build_data", lambda scale: None)
-    tables.main(["--scale=mini"])
-    shown = capsys.readouterr().out
-    assert "min left" not in shown and "settings changed" not in shown
-    assert shown.count("| AR2Diff_2N") == 1 and shown.count("span_corruption") == 2
 
 
 def test_a_line_that_is_no_result_is_named(tmp_path):
