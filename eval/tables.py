@@ -257,6 +257,17 @@ def of_files(table: Callable[..., str], *names: str) -> Callable[[Path], str]:
     return lambda results: table(*(read_results(results / f"{name}.jsonl") for name in names))
 
 
+def smollm2_table(lines: dict) -> str:
+    """Return SmolLM2-135M on SQuAD, one row per line."""
+    rows = []
+    for line in lines.values():
+        low, high = (f"{100 * value:.1f}" for value in line["f1_interval"])
+        scores = [f"{100 * line[name]:.1f}" for name in ("f1", "exact_match")]
+        calls = f"{line['calls_per_sample']:.1f}"
+        rows.append([line["job"], scores[0], f"{low} to {high}", scores[1], calls])
+    return markdown(["row", "F1 %", "95% interval", "EM %", "network calls"], rows)
+
+
 # Name in a page's marker -> the table of a results folder
 TABLES: dict[str, Callable[[Path], str]] = {
     "quickstart": of_files(quickstart_table, "quickstart"),
@@ -267,6 +278,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "recipes": of_files(recipes_table, "recipes", "study"),
     "few_steps": of_files(few_steps_table, "few_steps"),
     "choices": of_files(choices_table, "few_steps", "study"),
+    "smollm2": of_files(smollm2_table, "smollm2"),
     "faults": faults_table,
     "decode": lambda results: speed_table(results, decode=True),
     "speed": lambda results: speed_table(results, decode=False),

@@ -1,4 +1,4 @@
-"""One thread and no network for every test: they share a small machine, and must pass on a plane."""
+"""Every test runs with one thread and without a network."""
 
 import os
 

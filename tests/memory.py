@@ -1,4 +1,4 @@
-"""What a computation holds in memory at most, as torch's profiler counts the allocations on the CPU."""
+"""The peak memory of a computation, from the allocations that torch's profiler counts."""
 
 from collections.abc import Callable
 
