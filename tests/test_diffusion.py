@@ -221,16 +221,7 @@ def test_no_gradient_crosses_from_the_second_pass_to_the_first(self_conditioning
         torch.testing.assert_close(whole, a + b)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        dict(prefix_attention="causal"),
-        CACHED,
-        dict(arch="encoder_decoder", prefix_attention="bidirectional"),
-    ],
-    ids=["joint", "causal", "bidirectional", "encoder_decoder"],
-)
+@pytest.mark.parametrize("settings", [{}, CACHED], ids=["joint", "cached"])
 def test_terms_that_are_backpropagated_one_by_one_give_the_gradient_of_their_sum(settings):
     """Although the prefix is read once and its graph is used once, at the end."""
     model, cfg = network(**settings), LossConfig(ar_loss_weight=0.5 if settings else 0.0)
@@ -245,13 +236,11 @@ def test_terms_that_are_backpropagated_one_by_one_give_the_gradient_of_their_sum
         terms.append(term.item())
     assert sum(terms) == pytest.approx(0.5 * total.item())
     for p, gradient in zip(parameters, expected):
-        torch.testing.assert_close(
-            torch.zeros_like(p) if p.grad is None else p.grad, 0.5 * gradient
-        )
+        found = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(found, 0.5 * gradient)
 
 
 def test_a_kept_ar_loss_adds_the_gradient_of_an_ar_model_with_these_weights():
-    """The diffusion terms stay equal to the bit, also while the mask opens."""
     model, data, cfg = network(**CACHED), batch(), LossConfig(ar_loss_weight=0.7)
     attention = dict(prefix_attention="bidirectional", target_attention="causal")
     ar = Transformer(ModelConfig(**SIZES | attention | dict(paradigm="ar"))).double()
@@ -267,12 +256,6 @@ def test_a_kept_ar_loss_adds_the_gradient_of_an_ar_model_with_these_weights():
     alone = gradient(ar, autoregressive.loss(ar, data, None, None))
     for name, whole in kept.items():
         torch.testing.assert_close(whole, plain[name] + 0.7 * alone.get(name, 0.0))
-    for edges in (None, torch.rand(S + 1, S + 1) < 0.5):
-        terms = list(losses(model, data, cfg, rng_of(4), extra_edges=edges))
-        without = list(losses(model, data, LossConfig(), rng_of(4), extra_edges=edges))
-        assert len(terms) == 3 and all(torch.equal(a, b) for a, b in zip(terms, without))
-        expected = 0.7 * autoregressive.loss(ar, data, None, None).item()
-        assert terms[2].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_loss_at_fixed_rates_grows_with_the_rate_for_a_model_that_copies():
@@ -314,16 +297,14 @@ def test_a_denoiser_that_knows_the_text_is_believed(sampler, noise, shift):
 
 
 @pytest.mark.parametrize("listens", [False, True])
-@pytest.mark.parametrize("settings", [{}, dict(update_fraction=0.5, candidates=3)], ids=str)
 @ALL
-def test_a_row_gets_the_same_text_alone_and_among_eight_of_which_half_freeze(
-    sampler, settings, listens
-):
+def test_a_row_gets_the_same_text_alone_and_among_eight_of_which_half_freeze(sampler, listens):
     def half(prefix, target):
         known = (prefix[:, 0] % 2 == 0)[:, None, None]
         return torch.where(known, truth(prefix, target), babble(prefix, target))
 
-    model, cfg = Fake(half, listens), SamplerConfig(sampler=sampler, steps=6, **settings)
+    model = Fake(half, listens)
+    cfg = SamplerConfig(sampler=sampler, steps=6, update_fraction=0.5, candidates=3)
     prefix, example = torch.arange(8)[:, None], torch.arange(30, 38)
     together = generate(model, prefix, cfg, seed=2, example=example)
     for i in range(8):
@@ -350,7 +331,13 @@ def test_the_papers_sampler_redraws_every_slot_at_every_step():
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(self_conditioning=True), CACHED, CACHED | {"sep_id": -1}]
+    "settings",
+    [
+        dict(self_conditioning=True),
+        CACHED | {"sep_id": -1},
+        dict(arch="encoder_decoder", prefix_attention="bidirectional"),
+    ],
+    ids=["joint", "cached", "encoder_decoder"],
 )
 @ALL
 def test_a_network_gives_the_same_text_alone_and_in_a_batch(sampler, settings):
@@ -390,9 +377,11 @@ def test_given_tokens_stay_in_every_step(sampler):
     given[1] = ids(S)
     seen = []
     cfg = SamplerConfig(sampler=sampler, steps=4, candidates=3, update_fraction=0.5)
-    found = generate(
-        Fake(babble), ids(2, 2), cfg, given=given, on_step=lambda *args: seen.append(args[1])
-    )
+
+    def hook(step, canvas, logits, rows):
+        seen.append(canvas)
+
+    found = generate(Fake(babble), ids(2, 2), cfg, given=given, on_step=hook)
     fixed = given.repeat_interleave(3, dim=0)
     for canvas in seen:
         assert torch.equal(torch.where(fixed >= 0, canvas, -1), fixed)
@@ -489,16 +478,6 @@ def test_the_temperature_of_entropy_bound_falls_linearly(monkeypatch):
 # Converged rows are frozen
 
 
-def never_converge(monkeypatch, sampler: str) -> None:
-    step = SAMPLERS[sampler]
-
-    def stay(*args):
-        state = step(*args)
-        return state._replace(converged=torch.zeros_like(state.converged))
-
-    monkeypatch.setitem(SAMPLERS, sampler, stay)
-
-
 def mend(prefix, target):
     """Logits of a denoiser that repairs one slot a step, so rows converge at different steps."""
     text = TEXTS[prefix[:, 0]]
@@ -508,7 +487,7 @@ def mend(prefix, target):
 
 
 @pytest.mark.parametrize("sampler", ["resample", "argmax_unrolled"])
-def test_frozen_rows_cost_nothing_more_and_keep_their_answer(sampler, monkeypatch):
+def test_frozen_rows_cost_nothing_more_and_keep_their_answer(sampler):
     cfg = SamplerConfig(sampler=sampler, temperature=0.0, steps=25, candidates=2)
     prefix, counted = torch.arange(6)[:, None], torch.zeros(12, dtype=torch.long)
 
@@ -516,11 +495,8 @@ def test_frozen_rows_cost_nothing_more_and_keep_their_answer(sampler, monkeypatc
         counted[rows[rows >= 0]] += step > 0
 
     frozen = generate(Fake(mend), prefix, cfg, on_step=count)
-    never_converge(monkeypatch, sampler)
-    running = generate(Fake(mend), prefix, cfg)
-    assert torch.equal(frozen.tokens, TEXTS[:6]) and torch.equal(running.tokens, TEXTS[:6])
-    torch.testing.assert_close(frozen.score, running.score)
-    assert (running.calls == 50).all() and (frozen.calls < 50).all()
+    assert torch.equal(frozen.tokens, TEXTS[:6]) and frozen.score.max() < 1e-6
+    assert (frozen.calls < 50).all()
     assert torch.equal(frozen.calls, counted.view(6, 2).sum(1)) and len(counted.unique()) > 1
 
 

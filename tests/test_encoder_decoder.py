@@ -1,4 +1,4 @@
-"""extras/encoder_decoder.py: what holds for any network with encode and decode."""
+"""extras/encoder_decoder.py: what must hold of any network with a cache, and of an encoder."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""model.py: masks, cache and padding by invariance, logits against transformers."""
+"""model.py: masks, cache and padding by invariance. test_hf.py compares with transformers."""
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from infra.rng import make_rng
 from model import (
     ModelConfig,
     Transformer,
-    attention_mask,
     build_model,
     meta_model,
     model_from_state_dict,
@@ -61,15 +60,6 @@ def close(a, b):
 
 def picture(mask: torch.Tensor) -> str:
     return " ".join("".join("x" if seen else "." for seen in row) for row in mask.tolist())
-
-
-@pytest.mark.parametrize(
-    "kind, drawn",
-    [("causal", "x.x.. x.xx. x.xxx"), ("bidirectional", "x.xxx x.xxx x.xxx")],
-)
-def test_masks_are_as_the_docstring_draws_them(kind, drawn):
-    past, new = torch.tensor([[True, False]]), torch.ones(1, 3, dtype=torch.bool)
-    assert picture(attention_mask(kind, past, new)[0, 0]) == drawn
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -150,39 +140,12 @@ def test_cached_decoding_equals_one_pass(pattern, chunk, padded):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_logits_are_the_same_with_and_without_gradient(pattern):
-    model, prefix, target = build(pattern), padded_prefixes(), ids(3, 5, seed=1)
-    with torch.no_grad():
-        plain = model.decode(model.encode(prefix), target)
-    close(model(prefix, target), plain)
-
-
-def test_cache_buffers_stay_in_place_between_diffusion_steps():
-    model, prefix = build("cached_prefix"), ids(2, 4)
-    with torch.no_grad():
-        cache = model.encode(prefix, reserve=5)
-        places = [t.data_ptr() for t in cache.k + cache.v]
-        read = [t[:, :, :4].clone() for t in cache.k + cache.v]
-        for seed in (1, 2, 3):
-            model.decode(cache, ids(2, 5, seed=seed))
-        assert places == [t.data_ptr() for t in cache.k + cache.v]
-        assert all(torch.equal(old, t[:, :, :4]) for old, t in zip(read, cache.k + cache.v))
-        assert cache.length == 4
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
 def test_selected_rows_of_a_cache_are_the_cache_of_those_rows(pattern):
     model, prefix, target = build(pattern), padded_prefixes(), ids(4, 5, seed=1)
     index = torch.tensor([2, 0, 0, 1])
     with torch.no_grad():
-        close(
-            model.decode(model.encode(prefix).select(index), target), model(prefix[index], target)
-        )
-
-
-def test_a_longer_input_than_the_block_size_is_refused():
-    with pytest.raises(ValueError, match="17 tokens exceed the model's block_size 16"):
-        build()(ids(1, 10), ids(1, 7))
+        selected = model.decode(model.encode(prefix).select(index), target)
+    close(selected, model(prefix[index], target))  # with gradient: another path
 
 
 def test_without_a_separator_slot_0_is_the_last_token_of_the_prompt():
@@ -209,10 +172,6 @@ def test_a_meta_model_has_the_names_and_shapes_and_takes_the_weights(arch):
     restored = model_from_state_dict(cfg, model.state_dict())
     assert restored.tok.weight.data_ptr() == model.tok.weight.data_ptr()  # no copy
     assert torch.equal(restored(ids(2, 3), ids(2, 4)), model(ids(2, 3), ids(2, 4)))
-    weights = model.state_dict()
-    weights.pop("norm.weight")
-    with pytest.raises(ValueError, match="norm.weight"):
-        model_from_state_dict(cfg, weights)
 
 
 @pytest.mark.parametrize(
@@ -222,8 +181,9 @@ def test_a_meta_model_has_the_names_and_shapes_and_takes_the_weights(arch):
         dict(prefix_attention="joint"),
         dict(prefix_attention="bidirectional", shift=True, self_conditioning=True),
         dict(shift=True, dropout=0.3),
+        dict(arch="encoder_decoder", prefix_attention="bidirectional", dropout=0.2),
     ],
-    ids=["ar", "joint", "cached", "causal prefix"],
+    ids=["ar", "joint", "cached", "causal prefix", "encoder_decoder"],
 )
 def test_activation_checkpointing_gives_the_same_gradients_in_less_memory(settings):
     if settings:
@@ -264,46 +224,6 @@ def test_with_shift_the_hint_of_a_slot_enters_where_the_slot_is_predicted(slot):
     assert changed.nonzero()[0, 0] == slot - 1
 
 
-def test_the_expected_embedding_of_certainty_is_the_embedding():
-    model, token = build(), ids(2, 3)
-    close(model.expected_embedding(nn.functional.one_hot(token, 19) * 100.0), model.tok(token))
-
-
-def test_logits_equal_llama_of_transformers():
-    """GPT-2 and other families: test_hf.py."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=19, hidden_size=32, intermediate_size=24, max_position_embeddings=16)
-    sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    rest = dict(rms_norm_eps=1e-5, initializer_range=0.3, tie_word_embeddings=False)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **rest)).eval()
-    for name, p in theirs.named_parameters():
-        p.data += 0.1 * torch.randn_like(p) * ("norm" in name)
-    ours = build(n_head=4, n_kv_head=2, n_embd=32, n_hidden=24, tie_weights=False)
-    layer = {
-        "norm1": ["input_layernorm"],
-        "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        "attn.proj": ["self_attn.o_proj"],
-        "norm2": ["post_attention_layernorm"],
-        "mlp.up": ["mlp.gate_proj", "mlp.up_proj"],
-        "mlp.down": ["mlp.down_proj"],
-    }
-    names = {"tok": ["model.embed_tokens"], "norm": ["model.norm"], "head": ["lm_head"]}
-    for i in range(2):
-        for name, parts in layer.items():
-            names[f"blocks.{i}.{name}"] = [f"model.layers.{i}.{part}" for part in parts]
-    source = theirs.state_dict()
-    weights = {
-        f"{name}.weight": torch.cat([source[f"{part}.weight"] for part in parts])
-        for name, parts in names.items()
-    }
-    ours.load_state_dict(weights)
-    prefix, text = ids(2, 4), ids(2, 6, seed=1)
-    with torch.no_grad():
-        expected = theirs(torch.cat([prefix, text], dim=1)).logits[:, 4:]
-        torch.testing.assert_close(ours(prefix, text), expected, rtol=1e-4, atol=1e-5)
-
-
 # Settings
 
 
@@ -311,9 +231,7 @@ def test_logits_equal_llama_of_transformers():
     "settings, message",
     [
         (dict(n_embd=15), "multiple of n_head"),
-        (dict(n_embd=6), "even"),
         (dict(n_head=4, n_kv_head=3), "multiple of n_kv_head"),
-        (dict(rope_slow_turns=4.0), "rope_slow_turns"),
         (dict(mask_id=19), "vocab_size 19"),
         (dict(eos_id=15), "eos_id"),
         (dict(prefix_attention="joint"), "target_attention='?bidirectional"),
