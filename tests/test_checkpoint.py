@@ -13,7 +13,6 @@ from infra.checkpoint import (
     load,
     load_model,
     save,
-    write_atomically,
 )
 from model import ModelConfig, Transformer
 
@@ -148,15 +147,3 @@ def test_a_full_disk_leaves_the_old_file(path, monkeypatch):
         save(path, build(n_layer=2), 8, "bytes")
     assert path.read_bytes() == old and load(path)["step"] == 7
     assert [p.name for p in path.parent.iterdir()] == ["ckpt.pt"]
-
-
-def test_a_reader_never_sees_half_of_a_file(path):
-    old = path.read_bytes()
-
-    def write(file):
-        file.write(b"new")
-        file.flush()
-        assert path.read_bytes() == old
-
-    write_atomically(path, write)
-    assert path.read_bytes() == b"new"

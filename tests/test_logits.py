@@ -16,7 +16,6 @@ from infra.logits import (
     entropy,
     token_nll,
 )
-from infra.rng import SAMPLE, make_rng
 from model import ModelConfig
 
 DEVICES = [
@@ -59,14 +58,6 @@ def test_without_a_gradient_the_logits_are_unchanged():
     assert torch.equal(logits, before)
 
 
-def test_a_second_backward_pass_is_refused():
-    logits, expected = example(4, 9)
-    loss = cross_entropy_in_place(logits.requires_grad_() * 1, expected)
-    loss.backward(retain_graph=True)
-    with pytest.raises(AssertionError, match="one backward pass"):
-        loss.backward()
-
-
 def test_no_second_array_of_logits_is_made(monkeypatch):
     """torch makes three more in float32."""
     monkeypatch.setattr(module, "LOSS_CHUNK", {"cpu": 1 << 14})
@@ -107,25 +98,14 @@ def test_nll_entropy_and_argmax_equal_those_of_log_softmax(monkeypatch, V, chunk
     assert torch.equal(draw_tokens(logits, 0.0, torch.ones_like(expected)), logits.argmax(-1))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_drawn_tokens_follow_the_softmax(temperature):
-    """20,000 draws of 7 tokens; 22.5 is the 99.9% point of chi-square with 6 degrees of freedom."""
-    logits = torch.tensor([1.0, 0.0, -1.0, 2.0, 0.5, -0.5, 1.5])
-    uniform = make_rng(2, torch.arange(100)).uniform(SAMPLE, 200)[0]
-    drawn = draw_tokens(logits.expand(100, 200, 7), temperature, uniform)
-    expected = (logits / temperature).softmax(-1) * drawn.numel()
-    counts = drawn.flatten().bincount(minlength=7)
-    assert ((counts - expected) ** 2 / expected).sum() < 22.5
-
-
-@pytest.mark.parametrize("V", [256, 3000])
-def test_drawing_inverts_the_cdf(V):
+@pytest.mark.parametrize("V, temperature", [(256, 0.5), (3000, 1.0), (7, 2.0)])
+def test_drawing_inverts_the_cdf(V, temperature):
     """The oracle is one running sum in float64. A number on a step of it may go to either side."""
     generator = torch.Generator().manual_seed(V)
     logits = torch.randn(40, 50, V, generator=generator) * 3
     u = torch.rand(40, 50, generator=generator)
-    cdf = logits.double().softmax(-1).cumsum(-1)
-    drawn = draw_tokens(logits, 1.0, u)
+    cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    drawn = draw_tokens(logits, temperature, u)
     exact = torch.searchsorted(cdf, u.double()[..., None], right=True)[..., 0]
     low, high = cdf.gather(-1, torch.stack([drawn - 1, drawn], -1).clamp(min=0)).unbind(-1)
     low = torch.where(drawn > 0, low, 0.0)

@@ -14,10 +14,8 @@ from infra.run_dir import (
     StopSignals,
     checkpoints,
     clear,
-    environment,
     latest_checkpoint,
     lock_dir,
-    rounding_note,
 )
 from model import ModelConfig, Transformer
 
@@ -122,10 +120,6 @@ def test_a_resumed_log_keeps_the_whole_lines_up_to_its_step(tmp_path, line):
 
 def test_a_log_that_cannot_be_written_stops_the_run(tmp_path):
     log = Log(tmp_path / "log.jsonl", 0)
-    log.write({"step": 1})
-    (tmp_path / "log.jsonl").unlink()
-    with pytest.raises(OSError, match="log.jsonl: not written"):
-        log.write({"step": 2})
     log.file = open("/dev/full", "ab", buffering=0)
     with pytest.raises(OSError, match="log.jsonl: not written"):
         log.write({"step": 2})
@@ -139,13 +133,6 @@ def test_only_the_main_process_writes(tmp_path):
     log.sync()
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n{"st'
     assert log.last == {"step": 2, "loss": 1.0}
-
-
-def test_a_change_of_the_last_bits_is_reported():
-    before = environment(torch.device("cpu"), 1) | {"dtype": "float32"}
-    assert rounding_note(before, before) == ""
-    note = rounding_note(before, before | {"world_size": 2, "dtype": "bfloat16"})
-    assert note.endswith("not bit for bit: world_size 1 -> 2, dtype float32 -> bfloat16")
 
 
 def test_a_second_signal_stops_at_once_except_under_torchrun(monkeypatch):

@@ -104,9 +104,7 @@ def test_a_right_draft_needs_two_calls_and_a_wrong_one_two_per_token(error, shif
 def test_a_row_gets_the_same_text_and_calls_alone_and_among_eight(temperature, draft_steps):
     model, cfg = network(**KINDS[0]), SamplerConfig(temperature, draft_steps)
     prefix, example = prompts(8), torch.arange(30, 38)
-    whole = Drafted(model)
-    together = generate(whole, prefix, cfg, seed=3, example=example)
-    assert whole.drafts + whole.checks == together.calls.max()
+    together = generate(model, prefix, cfg, seed=3, example=example)
     assert len(together.calls.unique()) > 1
     for row in range(8):
         alone = Drafted(model)
@@ -117,19 +115,6 @@ def test_a_row_gets_the_same_text_and_calls_alone_and_among_eight(temperature, d
         torch.testing.assert_close(found.score[0], together.score[row])
     other = generate(model, prefix, cfg, seed=4, example=example)
     assert torch.equal(other.tokens, together.tokens) == (temperature == 0)
-
-
-def test_the_score_is_the_nll_of_the_text():
-    model, prefix = network(prefix_attention="bidirectional", shift=True), prompts(20)
-    found = generate(model, prefix, SamplerConfig(temperature=1.5))
-    target = F.pad(found.tokens, (1, 0), value=SEP)
-    logits = model(prefix, target, attention="causal")[:, :-1]
-    logits[..., SEP:] = -math.inf
-    nll = F.cross_entropy(logits.transpose(1, 2), found.tokens, reduction="none")
-    for row, tokens in enumerate(found.tokens.tolist()):
-        end = tokens.index(PAD) + 1 if PAD in tokens else S
-        assert tokens[end:] == [PAD] * (S - end)
-        assert found.score[row].item() == pytest.approx(nll[row, :end].mean().item(), abs=1e-5)
 
 
 SMALL = dict(vocab_size=6, n_ordinary=2, pad_id=2, sep_id=3, mask_id=4, target_length=4)
@@ -180,11 +165,6 @@ def test_samples_have_ars_distribution_whatever_the_draft(draft, temperature):
     found = generate(Drafted(model, logits), many, cfg, seed=1)
     assert chi_square(found.tokens, expected) < CHI_SQUARE
     assert found.calls.unique().numel() > 1  # some drafts were accepted and some rejected
-    if draft is None and temperature == 1:  # the test would notice a draft that is not verified
-        seen = []
-        generate(model, many, cfg, on_step=lambda *args: seen.append(args[1]))
-        unchecked = torch.where((seen[1] == 2).cumsum(1) > 0, 2, seen[1])
-        assert chi_square(unchecked, expected) > 10 * CHI_SQUARE
 
 
 def test_a_token_is_accepted_with_probability_min_1_p_over_q():
@@ -198,11 +178,3 @@ def test_a_token_is_accepted_with_probability_min_1_p_over_q():
     shares = [kept[draft[:, 0] == token].double().mean().item() for token in range(3)]
     assert shares == pytest.approx([0.4, 1.0, 1.0], abs=0.02) and shares[1:] == [1.0, 1.0]
     assert (found[~kept] == 2).all() and (end == 1).all()
-
-
-@pytest.mark.parametrize(
-    "settings", [dict(prefix_attention="joint"), dict(paradigm="ar", target_attention="causal")]
-)
-def test_a_model_that_cannot_be_read_both_ways_is_refused(settings):
-    with pytest.raises(ValueError, match="needs a cached prefix and a bidirectional target"):
-        generate(network(**settings), prompts(2), SamplerConfig())
