@@ -118,7 +118,6 @@ PEAKS = {
     "joint": JOINT,
     "cached, self-conditioning": CASES["cached"] | dict(shift=True, self_conditioning=True),
     "gelu, learned positions": JOINT | GPT2 | MEMORY,
-    "grouped heads": JOINT | dict(n_kv_head=2),
     "activation checkpointing": JOINT,
     "bfloat16": JOINT,
     "encoder-decoder": CASES["encoder-decoder, diffusion"],
@@ -162,29 +161,6 @@ def test_the_memory_estimate_is_near_the_measured_peak(case):
     assert parts["activations"] + parts["logits"] + copies == pytest.approx(measured, rel=1 / 5)
 
 
-@pytest.mark.slow  # the profiler takes 3 s
-def test_a_diffusion_step_needs_hardly_more_memory_than_an_ar_step():
-    """Each loss term is backpropagated before the next is computed. Their sum keeps two graphs."""
-    ids = torch.randint(0, 500, (16, 128))
-    batch = Batch(ids[:, :64], ids[:, 64:], torch.arange(16))
-    rng = make_rng(0, batch.example)
-    peaks = {}
-    for name, paradigm, settings in (("ar", autoregressive, {}), ("joint", diffusion, JOINT)):
-        model = build_model(ModelConfig(**MEMORY | settings)).train()
-
-        def terms(model=model, paradigm=paradigm):
-            return paradigm.losses(model, batch, diffusion.LossConfig(), rng)
-
-        def step(terms=terms):
-            for term in terms():
-                term.backward()
-
-        step()  # gradients exist
-        peaks[name] = peak_bytes(step)
-        peaks[f"sum of {name}"] = peak_bytes(lambda terms=terms: sum(terms()).backward())
-    assert peaks["joint"] <= 1.35 * peaks["ar"] and peaks["sum of joint"] > 1.7 * peaks["joint"]
-
-
 def test_adamw_takes_sixteen_bytes_per_parameter_and_muon_twelve():
     """n_embd 4, hidden 6: qkv 4 x 12, projection 4 x 4, up 4 x 12, down 6 x 4, in two blocks."""
     sizes = dict(vocab_size=5, n_ordinary=2, pad_id=2, sep_id=3, mask_id=4, n_layer=2, n_head=2)
@@ -197,8 +173,8 @@ def test_adamw_takes_sixteen_bytes_per_parameter_and_muon_twelve():
     assert parts["optimizer"] == 8 * params - 4 * muon
 
 
-def test_the_estimate_adds_up(capsys):
-    """A batch of prefixes of 30 tokens, a target of 64: FLOPs by hand, and the lines say them."""
+def test_the_estimate_adds_up():
+    """A batch of prefixes of 30 tokens, a target of 64."""
     model_cfg = ModelConfig(**MEMORY | JOINT)
 
     class Dataset:
@@ -210,8 +186,5 @@ def test_the_estimate_adds_up(capsys):
     result = estimate(config(model_cfg), Dataset())
     flops = 10 * 8 * train_flops(model_cfg, 30, 64, unroll_steps=2)
     assert result["flops"] == flops and result["minutes"] > 0
-    lines = capsys.readouterr().out.splitlines()
-    assert f"{flops:.2e} in all" in lines[2]
-    assert lines[0].endswith(f"{num_params(meta_model(model_cfg)):,}")
     message = out_of_memory_message(config(model_cfg), 3, 64)
     assert f"{sum(result['memory'].values()) / 1e9:.2f} GB" in message
