@@ -121,11 +121,11 @@ def table() -> list[tuple[str, float, float]]:
 
 # Rows above their budget, and where they stand. A row may only come down.
 REACHED = {
-    "Python, without tests": 11_700,
+    "Python, without tests": 11_660,
     "infra/": 960,
     "hf/": 1_390,
-    "eval/": 3_650,
-    "tests": 10_550,
+    "eval/": 3_630,
+    "tests": 10_330,
 }
 
 
