@@ -230,14 +230,14 @@ def read(end: int, until: str = "\0") -> str:
 
 @pytest.mark.slow
 def test_after_a_resize_the_next_frame_fits(flags):
-    process, end = start_on_terminal([*flags, "--steps=6", "--pause=0.3"], 100, 20)
-    read(end, "step 2 of 6")
+    process, end = start_on_terminal([*flags, "--steps=12", "--pause=0.3"], 100, 20)
+    read(end, "step 2 of 12")
     termios.tcsetwinsize(end, (9, 40))
-    read(end, "step 4 of 6")
+    read(end, "step 9 of 12")  # older frames may still be in the buffer
     rest = read(end)
     assert process.wait() == 0 and len(frames_of(rest, 40, 9)) >= 2
     seconds = float(re.search(r"in ([\d.]+) s", rest)[1])
-    assert seconds < 1.8  # the pauses are not counted as time of the network
+    assert seconds < 3.6  # the pauses are not counted as time of the network
 
 
 @pytest.mark.slow
