@@ -223,7 +223,7 @@ def open_source(cfg: ConvertConfig) -> Source:
     flags = "--block_size, --target_length, --prompt and --paradigm=ar"
     free = not given and cfg.paradigm == "diffusion"
     require(free, f"{path} is a checkpoint; {flags} are for imported weights")
-    data = state.get("train_config", {}).get("data", "")
+    data = str(state.get("train_config", {}).get("data", ""))
     return Source(model, tokenizer, data, f"{path} step {state['step']}", None)
 
 

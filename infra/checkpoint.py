@@ -137,6 +137,8 @@ def _check_fields(path: Path, state) -> None:
     for name, kind in FIELDS.items():
         if not isinstance(state.get(name), kind) or state[name] == {}:
             raise ValueError(f"{path}: field {name!r} is missing or not of type {kind.__name__}")
+    if not isinstance(state.get("train_config", {}), dict):
+        raise ValueError(f"{path}: field 'train_config' is not of type dict")
     try:
         from_stored(ModelConfig, state["model_config"], "model_config")
     except ValueError as error:
