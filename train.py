@@ -353,7 +353,7 @@ def prepare(given: dict, out: Path, resume: bool, world_size: int):
         missing = ", ".join(sorted(names - state.keys()))
         remedy = f"start from its weights: --init_from={path} and another --out_dir"
         require(not missing, f"{path} cannot be resumed, it has no {missing}; {remedy}")
-        data = state["train_config"]["data"]
+        data = state["train_config"].get("data", data)
         print(f"resuming {path} at step {state['step']}")
     elif resume:
         print(f"no checkpoint in {out} yet: starting at step 0")

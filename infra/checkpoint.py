@@ -140,6 +140,8 @@ def _check_fields(path: Path, state) -> None:
     if not isinstance(state.get("train_config", {}), dict):
         raise ValueError(f"{path}: field 'train_config' is not of type dict")
     try:
-        from_stored(ModelConfig, state["model_config"], "model_config")
+        state["model_config"] = asdict(
+            from_stored(ModelConfig, state["model_config"], "model_config")
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
