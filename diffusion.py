@@ -69,7 +69,7 @@ def draw_rate(cfg: LossConfig, rng: CounterRNG) -> Tensor:
 
 
 def align_logits(logits: Tensor, shift: bool) -> Tensor:
-    """Return the logits (B, T - 1, V) of slots 1 .. T - 1."""
+    """Return logits (B, T - 1, V) of slots 1 .. T - 1."""
     return logits[:, :-1] if shift else logits[:, 1:]
 
 
@@ -352,6 +352,6 @@ def initial_state(length: int, rng, model_cfg, given) -> SamplerState:
 
 
 def freeze(old, new, active: Tensor) -> SamplerState:
-    """Return the new state of active rows, the old one of others."""
+    """Return the new state of active rows, else the old one."""
     masks = [active if part.dim() == 1 else active[:, None] for part in old]
     return SamplerState(*map(torch.where, masks, new, old))

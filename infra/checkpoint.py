@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import from_stored, one_line
+from configurator import from_stored, one_line, require
 from data.tokenizer import FILE, Tokenizer, get_tokenizer
 from model import ModelConfig, Transformer, model_from_state_dict
 
@@ -137,11 +137,9 @@ def _check_fields(path: Path, state) -> None:
     for name, kind in FIELDS.items():
         if not isinstance(state.get(name), kind) or state[name] == {}:
             raise ValueError(f"{path}: field {name!r} is missing or not of type {kind.__name__}")
-    if not isinstance(state.get("train_config", {}), dict):
-        raise ValueError(f"{path}: field 'train_config' is not of type dict")
+    require(isinstance(state.get("train_config", {}), dict), f"{path}: train_config is no dict")
     try:
-        state["model_config"] = asdict(
-            from_stored(ModelConfig, state["model_config"], "model_config")
-        )
+        cfg = from_stored(ModelConfig, state["model_config"], "model_config")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    state["model_config"] = asdict(cfg)  # with defaults
