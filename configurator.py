@@ -181,7 +181,7 @@ def _read_file(path: str) -> dict:
     require(is_file, f"{path}: no such config file (settings are given as --key=value)")
     try:
         names = runpy.run_path(path)
-    except Exception as error:  # the user can fix it
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
     skipped = (type(os), type, Callable)  # by an import or a def
     public = {name: value for name, value in names.items() if name[0] != "_"}
