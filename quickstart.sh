@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole story on a laptop: train an AR model, convert it, adapt it, fine-tune it, and compare it
-# with diffusion models from scratch. 6.5 minutes on 2 CPU cores after the install.
+# with diffusion models from scratch. 6 minutes on 2 CPU cores after the install.
 #
 #   bash quickstart.sh    # table and pictures appear in out/; run it again to resume
 #

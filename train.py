@@ -58,8 +58,8 @@ class TrainConfig:
     grad_accum_steps: int = variable(1, "micro-batches", minimum=1)
     optimizer: str = setting("muon", "muon: of matrices", ("muon", "adamw"))
     learning_rate: float = setting(1.5e-3, "AdamW's; Muon: 5 times", maximum=1e3)
-    warmup_steps: int = setting(20, "linear")
-    schedule: str = setting("linear", "after it", ("constant", "linear", "cosine"))
+    warmup_steps: int = setting(20, "steps")
+    schedule: str = setting("linear", "after warm-up", ("constant", "linear", "cosine"))
     weight_decay: float = setting(0.1, "of matrices", maximum=10)
     grad_clip: float = setting(1.0, "largest norm; 0: no clipping")
     anneal_steps: int = setting(0, "open the mask; 0: at once")
@@ -272,7 +272,7 @@ def evaluate(run: Run) -> dict:
     model = run.model
     model.eval()
     sums = collections.Counter()
-    with ctx.gathered(model), device.autocast(ctx.device, cfg.dtype):
+    with device.autocast(ctx.device, cfg.dtype):
         for step in range(cfg.eval_batches):
             rows = ctx.local_rows(cfg.batch_size)
             batch = run.valid_set.batch(0, step, cfg.batch_size, rows)
@@ -342,9 +342,9 @@ def prepare(given: dict, out: Path, resume: bool, world_size: int):
     from_data = ("block_size", "target_length")  # 0 means: not given
     given = {name: v for name, v in given.items() if v or name not in from_data}
     found = run_dir.checkpoints(out)
-    free = resume or given.get("overwrite") or not found
+    wanted = resume or given.get("overwrite") or given.get("estimate")
     ways = "continue with --init_from=resume, start over with --overwrite"
-    require(free, f"{out} already holds a run; {ways}, or choose another --out_dir")
+    require(wanted or not found, f"{out} already holds a run; {ways}, or choose another --out_dir")
     state = None
     data = TrainConfig.data
     if resume and found:

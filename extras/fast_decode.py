@@ -28,7 +28,7 @@ from model import Attention, KVCache, Transformer, attend, model_from_state_dict
 GEMV_ROWS = {
     torch.float32: 8,
     torch.bfloat16: 4,
-}  # up to so many rows GemvLinear is the faster form
+}  # rows up to which GemvLinear is the faster form
 MAX_RECOMPILES = 256  # torch stops at 8, and each number of rows of each network is one
 
 

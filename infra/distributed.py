@@ -92,8 +92,6 @@ class DistributedContext:
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
         return float(norm.full_tensor() if self.sharded else norm)
 
-    gathered = staticmethod(contextlib.nullcontext)
-
     def mean(self, numbers: dict) -> dict:
         """Return each number as its mean over the processes, which have equally many rows."""
         values = torch.tensor([float(value) for value in numbers.values()], dtype=torch.float64)

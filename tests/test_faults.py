@@ -198,7 +198,7 @@ def main(path: str, trials: str = "25") -> None:
             row["kills"] += count * name.startswith("kill")
             row["lost_or_changed"] += not equal
         table.append(row)
-    command = f"python tests/test_faults.py {path} {trials}"
+    command = f"PYTHONPATH=. python tests/test_faults.py {path} {trials}"
     text = (
         json.dumps({"table": table, "command": command, "seed": 0} | environment(), indent=1) + "\n"
     )

@@ -253,7 +253,7 @@ def f(x): return Yes()
     [
         (
             "class Yes(float):\n    def __eq__(self, x): return True\ndef f(x): return Yes(3)",
-            "__eq__ says yes",
+            "__eq__ is always true",
         ),
         (f"{WRONG}abs = lambda x: 0", "its own abs"),
         (READER, "password from frames"),

@@ -43,8 +43,7 @@ def sample_line(run, step: int) -> str:
     prompt = batch.prefix[:1].to(run.ctx.device)
     if run.cfg.model.sep_id < 0:
         prompt = torch.cat([prompt, batch.target[:1, :1].to(run.ctx.device)], dim=1)
-    with run.ctx.gathered(run.model):
-        out = run.paradigm.generate(run.model, prompt, run.paradigm.SamplerConfig())
+    out = run.paradigm.generate(run.model, prompt, run.paradigm.SamplerConfig())
     answer = out.tokens[0]
     answer = answer[(answer == tokenizer.pad_id).cumsum(0) == 0]  # up to the first pad
     ids = [prompt[0, prompt[0] != tokenizer.pad_id], answer]
