@@ -8,8 +8,8 @@
     """                                                    return 2 * x
 
 The prompt is a docstring: Python, as in pretraining. It holds all asserts, because only they name
-the function. The AR2Diff paper does not show its prompt. It probably scores the 90 validation tasks,
-because its scores are multiples of 1/90. They are the held-out split here.
+the function. The AR2Diff paper does not show its prompt. It probably scores the 90 validation
+tasks, because its scores are multiples of 1/90. They are the held-out split here.
 
 `read` also reads HumanEval (Chen et al. 2021, 2107.03374), for evaluation only.
 '''
