@@ -230,10 +230,12 @@ def _write(writer, cfg: SetConfig, splits: dict, target_length: int, block_size:
     if folder.parent != Path(cfg.out):
         raise ValueError(f"--name=NAME must be a plain folder name, got {cfg.name!r}")
     meta = writer(folder, splits, cfg.tokenizer, target_length, block_size, **free)
-    print(folder)
-    for field in ("tokenizer", "target_length", "block_size", "splits", "left_out"):
-        if field in meta:
-            print(f"  {field}: {meta[field]}")
+    sizes = ("target_length", "block_size")
+    print(folder, meta["tokenizer"], *(f"{name} {meta[name]}" for name in sizes), sep=" | ")
+    for field in ("splits", "left_out"):
+        for split, counts in meta.get(field, {}).items():
+            numbers = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items())
+            print(f"  {split}{' left out' if field == 'left_out' else ''}: {numbers}")
 
 
 def write_generated(argv, names, examples, target_length: int, prefix_length: int) -> None:

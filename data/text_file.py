@@ -49,7 +49,7 @@ def split_pairs(items: list[dict], held_out: float) -> dict[str, list[dict]]:
     usable = [item for item in items if item["target"]]
     prefixes = sorted({item["prefix"] for item in usable}, key=hash_number)
     if len(prefixes) < 2:
-        fault = f"up to {items[-1]['where']}, {len(prefixes)} prefix has a target"
+        fault = f"up to {items[-1]['where']}, only {len(prefixes)} prefixes with a target"
         raise ValueError(f"{fault}; at least 2 are needed, one to train on and one to hold out")
     n = round(held_out * len(prefixes))
     chosen = set(prefixes[: min(max(1, n), len(prefixes) - 1)])

@@ -80,7 +80,7 @@ HUGE = '{"prefix": "p", "target": "t"}\n{"prefix": "q", "target": "t", "n": ' + 
         ("p.jsonl", [GOOD, "text"], [], "p.jsonl, line 2: must be"),
         ("p.jsonl", HUGE, [], "p.jsonl, line 2: not readable as JSON .*4300 digits"),
         ("p.jsonl", [GOOD, {"prefix": "q", "target": "\ud800"}], [], "surrogates not allowed.*'q'"),
-        ("p.jsonl", [GOOD, GOOD], [], "p.jsonl, line 2, 1 prefix has a target"),
+        ("p.jsonl", [GOOD, GOOD], [], "p.jsonl, line 2, only 1 prefixes with a target"),
         ("p.jsonl", [GOOD, GOOD | {"prefix": "q"}], ["--block_size=1"], "no train pair fits"),
         ("a.txt", LINES, ["--tokenizer=gtp2"], "did you mean 'gpt2'"),
         ("a.txt", LINES, ["--held_out=1"], "held_out must be at most 0.9"),
