@@ -1,6 +1,7 @@
 """Train a byte-pair encoding on your own text: a small vocabulary for a small model.
 
     python -m data.bpe --source=stdlib --n_ordinary=2000 --out=out/tokenizer.json
+    python -m data.bpe --pairs=fra-eng.zip --n_ordinary=8000 --out=out/en_fr.json
     python -m data.python_code --tokenizer=out/tokenizer.json
 
 The `tokenizers` package trains it on the training part of the text. Ids are merge ranks,
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import configure, run, setting, validate
+from data.parallel import HELD_OUT, read
 from data.python_code import read_corpus
-from data.sources import read_text
+from data.sources import is_held_out, read_text
 from data.text_file import split_text
 from data.tokenizer import BYTE_LEVEL, FILE, padded_size, reserved_tokens, tokenizer_from_json
 from infra.checkpoint import write_atomically
@@ -22,6 +24,7 @@ from infra.checkpoint import write_atomically
 @dataclass
 class BpeConfig:
     source: str = setting("stdlib", "stdlib, all, or a text file or a folder of code", path=True)
+    pairs: str = setting("", "instead: lines of source<TAB>target, as data.parallel", path=True)
     n_ordinary: int = setting(2000, "ids: 256 bytes and merges", minimum=256, maximum=100_000)
     held_out: float = setting(0.1, "share of a text file that is not read", minimum=0, maximum=0.9)
     out: str = setting(f"out/{FILE}", "the .json file to write", path=True)
@@ -50,7 +53,10 @@ def train(texts: list[str], n_ordinary: int) -> str:
 
 def main(argv: list[str]) -> None:
     cfg = configure(BpeConfig, argv)
-    if Path(cfg.source).is_file():
+    if cfg.pairs:
+        pairs = [e for e in read(cfg.pairs) if not is_held_out(e["source"], HELD_OUT)]
+        texts = [text for e in pairs for text in (e["source"], e["target"])]
+    elif Path(cfg.source).is_file():
         texts = [split_text(read_text(cfg.source), cfg.held_out)[0]]
     else:
         texts = read_corpus(cfg.source)[0]["train"]

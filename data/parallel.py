@@ -37,6 +37,8 @@ WMT_TRAIN = [
     "wmt10/training-giga-fren.tar::giga-fren.release2.fixed.{}.gz",
 ]
 
+HELD_OUT = 0.05
+
 
 def _both(pattern: str) -> tuple[str, str]:
     return pattern.format("en"), pattern.format("fr")
@@ -59,8 +61,11 @@ class ParallelConfig(SetConfig):
     target: str = setting("", "the translations; default: after a tab in source", path=True)
     valid_source: str = setting("", "the same, held out", path=True)
     valid_target: str = setting("", "the same, held out", path=True)
-    held_out: float = setting(0.05, "share held out, without valid_source", above=0, maximum=0.9)
+    held_out: float = setting(
+        HELD_OUT, "share held out, without valid_source", above=0, maximum=0.9
+    )
     task_prefix: str = setting("", "text before each source, such as 'translate to French: '")
+    reverse_prefix: str = setting("", "add each pair the other way round, after this text")
     limit: int = setting(0, "training pairs of each file, its first; 0: all", minimum=0)
     name: str = setting("", "the folder out/name; default: the source's name, or parallel")
 
@@ -107,6 +112,15 @@ def _tabbed(path: str) -> Iterator[tuple[str, str]]:
         yield source, rest.split("\t")[0]
 
 
+def both_ways(examples: Iterable[dict], reverse_prefix: str) -> Iterator[dict]:
+    """Yield each example, then the same pair from target to source."""
+    for example in examples:
+        yield example
+        source = example["target"]
+        prefix = reverse_prefix + source
+        yield {"source": source, "prefix": prefix, "target": example["source"]}
+
+
 def main(argv: list[str]) -> None:
     cfg = configure(ParallelConfig, argv)
     held_out = (cfg.valid_source, cfg.valid_target) if cfg.valid_source else None
@@ -123,6 +137,8 @@ def main(argv: list[str]) -> None:
         train = (e for e in train if not is_held_out(e["source"], cfg.held_out))
         valid = (e for e in training_pairs() if is_held_out(e["source"], cfg.held_out))
     splits = {"train": train, "valid": valid}
+    if cfg.reverse_prefix:
+        splits = {name: both_ways(pairs, cfg.reverse_prefix) for name, pairs in splits.items()}
     write_set(cfg, splits, ["data.parallel", *argv], task_prefix=cfg.task_prefix)
 
 

@@ -3,9 +3,9 @@
     python -m data.text_file --input=book.txt --input=notes.txt --name=mine [--tokenizer=gpt2]
     python -m data.text_file --input=pairs.jsonl --name=mine
 
-Text becomes a stream. Lines of JSON with the fields "prefix" and "target" (.jsonl) become pairs.
-Both may be gzipped. Of text, the end of every file is held out; of pairs, some of the prefixes, so
-that no prefix is in both splits.
+Text becomes a stream. Lines of JSON (.jsonl) with the field "text" do too, with the fields "prefix"
+and "target" they become pairs. All may be gzipped. Of every text, the end is held out; of pairs,
+some of the prefixes, so that no prefix is in both splits.
 """
 
 from collections.abc import Iterator
@@ -57,6 +57,31 @@ def split_pairs(items: list[dict], held_out: float) -> dict[str, list[dict]]:
     return {"train": train, "valid": [item for item in usable if item["prefix"] in chosen]}
 
 
+def read_texts(path: str) -> list[str]:
+    """Return the texts of a file: one, or the field "text" of each line of JSON."""
+    if not is_json_lines(path):
+        return [read_text(path)]
+    texts = []
+    for number, item in read_json_lines(path):
+        text = item.get("text") if isinstance(item, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(f'{path}, line {number}: must have a text in its field "text"')
+        texts.append(text.replace("\r\n", "\n"))
+    return texts
+
+
+def is_json_lines(path: str) -> bool:
+    return path.lower().removesuffix(".gz").endswith(JSON_LINES)
+
+
+def has_pairs(path: str) -> bool:
+    """Return whether the first line of JSON, if the file has lines of JSON, is no plain text."""
+    if not is_json_lines(path):
+        return False
+    _, first = next(read_json_lines(path))
+    return not (isinstance(first, dict) and "text" in first and "prefix" not in first)
+
+
 def main(argv: list[str]) -> None:
     cfg = configure(TextFileConfig, argv)
     inputs = [arg.removeprefix("--input=") for arg in argv if arg.startswith("--input=")]
@@ -64,14 +89,15 @@ def main(argv: list[str]) -> None:
     if not all(inputs):
         raise ValueError("no input: give --input=FILE (.txt or .jsonl)")
     command = ["data.text_file", *argv]
-    kinds = {path.lower().removesuffix(".gz").endswith(JSON_LINES) for path in inputs}
+    kinds = {has_pairs(path) for path in inputs}
     if len(kinds) > 1:
-        raise ValueError("--input: give text files or .jsonl files, not both")
+        raise ValueError("--input: give files of text or of pairs, not both")
     if kinds == {True}:
         items = [item for path in inputs for item in read_pairs(path)]
         write_set(cfg, split_pairs(items, cfg.held_out), command, fit=100)
     else:
-        parts = [split_text(read_text(path), cfg.held_out) for path in inputs]
+        texts = [text for path in inputs for text in read_texts(path)]
+        parts = [split_text(text, cfg.held_out) for text in texts]
         write_texts(cfg, dict(zip(("train", "valid"), zip(*parts))), command)
 
 

@@ -11,6 +11,7 @@ several per task if there are several samples. Programs of a model run only with
 eval/sandbox.py. pass@k is estimated from all samples (Codex, arXiv 2107.03374).
 """
 
+import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -158,6 +159,12 @@ def main(argv: list[str]) -> dict:
         print(f"--run_code: each program has its own process; {place}", file=sys.stderr)
     samples, cost = answers(task)
     _check_k(cfg.ks, len(samples[0]))
+    lines = [
+        json.dumps({"task_id": example["id"], "completion": text}, ensure_ascii=False)
+        for example, texts in zip(task.examples, samples)
+        for text in texts
+    ]
+    task.save("\n".join(lines) + "\n")
     items, statuses = score(samples, task.examples)
     notes = "".join(f"\n{status}: {n}" for status, n in statuses.items())
     extra = {"samples": len(samples[0]), "outcomes": statuses} | cost

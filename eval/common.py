@@ -3,6 +3,7 @@
 A result is written to --json=FILE before it is printed.
 """
 
+import gzip
 import json
 import platform
 import re
@@ -35,7 +36,7 @@ from data.mini import TAGS
 from data.sources import parse_json, read_text
 from eval.metrics import interval, paired
 from infra.checkpoint import load, load_model, write_atomically
-from infra.device import pick_device
+from infra.device import autocast, has_fast_bf16, pick_device
 from sample import choose_sampler, sampler_configs
 
 RESAMPLES = 1000  # of a bootstrap
@@ -51,10 +52,14 @@ class EvalConfig:
     batch_size: int = setting(64, "texts per batch", minimum=1)
     seed: int = setting(0, "seed of all draws", minimum=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
+    dtype: str = setting("float32", "autocast", choices=("float32", "bfloat16", "auto"))
     json: str = setting("", "write the result to this file", path=True)
 
     def __post_init__(self):
         validate(self)
+        if self.dtype == "auto":
+            fast = has_fast_bf16(pick_device(self.device))
+            self.dtype = "bfloat16" if fast else "float32"
 
 
 @dataclass
@@ -105,7 +110,8 @@ class Generator:
                 prefix = torch.tensor(rows, dtype=torch.long, device=device)
                 example = torch.tensor([keys[i] for i in places], device=device)
                 settings = (self.sampler, self.run.seed, example)
-                output = self.decoder.generate(self.model, prefix, *settings)
+                with autocast(device, self.run.dtype):
+                    output = self.decoder.generate(self.model, prefix, *settings)
                 for i, tokens in zip(places, output.tokens.tolist()):
                     length = [*tokens, pad_id].index(pad_id)
                     texts[i] = self.tokenizer.decode(tokens[:length])
@@ -258,6 +264,7 @@ class TaskConfig:
     data: str = setting("", "set of pairs; default: that of the checkpoint", path=True)
     predictions: str = setting("", "score the answers in this file, without a model", path=True)
     reference: bool = setting(False, "score the references, without a model")
+    save: str = setting("", "write the answers to this file, as --predictions reads", path=True)
     items: bool = setting(True, "keep every answer in the JSON file, for --against")
     against: str = setting("", "compare item by item with this JSON of another run", path=True)
 
@@ -331,6 +338,16 @@ class TaskRun:
         texts, cost = self.generator.texts([prompts[i] for i, _ in places], keys)
         found = dict(zip(places, texts))
         return [[found.get((i, k), "") for k in range(n_samples)] for i in range(n)], cost
+
+    def save(self, answers: str) -> None:
+        """Write the answers to --save, if given; gzipped if its name ends in .gz."""
+        path = self.cfg.task.save
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            content = answers.encode()
+            if path.endswith(".gz"):  # without a time, so that equal answers are equal files
+                content = gzip.compress(content, mtime=0)
+            write_atomically(path, lambda file: file.write(content))
 
     def report(self, items: list, score: Callable, extra: dict, notes: str = "") -> dict:
         """Write and print the result.

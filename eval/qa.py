@@ -8,6 +8,7 @@ answer. Predictions are {id: answer} in JSON, as SQuAD's own script reads them. 
 told the length of the answer.
 """
 
+import json
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,6 +54,8 @@ def read_predictions(path: str, asked: list[dict]) -> list[str]:
 def main(argv: list[str]) -> dict:
     task = TaskRun("qa", argv, QaConfig, examples)
     predictions, cost = task.texts(read_predictions)
+    named = {example["id"]: text for example, text in zip(task.examples, predictions)}
+    task.save(json.dumps(named, ensure_ascii=False, indent=0))
     return task.report(predictions, partial(score, asked=task.examples), cost)
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from data.loader import OUT, SETS, build_if_missing
+from data.loader import OUT, build_if_missing
 from eval.common import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -77,15 +77,11 @@ class Scale:
     tune_steps: int
     every: str = ""  # flags of every training
     scratch_steps: int = 0  # diffusion pretraining of Table 1; 0: no Table 1
-    folder: str = "out/data"
     sampled: tuple[str, ...] = ()  # tasks of Table 3
     sampled_items: int = 200  # of Table 3: an item costs up to 160 network calls there
 
 
 SMALL_MODEL = "--n_layer=3 --n_embd=96"
-SOURCES = "out/small/sources"  # of the raw files
-TEST = f"{SOURCES}/multi30k/test_2016_flickr"
-MBPP = f"eval.code --source={SOURCES}/mbpp/mbpp.jsonl --split=validation"
 SCALES = {
     "mini": Scale(
         pretrain="mini",
@@ -110,23 +106,6 @@ SCALES = {
         adapt_steps=200,
         tune_steps=100,
     ),
-    "small": Scale(  # one GPU: GPT-2 small, pretrained on all the Python source of the machine
-        pretrain="python_code",
-        tasks={
-            "multi30k": f"eval.translation --source={TEST}.en.gz --target_source={TEST}.fr.gz",
-            "squad": f"eval.qa --source={SOURCES}/squad/dev-v1.1.json.gz --n=1000",
-            "mbpp": f"{MBPP} --samples=10 --k=1,10 --run_code",
-            "python_pairs": "eval.python_code --n=400",
-        },
-        network="--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024",
-        every="--batch_size=64 --dtype=bfloat16 --compile",
-        ar_steps=4000,
-        adapt_steps=1000,
-        tune_steps=1000,
-        scratch_steps=2000,
-        folder="out/small/data",
-        sampled=("squad", "mbpp"),
-    ),
 }
 
 
@@ -142,15 +121,9 @@ def quick(scale: Scale) -> Scale:
 
 
 def build_data(scale: Scale) -> None:
-    """Build missing data sets; for real text raise an error with the command that builds it."""
+    """Build the data sets that are missing."""
     for name in (scale.pretrain, *scale.tasks):
-        folder = Path(scale.folder) / name
-        if scale.folder == OUT:
-            build_if_missing(folder)
-        elif not (folder / "meta.json").exists():
-            module = SETS[name]
-            command = f"python -m {module} --tokenizer=gpt2 --out={scale.folder}"
-            raise ValueError(f"{folder} is missing; build it: {command}")
+        build_if_missing(Path(OUT) / name)
 
 
 # Rows of the tables
@@ -179,7 +152,7 @@ def fine_tuned(scale: Scale, seed: int, row: Row, task: str) -> Stage:
     """Return the last training of a row."""
 
     def train(name: str, data: str, steps: int, flags: str, source: Stage | None = None) -> Stage:
-        settings = f"--data={scale.folder}/{data} --max_steps={steps} --seed={seed}"
+        settings = f"--data={OUT}/{data} --max_steps={steps} --seed={seed}"
         return Stage(name, tuple(f"train.py {settings} {scale.every} {flags}".split()), source)
 
     n = scale.adapt_steps

