@@ -172,6 +172,7 @@ class Task:
     ending: str = "txt"  # of the file of answers
     curves: tuple[str, ...] = ()  # rows that are also judged with other steps and candidates
     curve_flags: str = ""
+    quick: str = "--n=10"
 
 
 def code_rows(seed: int) -> dict[str, Stage]:
@@ -205,6 +206,7 @@ TASKS = {
         sampler="--steps=10 --temperature=0.8",  # ten samples must differ
         ar_sampler="--temperature=0.8",
         ending="jsonl",
+        quick="--n=10 --samples=1 --k=1",
     ),
 }
 
@@ -248,8 +250,10 @@ def jobs(seeds: int, results: str) -> Iterator[Job]:
 def quick(job: Job) -> Job:
     """Return the job with 20 steps of training and 10 items."""
 
-    def shorten(stage: Stage | None) -> Stage | None:
-        flags = {"train.py": QUICK_TRAINING, "-m": ("--n=10",)}.get(stage.argv[0], ())
+    task = TASKS[job.name.split("_")[2]]
+
+    def shorten(stage: Stage) -> Stage:
+        flags = {"train.py": QUICK_TRAINING, "-m": task.quick.split()}.get(stage.argv[0], ())
         source = shorten(stage.source) if stage.source else None
         return replace(stage, argv=(*stage.argv, *flags), source=source)
 

@@ -55,3 +55,8 @@ def test_held_out_text_is_not_read(tmp_path):
     bpe.main([f"--source={tmp_path / 'text.txt'}", *flags])
     pieces = get_tokenizer(str(tmp_path)).pieces
     assert b"one" in pieces and not any(b"zz" in piece for piece in pieces)
+    pairs = "".join(f"one {i}\tdeux {i}\tzzqq\n" for i in range(60))  # the third field is no text
+    (tmp_path / "pairs.tsv").write_text(pairs)
+    bpe.main([f"--pairs={tmp_path / 'pairs.tsv'}", *flags])
+    pieces = get_tokenizer(str(tmp_path)).pieces
+    assert b"one" in pieces and b"deux" in pieces and not any(b"zz" in p for p in pieces)

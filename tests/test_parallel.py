@@ -47,6 +47,17 @@ def test_four_files_become_a_set_without_empty_lines(tmp_path):
     assert meta["left_out"]["train"]["empty"] == 2 and meta["task_prefix"] == "fr: "
 
 
+def test_a_reverse_prefix_adds_each_pair_the_other_way_round(tmp_path):
+    write(tmp_path / "a.tsv", "".join(f"dog {i}\tchien {i}\n" for i in range(50)))
+    argv = [f"--source={tmp_path / 'a.tsv'}", "--task_prefix=fr: ", "--reverse_prefix=en: "]
+    parallel.main([*argv, *SIZES, "--held_out=0.2", f"--out={tmp_path}"])
+    for part in texts(tmp_path / "parallel"):
+        forward = [pair for pair in part if pair[0].startswith("fr: ")]
+        backward = [pair for pair in part if pair[0].startswith("en: ")]
+        assert backward == [(f"en: {target}", source[4:]) for source, target in forward]
+        assert len(part) == 2 * len(forward) > 0
+
+
 def test_a_zip_of_tabbed_lines_keeps_a_source_in_one_split(tmp_path):
     """As in Tatoeba: several translations of a sentence, with any stop, and a third field."""
     rows = [f"Sentence {i // 4}{'.!'[i % 2]}\tPhrase {i}\tCC-BY someone\n" for i in range(400)]

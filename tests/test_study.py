@@ -83,6 +83,7 @@ def ran(monkeypatch) -> list[str]:
         return 3 if "--fail" in argv else 0
 
     monkeypatch.setattr(study.subprocess, "call", call)
+    monkeypatch.setattr(study, "keep_weights", lambda folder: found.append("kept"))
     return found
 
 
@@ -94,7 +95,7 @@ def run(folder: Path, *jobs: Job, lanes: int = 2) -> dict:
 def test_a_shared_stage_runs_once_and_every_job_gets_its_line(tmp_path, ran):
     other = Stage("eval", ("-m", "eval.x", "--n=2"), ADD)
     lines = run(tmp_path, Job("a", EVAL), Job("b", other))
-    assert sorted(ran) == ["add", "eval", "eval"] and ran[0] == "add"
+    assert sorted(ran[2:]) == ["eval", "eval"] and ran[:2] == ["add", "kept"]
     assert lines["a"]["recipe"] == ["train.py --max_steps=1", "-m eval.x --n=1"]
     assert set(lines) == {"a", "b"} and lines["a"]["right"] > 1
 
@@ -102,10 +103,10 @@ def test_a_shared_stage_runs_once_and_every_job_gets_its_line(tmp_path, ran):
 def test_nothing_runs_twice_unless_its_line_or_its_settings_change(tmp_path, ran, capsys):
     run(tmp_path, Job("a", EVAL))
     run(tmp_path, Job("a", EVAL))
-    assert ran == ["add", "eval"]
+    assert ran == ["add", "kept", "eval"]
     changed = Stage("eval", ("-m", "eval.x", "--n=9"), ADD)
     lines = run(tmp_path, Job("a", changed))
-    assert ran == ["add", "eval", "eval"] and lines["a"]["recipe"][-1].endswith("--n=9")
+    assert ran == ["add", "kept", "eval", "eval"] and lines["a"]["recipe"][-1].endswith("--n=9")
     assert "settings changed since the line was written, run again: a" in capsys.readouterr().out
 
 
@@ -114,7 +115,9 @@ def test_a_failed_stage_is_tried_once_and_stops_only_what_needs_it(tmp_path, ran
     jobs = [Job(f"{n}", Stage("eval", ("-m", "eval.x", f"--n={n}"), bad)) for n in range(3)]
     with pytest.raises(ValueError, match=r"3 jobs failed; the first: 0 \(see .*bad-.*log\)"):
         run(tmp_path, *jobs, Job("good", EVAL), lanes=1)
-    assert ran == ["bad", "add", "eval"] and set(read_results(tmp_path / "a.jsonl")) == {"good"}
+    assert ran == ["bad", "add", "kept", "eval"] and set(read_results(tmp_path / "a.jsonl")) == {
+        "good"
+    }
 
 
 @pytest.mark.slow

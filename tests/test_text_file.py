@@ -1,5 +1,7 @@
 """data/text_file.py: a user's own text, and the errors if it is not usable."""
 
+import json
+
 import pytest
 from data_files import texts, write
 
@@ -68,6 +70,16 @@ GOOD = {"prefix": "p", "target": "t"}
 HUGE = '{"prefix": "p", "target": "t"}\n{"prefix": "q", "target": "t", "n": ' + "9" * 5000 + "}"
 
 
+def test_lines_with_a_text_are_a_stream_whose_texts_are_each_split(tmp_path):
+    texts = [{"text": LINES, "title": "A"}, {"text": LINES.replace("line", "Zeile")}]
+    path = write(tmp_path / "a.jsonl.gz", "".join(json.dumps(text) + "\n" for text in texts))
+    for data in build(tmp_path, path, "--held_out=0.5"):
+        assert "line" in decoded(data) and "Zeile" in decoded(data)
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"title": "b"}\n')
+    with pytest.raises(ValueError, match='b.jsonl, line 2: must have a text in its field "text"'):
+        build(tmp_path, str(tmp_path / "b.jsonl"))
+
+
 @pytest.mark.parametrize(
     "name, content, flags, message",
     [
@@ -85,7 +97,7 @@ HUGE = '{"prefix": "p", "target": "t"}\n{"prefix": "q", "target": "t", "n": ' + 
         ("a.txt", LINES, ["--tokenizer=gtp2"], "did you mean 'gpt2'"),
         ("a.txt", LINES, ["--held_out=1"], "held_out must be at most 0.9"),
         ("a.txt", LINES, ["--target_length=256"], "target_length < block_size"),
-        ("a.txt", LINES, ["--input=b.jsonl"], "not both"),
+        ("p.jsonl", [GOOD], [f"--input={__file__}"], "not both"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, name, content, flags, message):
