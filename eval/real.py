@@ -125,14 +125,14 @@ def smollm2_rows(task: str, steps: int, text: str, seed: int) -> dict[str, Stage
     }
 
 
-AR_STEPS = 2000  # of pretraining for translation: an epoch of Tatoeba, both ways
-N = 500
+AR_STEPS = 1000  # of pretraining for translation: half an epoch of Tatoeba, both ways
+N = 250
 
 
 def translation_rows(seed: int) -> dict[str, Stage]:
     """Return row -> the last training of a network from scratch. N counts steps of adaptation."""
     network = "--n_layer=4 --n_embd=256 --block_size=128"
-    every = f"--dtype=auto --seed={seed} --eval_interval=500"
+    every = f"--dtype=auto --seed={seed} --eval_interval=250"
     pretrain = f"--data={DATA}/tatoeba --batch_size=128 --schedule=constant {every}"
 
     def tune(source: Stage) -> Stage:
