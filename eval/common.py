@@ -133,7 +133,7 @@ def open_checkpoint(argv: list[str], cls: type) -> tuple:
     cfg = build(cls, values)
     run = build(EvalConfig, values)
     model, tokenizer, state = load_model(run.init_from, pick_device(run.device))
-    decoder, sampler = choose_sampler(model.cfg, values, run.init_from)
+    model, decoder, sampler = choose_sampler(model, values, run.init_from)
     return cfg, Generator(model, tokenizer, decoder, sampler, run), state
 
 

@@ -16,6 +16,8 @@ import diffusion
 from data.objectives import collate
 from eval import bound, code, common, exact_match, python_code, qa, translation
 from eval.common import EvalConfig, Generator
+from extras.adapter import FILE, AdapterConfig, DraftModel, digest, save_adapter
+from infra.checkpoint import load_model
 from infra.logits import GenerateOutput
 from infra.rng import make_rng
 from sample import choose_sampler
@@ -37,7 +39,8 @@ IMPORTED = {f"{kind}_imported": config | dict(sep_id=-1) for kind, config in KIN
 def generator(kind: str, batch_size: int = 64, seed: int = 0, **sampler) -> Generator:
     model = tiny_model(**SIZES, **KINDS[kind])
     run = EvalConfig(batch_size=batch_size, seed=seed)
-    return Generator(model, BYTES, *choose_sampler(model.cfg, sampler, ""), run)
+    model, *decoder = choose_sampler(model, sampler, "")
+    return Generator(model, BYTES, *decoder, run)
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +95,26 @@ def test_settings_of_the_other_paradigm_are_refused(place):
             exact_match.main([f"--init_from={place / kind}.pt", flag])
 
 
-def test_a_diffusion_checkpoint_may_be_read_left_to_right(place):
-    """By --sampler, with the settings of that sampler; by speculation the texts are AR's."""
-    texts = {}
+def test_the_sampler_may_be_named(place, tmp_path):
+    """A diffusion model from left to right, and an AR model with an adapter: the text is AR's."""
+    model = load_model(place / "ar.pt")[0]
+    save_adapter(tmp_path / FILE, DraftModel(model, AdapterConfig(masks=2)), digest(model))
     prompts = [BYTES.encode(text) for text in ("abc", "a", "xyz", "ab", "b")]
-    argv = [f"--init_from={place / 'frozen.pt'}"]
-    for sampler in ("ar", "speculative"):
-        flags = [*argv, f"--sampler={sampler}"]
-        _, opened, _ = common.open_checkpoint(flags, common.PairsConfig)
-        texts[sampler], cost = opened.texts(prompts)
-        assert not hasattr(opened.sampler, "steps") and opened.settings()["sampler"] == sampler
-    assert texts["ar"] == texts["speculative"] and len(set(texts["ar"])) > 1
-    assert cost["calls_per_sample"] >= 3
+    for kind, flag, name in (
+        ("frozen", "--sampler=ar", "ar"),
+        ("ar", f"--draft={tmp_path}", "speculative"),
+    ):
+        argv = [f"--init_from={place / kind}.pt", flag]
+        _, opened, _ = common.open_checkpoint(argv, common.PairsConfig)
+        texts, cost = opened.texts(prompts)
+        plain = load_model(place / f"{kind}.pt")[0]
+        greedy = autoregressive.SamplerConfig()
+        expected = [autoregressive.generate(plain, torch.tensor([p]), greedy) for p in prompts]
+        rows = [out.tokens[0].tolist() for out in expected]
+        rows = [row[: [*row, BYTES.pad_id].index(BYTES.pad_id)] for row in rows]
+        assert texts == [BYTES.decode(row) for row in rows] and len(set(texts)) > 1
+        assert not hasattr(opened.sampler, "steps") and opened.settings()["sampler"] == name
+        assert cost["calls_per_sample"] >= 1
 
 
 def test_examples_are_chosen_evenly_and_all_by_default():

@@ -34,7 +34,8 @@ def a_model(kind: str = "ar") -> Transformer:
 def adapted(kind: str = "ar", **bound) -> Model:
     model = a_model(kind)
     run = EvalConfig(batch_size=2)
-    generator = Generator(model, BYTES, *choose_sampler(model.cfg, {}, ""), run)
+    model, *decoder = choose_sampler(model, {}, "")
+    generator = Generator(model, BYTES, *decoder, run)
     return Model(generator, BoundConfig(**bound))
 
 
