@@ -96,8 +96,8 @@ def score(samples: list[list[str]], asked: list[dict]) -> tuple[list[dict], dict
     outcomes = dict(zip(jobs, sandbox.run_many(list(jobs.values()))))
     statuses = Counter()
     for i, texts in enumerate(samples):
-        items[i]["passed"] = sum(outcomes[i, text].passed for text in texts)
-        statuses.update(outcomes[i, text].status for text in texts)
+        items[i]["passed"] = sum(outcomes[i, text] == "passed" for text in texts)
+        statuses.update(outcomes[i, text] for text in texts)
     return items, dict(statuses.most_common())
 
 
