@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from configurator import all_fields, one_line
 from eval import bound, code, exact_match, python_code, qa, translation
-from eval.common import PairsConfig
+from eval.common import PairsConfig, TaskConfig
 
 COMMANDS = {
     bound: bound.BoundEvalConfig,
     code: code.CodeConfig,
     exact_match: exact_match.ExactMatchConfig,
     python_code: PairsConfig,
-    qa: qa.QaConfig,
+    qa: TaskConfig,
     translation: translation.TranslationConfig,
 }
 TASKS = {qa: ".json", code: ".jsonl", translation: ".txt"}
