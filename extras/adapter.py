@@ -199,8 +199,9 @@ def load_adapter(path: str | Path, model: Transformer) -> DraftModel:
     path = path / FILE if path.is_dir() else path
     hint = "make one with python -m extras.draft"
     require(path.is_file(), f"{path}: no such adapter; {hint}")
+    safe_open = package("safetensors").safe_open
     try:
-        with package("safetensors").safe_open(path, "pt") as file:
+        with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # damaged bytes raise nearly anything
@@ -213,18 +214,12 @@ def load_adapter(path: str | Path, model: Transformer) -> DraftModel:
     digests = f"weights {theirs[:12]}, this model has {ours[:12]}"
     require(theirs == ours, f"{path}: the adapter belongs to another model ({digests}); {hint}")
     cfg = from_stored(AdapterConfig, about["adapter"], str(path))
-    drafter = DraftModel(model, cfg)
-    set_adapter(drafter, tensors, path)
-    return drafter.eval()
-
-
-def set_adapter(model: DraftModel, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy tensors into the adapters. Raises ValueError if a name or a shape differs."""
-    own = model.adapter_tensors()
-    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    for name in sorted(shapes.keys() | tensors.keys()):
-        found = tuple(tensors[name].shape) if name in tensors else "missing"
-        wanted = shapes.get(name, "no such tensor")
-        require(found == wanted, f"{path}: {name} is {found}, expected {wanted}")
+    drafter = DraftModel(model, cfg).eval()
+    own = drafter.adapter_tensors()
+    shapes = [{(name, part[name].shape) for name in part} for part in (own, tensors)]
+    wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
+    wanted = f"rank {cfg.rank} and {cfg.masks} masks"
+    require(not wrong, f"{path}: {wrong[:1]} does not fit {wanted}; {hint}")
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
+    return drafter

@@ -4,12 +4,14 @@
     python sample.py --init_from=out/smol_ar/ckpt.pt --draft=out/draft --prompt="Once upon a time"
 
 The model first generates its own answers to the prompts: a line of text each, or JSON lines with
-"prompt" or "text". Then masks after many anchors of an answer learn, in one call, the tokens that
-follow. --text=FILE takes a text instead. The same command continues after an interruption.
+"prompt" or "text". They become the data set out_dir/data. Then masks after many anchors of an
+answer learn, in one call, the tokens that follow. --text=FILE learns from a text instead. The same
+command continues after an interruption.
 """
 
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -17,9 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,16 +28,21 @@ from tqdm import tqdm
 import autoregressive
 import configurator
 from configurator import flatten, group, require, setting, validate
+from data import text_file
+from data.loader import open_dataset, prefetch, write_pairs
+from data.objectives import Batch
 from data.sources import parse_json, read_json_lines, read_lines, read_text
 from extras.adapter import FILE, AdapterConfig, DraftModel, check_model, digest, save_adapter
 from infra import device, run_dir
 from infra.checkpoint import load_model, write_atomically
 from infra.logits import banned_token_ids, cross_entropy_in_place
 from infra.optimizers import learning_rate_at, make_optimizers, set_learning_rate
+from infra.rng import SELECT, CounterRNG, make_rng
 from model import KVCache
 
+DATA, ANSWERS, SETTINGS, STATE = "data", "answers.jsonl", "settings.json", "state.pt"
 HELD_OUT = 10  # every tenth prompt
-ANSWERS, SETTINGS, STATE = "answers.jsonl", "settings.json", "state.pt"
+EVAL_BATCHES = 4
 variable = partial(setting, may_change=True)  # an interrupted run may change it
 
 
@@ -51,7 +56,7 @@ class DraftConfig:
     overwrite: bool = variable(False, "replace what is there")
     chat: bool = setting(False, "put prompts into the chat template")
     answers: int = setting(0, "0: one for each prompt")
-    answer_tokens: int = setting(0, "0: the model's target_length - 1")
+    answer_tokens: int = setting(0, "at most; 0: the model's target_length - 1")
     temperature: float = setting(0.0, "of the answers", minimum=1e-3, zero_ok=True)
     loss: str = setting("auto", "auto: ce of greedy answers, else kl", ("auto", "ce", "kl"))
     max_steps: int = variable(200, "optimizer steps", minimum=1)
@@ -73,27 +78,13 @@ class DraftConfig:
         require(one, "give --prompts=FILE, or --text=FILE, and not both")
 
 
-class Row(NamedTuple):
-    """A prompt and its answer. start: the index of slot 0, the last given token."""
-
-    start: int
-    ids: list[int]
-
-
-class Batch(NamedTuple):
-    ids: Tensor  # (B, L) right-padded
-    start: Tensor  # (B,)
-    anchor: Tensor  # (B, N) indices; masks follow each of them
-    expected: Tensor  # (B, N, K) the token of each mask, -100: none
-
-
 # Data
 
 
-def read_prompts(cfg: DraftConfig, tokenizer) -> list[list[int]]:
+def read_prompts(cfg: DraftConfig, tokenizer, model_cfg) -> list[list[int]]:
     """Return the ids of each prompt. Lines without one are skipped."""
     path = cfg.prompts
-    if path.removesuffix(".gz").endswith((".jsonl", ".json", ".ndjson")):
+    if path.removesuffix(".gz").endswith(text_file.JSON_LINES):
         items = [item for _, item in read_json_lines(path)]
         fields = [item if isinstance(item, dict) else {"text": item} for item in items]
         texts = [item.get("prompt", item.get("text")) for item in fields]
@@ -102,134 +93,142 @@ def read_prompts(cfg: DraftConfig, tokenizer) -> list[list[int]]:
     usable = [text for text in texts if isinstance(text, str) and text.strip()]
     hint = 'write a prompt a line, or JSON lines with "prompt" or "text"'
     require(len(usable) > 1, f"{path}: {len(usable)} usable lines, 2 are needed; {hint}")
-    if not cfg.chat:
-        return [tokenizer.encode_prompt(text) for text in usable]
-    from hf.chat import chat_ids
+    if cfg.chat:
+        from hf.chat import chat_ids
 
-    return [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in usable]
-
-
-def check_lengths(prompts: list, cfg: DraftConfig, model_cfg) -> None:
+        ids = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in usable]
+    else:
+        ids = [tokenizer.encode_prompt(text) for text in usable]
     most = model_cfg.block_size - model_cfg.target_length
-    longest = max(map(len, prompts))
-    limit = f"{cfg.prompts}: a prompt has {longest} tokens, the model reads at most {most}"
+    longest = max(map(len, ids))
+    limit = f"{path}: a prompt has {longest} tokens, the model reads at most {most}"
     require(longest <= most, f"{limit} before {cfg.answer_tokens}; lower --answer_tokens")
+    repeats = cfg.answers > len(ids) and not cfg.temperature
+    hint = "greedy answers to the same prompt are equal; set --temperature"
+    require(not repeats, f"answers={cfg.answers} for {len(ids)} prompts: {hint}")
+    return ids
 
 
-def split_text(cfg: DraftConfig, tokenizer, model_cfg) -> list[Row]:
-    """Return the windows of a text."""
-    ids = tokenizer.encode(read_text(cfg.text))
-    first = [model_cfg.sep_id] if model_cfg.sep_id >= 0 else []
-    width = model_cfg.target_length - len(first)
-    windows = [ids[i : i + width] for i in range(0, len(ids) - width + 1, width)]
-    need = f"{len(ids)} tokens are fewer than two windows of {width}"
-    require(len(windows) > 1, f"{cfg.text}: {need}; lower --answer_tokens")
-    return [Row(0, first + window) for window in windows]
-
-
-def read_answers(path: Path) -> list[Row]:
-    """Return the answers of a file. A killed run may leave half a line at the end."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [Row(**parse_json(line, str(path))) for line in lines]
-
-
-def write_answers(model, prompts: list, cfg: DraftConfig, path: Path, stop) -> list[Row]:
-    """Let the model answer. Append each batch to the file; continue it if it exists."""
-    rows = read_answers(path)
+def write_answers(model, prompts: list, cfg: DraftConfig, path: Path, stop) -> list:
+    """Return pairs (prompt, answer) of ids. Each batch is appended to the file, which continues."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without half a line
+    pairs = [parse_json(line, str(path)) for line in lines]
     n = cfg.answers or len(prompts)
-    start = time.perf_counter()
-    content = "".join(json.dumps(row._asdict()) + "\n" for row in rows)
+    content = "".join(f"{line}\n" for line in lines)
     write_atomically(path, lambda file: file.write(content.encode()))
-    with open(path, "a") as file, tqdm(total=n, initial=len(rows), disable=None) as bar:
-        while len(rows) < n and not stop.requested:
-            index = range(len(rows), min(len(rows) + cfg.batch_size, n))
-            chosen = [prompts[i % len(prompts)] for i in index]
-            new = answer(model, chosen, cfg, torch.tensor(index))
-            file.write("".join(json.dumps(row._asdict()) + "\n" for row in new))
+    with open(path, "a") as file, tqdm(total=n, initial=len(pairs), disable=None) as bar:
+        while len(pairs) < n and not stop.requested:
+            index = range(len(pairs), min(len(pairs) + cfg.batch_size, n))
+            new = answer(model, [prompts[i % len(prompts)] for i in index], cfg, index)
+            file.write("".join(f"{json.dumps(pair)}\n" for pair in new))
             file.flush()
-            rows += new
+            pairs += new
             bar.update(len(new))
-    tokens = sum(len(row.ids) - row.start - 1 for row in rows)
-    seconds = time.perf_counter() - start
-    print(f"{len(rows)} of {n} answers, {tokens:,} tokens, {seconds:.0f} s", flush=True)
-    return rows
+    tokens = sum(len(text) for _, text in pairs)
+    print(f"{len(pairs)} of {n} answers, {tokens:,} tokens", flush=True)
+    return pairs
 
 
-def answer(model, prompts: list, cfg: DraftConfig, example: Tensor) -> list[Row]:
-    m = model.cfg
+def answer(model, prompts: list, cfg: DraftConfig, example) -> list[tuple[list, list]]:
+    """Return the pairs of some prompts. example: keys of the draws."""
+    pad = model.cfg.pad_id
     where = model.tok.weight.device
     width = max(map(len, prompts))
-    padded = [ids + [m.pad_id] * (width - len(ids)) for ids in prompts]
+    prefix = torch.tensor([ids + [pad] * (width - len(ids)) for ids in prompts], device=where)
     sampler = autoregressive.SamplerConfig(temperature=cfg.temperature)
-    prefix = torch.tensor(padded, device=where)
+    keys = torch.tensor(example, device=where)
     with device.autocast(where, cfg.dtype):
-        out = autoregressive.generate(model, prefix, sampler, cfg.seed, example.to(where))
-    rows = []
-    for prompt, tokens in zip(prompts, out.tokens.tolist()):
-        given = prompt + [m.sep_id] * (m.sep_id >= 0)
-        text = tokens[: [*tokens, m.pad_id].index(m.pad_id) + 1]  # with the pad that ends it
-        rows.append(Row(len(given) - 1, given + text))
-    return rows
+        out = autoregressive.generate(model, prefix, sampler, cfg.seed, keys)
+    texts = [tokens[: [*tokens, pad].index(pad)] for tokens in out.tokens.tolist()]
+    return list(zip(prompts, texts))
 
 
-def make_batch(rows: list[Row], cfg: DraftConfig, rng: np.random.Generator, K: int) -> Batch:
-    """Draw the anchors: after each of them at least one more token is verified, one drafted."""
-    B = len(rows)
-    L = max(len(row.ids) for row in rows)
-    ids = torch.zeros(B, L, dtype=torch.long)
-    anchor = torch.zeros(B, cfg.anchors, dtype=torch.long)
-    expected = torch.full((B, cfg.anchors, K), -100)
-    for b, (start, tokens) in enumerate(rows):
-        ids[b, : len(tokens)] = torch.tensor(tokens)
-        chosen = start + rng.permutation(len(tokens) - start - 2)[: cfg.anchors]
-        for n, place in enumerate(chosen):
-            anchor[b, n] = int(place)
-            following = tokens[place + 2 : place + 2 + K]
-            expected[b, n, : len(following)] = torch.tensor(following)
-    return Batch(ids, torch.tensor([row.start for row in rows]), anchor, expected)
+def build_text(cfg: DraftConfig, tokenizer, model_cfg) -> None:
+    """Write the data set out_dir/data of a text."""
+    T = model_cfg.target_length
+    name = tokenizer.name
+    if tokenizer.file:
+        name = str(Path(cfg.init_from).parent / "tokenizer.json")
+    sizes = [f"--target_length={T}", f"--block_size={min(model_cfg.block_size, 2 * T)}"]
+    place = [f"--out={cfg.out_dir}", f"--name={DATA}", f"--tokenizer={name}"]
+    text_file.main([f"--input={cfg.text}", *place, *sizes])
+
+
+def build_answers(model, tokenizer, prompts: list, cfg: DraftConfig, stop) -> None:
+    """Write the data set out_dir/data of the model's answers."""
+    out = Path(cfg.out_dir)
+    pairs = write_answers(model, prompts, cfg, out / ANSWERS, stop)
+    usable = [(i % len(prompts), pair) for i, pair in enumerate(pairs) if pair[1]]
+    splits = {"train": [pair for i, pair in usable if i % HELD_OUT]}
+    splits["valid"] = [pair for i, pair in usable if i % HELD_OUT == 0]
+    if not stop.requested:
+        sizes = (model.cfg.target_length, model.cfg.block_size)
+        write_pairs(out / DATA, splits, tokenizer.name, *sizes)
 
 
 # The network
 
 
-def read_masks(model: DraftModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def draw_anchors(batch: Batch, cfg: DraftConfig, model_cfg, rng: CounterRNG) -> tuple:
+    """Return anchors (B, N), slots of the target, and what the masks after them expect, (B, N, K).
+
+    After an anchor comes one token that the frozen network predicts, then those of the masks.
+    Expected is -100 after the pad that ends a target, or if a target has fewer anchors.
+    """
+    B, T = batch.target.shape
+    K = cfg.adapter.masks
+    slot = torch.arange(T, device=batch.target.device)
+    is_pad = (batch.target == model_cfg.pad_id) & (slot > 0)
+    last = (is_pad.cumsum(1) == 0).sum(1).clamp(max=T - 1)  # (B,) the first pad
+    known = slot + 2 <= last[:, None]  # (B, T)
+    order = rng.uniform(SELECT, T)[0].masked_fill(~known, -1.0)
+    anchor = order.topk(min(cfg.anchors, T), dim=1).indices  # (B, N)
+    place = anchor[..., None] + 2 + torch.arange(K, device=slot.device)  # (B, N, K)
+    expected = batch.target[:, None].expand(-1, anchor.shape[1], -1)
+    expected = expected.gather(2, place.clamp(max=T - 1))
+    return anchor, expected.masked_fill(place > last[:, None, None], -100)
+
+
+def read_masks(model: DraftModel, batch: Batch, anchor: Tensor, K: int) -> tuple[Tensor, Tensor]:
     """Return the last layer (B, N K, C) at the masks, and the frozen one's that verifies them.
 
-    Masks see the clean tokens up to their anchor, and the earlier masks of this anchor.
+    Masks see the clean tokens up to their anchor (B, N), and the earlier masks of this anchor.
     """
-    B, L = batch.ids.shape
-    N, K = batch.expected.shape[1:]
-    where = batch.ids.device
-    slot = torch.arange(L, device=where)
-    cache = KVCache(len(model.network.blocks))
+    N = anchor.shape[1]
+    pads = batch.prefix == model.cfg.pad_id
+    start = (~pads).sum(1, keepdim=True)  # (B, 1) index of slot 0, if the pads come last
+    order = F.pad(pads.long(), (0, batch.target.shape[1])).argsort(dim=1, stable=True)
+    ids = torch.cat([batch.prefix, batch.target], dim=1).gather(1, order)  # (B, L)
+    L = ids.shape[1]
+    slot = torch.arange(L, device=ids.device)
     mask = None
     if model.cfg.prefix_attention == "bidirectional":
-        in_prefix = slot < batch.start[:, None]  # (B, L)
-        both = in_prefix[:, None] & in_prefix[:, :, None]
-        mask = (both | (slot <= slot[:, None]))[:, None]  # (B, 1, L, L)
+        given = slot < start  # (B, L)
+        mask = (given[:, None] & given[..., None] | (slot <= slot[:, None]))[:, None]
+    cache = KVCache(len(model.network.blocks))
     with torch.no_grad():
-        none = torch.zeros_like(slot)
-        clean = model.read(batch.ids, none, slot.expand(B, L), mask, cache)  # (B, L, C)
+        clean = model.read(ids, torch.zeros_like(slot), slot.expand_as(ids), mask, cache)
     cache.length = L
-    group = torch.arange(N, device=where).repeat_interleave(K)  # (N K,)
-    number = torch.arange(1, K + 1, device=where).repeat(N)
-    anchor = batch.anchor.repeat_interleave(K, dim=1)  # (B, N K)
-    position = anchor + number
-    past = slot <= anchor[..., None]  # (B, N K, L)
+    group = torch.arange(N, device=ids.device).repeat_interleave(K)  # (N K,)
+    number = torch.arange(1, K + 1, device=ids.device).repeat(N)
+    place = start + anchor.repeat_interleave(K, dim=1)  # (B, N K)
+    past = slot <= place[..., None]  # (B, N K, L)
     among = (group == group[:, None]) & (number <= number[:, None])
-    mask = torch.cat([past, among.expand(B, -1, -1)], dim=2)[:, None]
+    mask = torch.cat([past, among.expand(len(ids), -1, -1)], dim=2)[:, None]
+    position = place + number
     hidden = model.read(torch.zeros_like(position), number, position, mask, cache)
     index = position.clamp(max=L - 1)[..., None].expand(-1, -1, clean.shape[-1])
     return hidden, clean.gather(1, index)
 
 
-def draft_loss(model: DraftModel, batch: Batch, cfg: DraftConfig) -> Tensor:
+def draft_loss(model: DraftModel, batch: Batch, cfg: DraftConfig, rng: CounterRNG) -> Tensor:
     """Return the loss of the drafts, nats per mask.
 
     ce: cross-entropy of the tokens that follow. kl: divergence from the frozen network.
     """
-    hidden, clean = read_masks(model, batch)
-    expected = batch.expected.flatten(1)  # (B, N K)
+    anchor, expected = draw_anchors(batch, cfg, model.cfg, rng)
+    hidden, clean = read_masks(model, batch, anchor, cfg.adapter.masks)
+    expected = expected.flatten(1)  # (B, N K)
     head = model.network.head
     own = cfg.prompts and cfg.temperature == 0
     if cfg.loss == "ce" or (cfg.loss == "auto" and own):
@@ -241,121 +240,89 @@ def draft_loss(model: DraftModel, batch: Batch, cfg: DraftConfig) -> Tensor:
 
 
 @torch.no_grad()
-def acceptance(model: DraftModel, batches: list[Batch]) -> tuple[list[float], float]:
+def evaluate(model: DraftModel, valid_set, cfg: DraftConfig) -> dict:
     """Return the share of right drafts by mask, and the tokens that a greedy call adds."""
-    hits = []
-    for batch in batches:
-        banned = banned_token_ids(model.cfg, batch.ids.device)
-        parts = [model.network.head(x).float() for x in read_masks(model, batch)]
-        draft, true = (x.index_fill(-1, banned, -math.inf).argmax(-1) for x in parts)
-        hit = (draft == true).view(batch.expected.shape).float()
-        hits.append(hit.masked_fill(batch.expected < 0, math.nan).flatten(0, 1))  # (B N, K)
-    hit = torch.cat(hits)
-    return hit.nanmean(0).tolist(), 1 + float(
-        hit.nan_to_num().cumprod(1)[~hit[:, 0].isnan()].sum(1).mean()
-    )
+    where = model.tok.weight.device
+    banned = banned_token_ids(model.cfg, where)
+    found = []
+    for step in range(EVAL_BATCHES):
+        batch = valid_set.batch(0, step, cfg.batch_size)
+        batch = Batch(*(part.to(where) for part in batch))
+        rng = make_rng(0, batch.example, step)
+        anchor, expected = draw_anchors(batch, cfg, model.cfg, rng)
+        with device.autocast(where, cfg.dtype):
+            parts = read_masks(model, batch, anchor, cfg.adapter.masks)
+            logits = [model.network.head(part).float() for part in parts]
+        draft, true = (x.index_fill(-1, banned, -math.inf).argmax(-1) for x in logits)
+        hit = (draft == true).view(expected.shape).float()
+        found.append(hit.masked_fill(expected < 0, math.nan).flatten(0, 1))  # (B N, K)
+    hits = torch.cat(found)
+    hits = hits[~hits[:, 0].isnan()]
+    added = 1 + hits.nan_to_num().cumprod(1).sum(1).mean()
+    shares = [round(share, 4) for share in hits.nanmean(0).tolist()]
+    return {"accepted": shares, "tokens_per_call": round(float(added), 3)}
 
 
 # The run
 
 
-class Run:
-    """The training of an adapter on rows. It continues from out/state.pt."""
+def train(model: DraftModel, cfg: DraftConfig, weights: str, stop) -> dict:
+    """The loop. Returns the last log entry. It continues from out_dir/state.pt."""
+    out = Path(cfg.out_dir)
+    where = model.tok.weight.device
+    train_set, valid_set = (open_dataset(out / DATA, split) for split in ("train", "valid"))
+    optimizers = make_optimizers(model, cfg)
+    first = restore(out / STATE, model, optimizers)
+    log = run_dir.Log(out / "log.jsonl", first)
+    if first == 0:
+        show(log, {"step": 0} | evaluate(model, valid_set, cfg), cfg)
+    places = ((cfg.seed, step, cfg.batch_size) for step in range(first, cfg.max_steps))
+    start = time.perf_counter()
+    for step, batch in enumerate(prefetch(train_set.batch, places, where), start=first):
+        set_learning_rate(optimizers, learning_rate_at(step, cfg))
+        with device.autocast(where, cfg.dtype):
+            loss = draft_loss(model, batch, cfg, make_rng(cfg.seed, batch.example, step))
+        loss.backward()
+        loss = float(loss.detach())
+        require(math.isfinite(loss), f"loss {loss} at step {step}: lower --learning_rate")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+        entry = {"step": done, "loss": round(loss, 4)}
+        if done % cfg.eval_interval == 0 or done == cfg.max_steps or stop.requested:
+            left = (time.perf_counter() - start) / (done - first) * (cfg.max_steps - done)
+            entry |= evaluate(model, valid_set, cfg) | {"minutes_left": round(left / 60, 1)}
+            state = {"step": done, "adapter": model.adapter_tensors()}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            save_adapter(out / FILE, model, weights)
+            write_atomically(out / STATE, lambda file, state=state: torch.save(state, file))
+        show(log, entry, cfg)
+        if stop.requested:
+            break
+    return log.last
 
-    def __init__(self, model: DraftModel, cfg: DraftConfig, rows: list[Row], weights: str):
-        self.model = model
-        self.cfg = cfg
-        self.out = Path(cfg.out_dir)
-        self.weights = weights
-        self.where = model.tok.weight.device
-        self.optimizers = make_optimizers(model, cfg)
-        self.first_step = 0
-        period = HELD_OUT if len(rows) >= HELD_OUT else len(rows)
-        usable = [(i, row) for i, row in enumerate(rows) if len(row.ids) - row.start > 2]
-        self.rows = [row for i, row in usable if i % period]
-        held_out = [row for i, row in usable if i % period == 0]
-        enough = self.rows and held_out
-        require(enough, f"{self.out}: the answers are too short to learn from, use other prompts")
-        places = range(0, min(len(held_out), 32), cfg.batch_size)
-        self.held_out = [self.batch(held_out[i : i + cfg.batch_size], i) for i in places]
 
-    def batch(self, rows: list[Row], *key: int) -> Batch:
-        rng = np.random.default_rng((self.cfg.seed, *key))
-        batch = make_batch(rows, self.cfg, rng, self.model.adapter.masks)
-        return Batch(*(part.to(self.where) for part in batch))
+def restore(path: Path, model: DraftModel, optimizers: list) -> int:
+    """Load the state of an interrupted run. Return its step, 0 if there is none."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location=model.tok.weight.device, weights_only=True)
+    for name, tensor in model.adapter_tensors().items():
+        tensor.copy_(state["adapter"][name])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    return state["step"]
 
-    def train_batch(self, step: int) -> Batch:
-        """Every row once an epoch, in a new order."""
-        B = self.cfg.batch_size
-        index = np.arange(step * B, (step + 1) * B)
-        chosen = []
-        for epoch, place in zip(*divmod(index, len(self.rows))):
-            order = np.random.default_rng((self.cfg.seed, int(epoch), 0)).permutation(
-                len(self.rows)
-            )
-            chosen.append(self.rows[order[place]])
-        return self.batch(chosen, step, 1)
 
-    def save(self, step: int) -> None:
-        state = {"step": step, "adapter": self.model.adapter_tensors()}
-        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        save_adapter(self.out / FILE, self.model, self.weights)
-        write_atomically(self.out / STATE, lambda file: torch.save(state, file))
-
-    def restore(self) -> None:
-        path = self.out / STATE
-        if not path.exists():
-            return
-        state = torch.load(path, map_location=self.where, weights_only=True)
-        self.first_step = state["step"]
-        for name, tensor in self.model.adapter_tensors().items():
-            tensor.copy_(state["adapter"][name])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-
-    def evaluate(self) -> dict:
-        with device.autocast(self.where, self.cfg.dtype):
-            shares, tokens = acceptance(self.model, self.held_out)
-        return {"accepted": [round(x, 4) for x in shares], "tokens_per_call": round(tokens, 3)}
-
-    def train(self, stop) -> dict:
-        cfg = self.cfg
-        log = run_dir.Log(self.out / "log.jsonl", self.first_step)
-        if self.first_step == 0:
-            self.show(log, {"step": 0} | self.evaluate())
-        start = time.perf_counter()
-        for step in range(self.first_step, cfg.max_steps):
-            set_learning_rate(self.optimizers, learning_rate_at(step, cfg))
-            with device.autocast(self.where, cfg.dtype):
-                loss = draft_loss(self.model, self.train_batch(step), cfg)
-            loss.backward()
-            loss = float(loss.detach())
-            require(math.isfinite(loss), f"loss {loss} at step {step}: lower --learning_rate")
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            done = step + 1
-            last = done == cfg.max_steps or stop.requested
-            entry = {"step": done, "loss": round(loss, 4)}
-            if last or done % cfg.eval_interval == 0:
-                seconds = time.perf_counter() - start
-                left = seconds / (done - self.first_step) * (cfg.max_steps - done)
-                entry |= self.evaluate() | {"minutes_left": round(left / 60, 1)}
-                self.save(done)
-            self.show(log, entry)
-            if stop.requested:
-                break
-        return log.last
-
-    def show(self, log, entry: dict) -> None:
-        log.write(entry)
-        if "accepted" not in entry:
-            return
+def show(log: run_dir.Log, entry: dict, cfg: DraftConfig) -> None:
+    log.write(entry)
+    if "accepted" in entry:
         shares = " ".join(f"{share:.2f}" for share in entry["accepted"])
         loss = f" | loss {entry['loss']:.3f}" if "loss" in entry else ""
-        left = f" | {entry['minutes_left']:.1f} min left" if "minutes_left" in entry else ""
+        left = f" | {entry['minutes_left']:.1f} min left" if "loss" in entry else ""
         calls = f"{entry['tokens_per_call']:.2f} tokens a call"
-        where = f"step {entry['step']} of {self.cfg.max_steps}"
+        where = f"step {entry['step']} of {cfg.max_steps}"
         print(f"{where}{loss} | held-out accepted {shares} | {calls}{left}", flush=True)
 
 
@@ -363,39 +330,33 @@ def main(argv: list[str]) -> dict:
     cfg = configurator.configure(DraftConfig, argv)
     model, tokenizer, _ = load_model(cfg.init_from, device.pick_device(cfg.device))
     check_model(model, cfg.init_from)
-    T = cfg.answer_tokens + 1 if cfg.answer_tokens else model.cfg.target_length
-    most = model.cfg.block_size
-    require(2 < T < most, f"answer_tokens must be 2 to {most - 2}, got {T - 1}")
-    cfg.answer_tokens = T - 1
-    model.cfg = replace(model.cfg, target_length=T)
-    if cfg.prompts:
-        prompts = read_prompts(cfg, tokenizer)
-        check_lengths(prompts, cfg, model.cfg)
-        repeats = cfg.answers > len(prompts) and not cfg.temperature
-        hint = "greedy answers to the same prompt are equal; set --temperature"
-        require(not repeats, f"answers={cfg.answers} for {len(prompts)} prompts: {hint}")
-    else:
-        prompts = split_text(cfg, tokenizer, model.cfg)
+    most = model.cfg.block_size - 2
+    cfg.answer_tokens = cfg.answer_tokens or model.cfg.target_length - 1
+    fits = 2 <= cfg.answer_tokens <= most
+    require(fits, f"answer_tokens must be 2 to {most}, got {cfg.answer_tokens}")
+    model.cfg = replace(model.cfg, target_length=cfg.answer_tokens + 1)
+    prompts = read_prompts(cfg, tokenizer, model.cfg) if cfg.prompts else read_text(cfg.text)
     weights = digest(model)
     content = sha256(json.dumps(prompts).encode()).hexdigest()
     settings = flatten(cfg) | {"weights": weights, "content": content}
     out = Path(cfg.out_dir)
     check_settings(settings, out, cfg)
+    last = {}
     with run_dir.lock_dir(out), run_dir.StopSignals() as stop:
         if cfg.overwrite:
-            for name in (ANSWERS, STATE, FILE, "log.jsonl"):
-                (out / name).unlink(missing_ok=True)
+            for path in (out / name for name in (ANSWERS, STATE, FILE, "log.jsonl")):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(out / DATA, ignore_errors=True)
+        ready = (out / DATA).exists()
+        if cfg.text and not ready:
+            build_text(cfg, tokenizer, model.cfg)  # raises if it is too short
         text = json.dumps(settings, indent=1)
         write_atomically(out / SETTINGS, lambda file: file.write(text.encode()))
-        rows = prompts
-        if cfg.prompts:
-            rows = write_answers(model, prompts, cfg, out / ANSWERS, stop)
-        last = {}
+        if cfg.prompts and not ready:
+            build_answers(model, tokenizer, prompts, cfg, stop)
         if not stop.requested:
             torch.manual_seed(cfg.seed)  # of the adapter
-            run = Run(DraftModel(model, cfg.adapter).eval(), cfg, rows, weights)
-            run.restore()
-            last = run.train(stop)
+            last = train(DraftModel(model, cfg.adapter).eval(), cfg, weights, stop)
         if stop.requested:
             name = signal.Signals(stop.requested).name
             print(f"stopped by {name}; the same command continues", file=sys.stderr)

@@ -2,22 +2,27 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from drafters import KINDS, PAD, drafter, network, prompts
+from drafters import KINDS, PAD, S, drafter, network, prompts
 from processes import same
 
 import autoregressive
 import sample
 from data.mini import english
+from data.objectives import Batch, collate
 from extras import draft
-from extras.adapter import FILE
-from extras.draft import Batch, DraftConfig, Row, acceptance, answer, make_batch, read_masks
+from extras.adapter import FILE, AdapterConfig
+from extras.draft import EVAL_BATCHES, DraftConfig, answer, draw_anchors, evaluate, read_masks
 from extras.speculative import read_round
 from infra.checkpoint import save
 from infra.logits import banned_token_ids
+from infra.rng import make_rng
 from model import ModelConfig, Transformer
 
 EVERY = pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -25,21 +30,20 @@ DEMO = sample.DEMO / "ar.pt"
 CFG = DraftConfig(prompts="-", anchors=8)
 
 
-def answers(model, n: int) -> list[Row]:
+def answers(model, n: int) -> Batch:
+    """The model's answers to n prompts."""
     asked = [[i for i in row if i != PAD] for row in prompts(n).tolist()]
-    rows = answer(model, asked, CFG, torch.arange(n))
-    return [row for row in rows if len(row.ids) - row.start > 2]
+    pairs = answer(model, asked, CFG, range(n))
+    return collate(pairs, range(n), PAD, model.cfg.sep_id, S + 1)
 
 
 @EVERY
-def test_an_answer_is_prompt_slot_0_and_the_text_with_its_pad(kind):
+def test_an_answer_is_the_text_up_to_its_pad(kind):
     model = network(**kind)
-    for row, prompt in zip(answer(model, [[1, 2, 3], [4]], CFG, torch.arange(2)), ([1, 2, 3], [4])):
+    asked = [[1, 2, 3], [4], [5, 5, 2]]
+    for prompt, text in answer(model, asked, CFG, range(3)):
         out = autoregressive.generate(model, torch.tensor([prompt]), autoregressive.SamplerConfig())
-        text = out.tokens[0].tolist()
-        text = text[: text.index(PAD) + 1] if PAD in text else text
-        given = prompt + [model.cfg.sep_id] * (model.cfg.sep_id >= 0)
-        assert row == Row(len(given) - 1, given + text)
+        assert text + [PAD] * (S - len(text)) == out.tokens[0].tolist() and PAD not in text
 
 
 @EVERY
@@ -48,73 +52,82 @@ def test_masks_read_in_training_what_they_read_in_decoding(kind):
     """And the frozen logits that verify a draft predict the model's own next token."""
     model = network(**kind)
     made = drafter(model, masks=3)
-    rows = answers(model, 12)
-    batch = make_batch(rows, CFG, np.random.default_rng(0), 3)
-    hidden, clean = (x.unflatten(1, (8, 3)) for x in read_masks(made, batch))
+    batch = answers(model, 12)
+    anchor, expected = draw_anchors(batch, CFG, model.cfg, make_rng(0, batch.example))
+    hidden, clean = (x.unflatten(1, (-1, 3)) for x in read_masks(made, batch, anchor, 3))
     checked = 0
-    for b, (start, ids) in enumerate(rows):
-        for n in range(8):
-            if batch.expected[b, n, 0] < 0:  # no such anchor
-                continue
-            anchor = int(batch.anchor[b, n])
-            cache = made.encode(torch.tensor([ids[:start]], dtype=torch.long), room=30)
-            if anchor > start:
-                read_round(made, cache, torch.tensor([ids[start:anchor]]), 1)
-                cache.lengths = cache.lengths + anchor - start
-            found = read_round(made, cache, torch.tensor([ids[anchor : anchor + 1]]), 3)[0, 1:]
-            torch.testing.assert_close(hidden[b, n], found, atol=1e-9, rtol=0)
-            checked += 1
+    for b, n in product(range(12), range(anchor.shape[1])):
+        if expected[b, n, 0] < 0:  # no such anchor
+            continue
+        last = int(anchor[b, n])
+        text = batch.target[b : b + 1]
+        cache = made.encode(batch.prefix[b : b + 1], room=30)
+        if last:
+            read_round(made, cache, text[:, :last], 1)
+            cache.lengths = cache.lengths + last
+        found = read_round(made, cache, text[:, last : last + 1], 3)[0, 1:]
+        torch.testing.assert_close(hidden[b, n], found, atol=1e-9, rtol=0)
+        checked += 1
     logits = model.head(clean).index_fill(-1, banned_token_ids(model.cfg, "cpu"), -math.inf)
-    scored = batch.expected >= 0
-    assert torch.equal(logits.argmax(-1)[scored], batch.expected[scored])
-    assert checked > 20 and scored.sum() > checked and (batch.expected[:, :, 0] < 0).any()
+    scored = expected >= 0
+    assert torch.equal(logits.argmax(-1)[scored], expected[scored])
+    assert checked > 20 and scored.sum() > checked and (expected[:, :, 0] < 0).any()
 
 
-@torch.no_grad()
 def test_anchors_are_distinct_and_their_masks_expect_the_tokens_after_the_next():
-    row = Row(2, [10, 11, 12, 13, 14, 15, 16])
-    _, start, anchor, expected = make_batch([row], CFG, np.random.default_rng(0), 2)
-    by_anchor = dict(zip(anchor[0].tolist(), expected[0].tolist()))
-    assert by_anchor == {2: [14, 15], 3: [15, 16], 4: [16, -100], 0: [-100, -100]}
-    assert start.tolist() == [2]
+    target = torch.tensor([[7, 10, 11, 12, PAD, PAD, PAD, PAD], [7, 10, 11, 12, 13, 14, 15, 16]])
+    batch = Batch(torch.zeros(2, 0), target, torch.arange(2))
+    cfg = DraftConfig(prompts="-", adapter=AdapterConfig(masks=2), anchors=7)
+    anchor, expected = draw_anchors(batch, cfg, network().cfg, make_rng(0, batch.example))
+    found = [dict(zip(*pair)) for pair in zip(anchor.tolist(), expected.tolist())]
+    assert [len(row) for row in found] == [7, 7]
+    known = {0: [11, 12], 1: [12, PAD], 2: [PAD, -100]}
+    for place, values in found[0].items():
+        assert values == known.get(place, [-100, -100])
+    assert known.keys() <= found[0].keys()
+    for place, values in found[1].items():
+        wanted = [*target[1].tolist(), -100, -100, -100, -100]
+        assert values == wanted[place + 2 : place + 4]
 
 
 @torch.no_grad()
-def test_acceptance_counts_drafts_from_the_left():
+def test_an_evaluation_counts_drafts_from_the_left():
     made = drafter(network(), masks=2)
-    rows = answers(network(), 30)
-    batch = make_batch(rows, CFG, np.random.default_rng(0), 2)
-    hidden, clean = read_masks(made, batch)
-    banned = banned_token_ids(made.cfg, "cpu")
-    draft, true = (
-        made.network.head(x).index_fill(-1, banned, -9e9).argmax(-1) for x in (hidden, clean)
-    )
-    pairs = (draft == true).view(-1, 2).tolist()
-    known = (batch.expected >= 0).view(-1, 2).tolist()
-    share = [
-        sum(p[j] for p, k in zip(pairs, known) if k[j]) / sum(k[j] for k in known) for j in (0, 1)
-    ]
-    added = [1 + p[0] + (p[0] and p[1] and k[1]) for p, k in zip(pairs, known) if k[0]]
-    found, tokens = acceptance(
-        made, [Batch(*(x[:9] for x in batch)), Batch(*(x[9:] for x in batch))]
-    )
-    assert found == pytest.approx(share) and tokens == pytest.approx(sum(added) / len(added))
-    assert 0 < found[0] < 1
+    valid_set = SimpleNamespace(batch=lambda seed, step, size: answers(network(), 9 + step))
+    cfg = replace(CFG, adapter=made.adapter)
+    shares, added = [[], []], []
+    for step in range(EVAL_BATCHES):
+        batch = valid_set.batch(0, step, 8)
+        rng = make_rng(0, batch.example, step)
+        anchor, expected = draw_anchors(batch, cfg, made.cfg, rng)
+        banned = banned_token_ids(made.cfg, "cpu")
+        logits = [made.network.head(x) for x in read_masks(made, batch, anchor, 2)]
+        right = [x.index_fill(-1, banned, -9e9).argmax(-1) for x in logits]
+        right = (right[0] == right[1]).view(-1, 2).tolist()
+        for r, e in zip(right, expected.view(-1, 2).tolist()):
+            for j in (0, 1):
+                shares[j] += [r[j]] if e[j] >= 0 else []
+            added += [1 + r[0] + (r[0] and r[1] and e[1] >= 0)] if e[0] >= 0 else []
+    found = evaluate(made, valid_set, cfg)
+    assert found["accepted"] == pytest.approx([sum(x) / len(x) for x in shares], abs=1e-4)
+    assert found["tokens_per_call"] == pytest.approx(sum(added) / len(added), abs=1e-3)
+    assert 0 < found["accepted"][0] < 1
 
 
 def test_the_losses_by_their_formulas():
     made = drafter(network(), masks=2)
-    batch = make_batch(answers(network(), 5), CFG, np.random.default_rng(0), 2)
-    hidden, clean = read_masks(made, batch)
-    scored = batch.expected.flatten(1) >= 0
-    log_q, log_p = (made.network.head(x)[scored].log_softmax(-1) for x in (hidden, clean))
-    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    cfg = DraftConfig(prompts="-", loss="kl")
-    found = draft.draft_loss(made, batch, cfg)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0, check_dtype=False)
-    expected = -log_q.gather(-1, batch.expected.flatten(1)[scored][:, None]).mean()
-    found = draft.draft_loss(made, batch, CFG)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0, check_dtype=False)
+    batch = answers(network(), 5)
+    cfg = replace(CFG, adapter=made.adapter)
+    rng = make_rng(0, batch.example)
+    anchor, expected = draw_anchors(batch, cfg, made.cfg, rng)
+    scored = expected.flatten(1) >= 0
+    parts = read_masks(made, batch, anchor, 2)
+    log_q, log_p = (made.network.head(x)[scored].log_softmax(-1) for x in parts)
+    wanted = {"kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean()}
+    wanted["auto"] = -log_q.gather(-1, expected.flatten(1)[scored][:, None]).mean()
+    for loss, value in wanted.items():
+        found = draft.draft_loss(made, batch, replace(cfg, loss=loss), rng)
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=0, check_dtype=False)
 
 
 # The command
@@ -180,6 +193,7 @@ def test_an_interrupted_run_continues_to_the_bit(place, capsys):
     train("b", "--max_steps=3")
     lines = (place / "b" / "answers.jsonl").read_text()
     (place / "b" / "answers.jsonl").write_text(lines[: len(lines) // 2])  # half a line
+    shutil.rmtree(place / "b" / "data")
     train("b", "--max_steps=6")
     for name in ("answers.jsonl", FILE):
         assert (place / "a" / name).read_bytes() == (place / "b" / name).read_bytes()
@@ -203,8 +217,9 @@ def test_json_lines_and_a_text_and_samples(place):
     last = draft.main([*FLAGS, "--text=t.txt", "--out_dir=c", "--max_steps=4"])
     assert last["loss"] < log(place / "c")[1]["loss"] and not (place / "c/answers.jsonl").exists()
     train("d", "--answers=45", "--temperature=1.0", "--max_steps=1")
-    rows = draft.read_answers(place / "d" / "answers.jsonl")
-    assert len(rows) == 45 and rows[0] != rows[30] and rows[0].ids[:2] == rows[30].ids[:2]
+    lines = (place / "d" / "answers.jsonl").read_text().splitlines()
+    pairs = [json.loads(line) for line in lines]
+    assert len(pairs) == 45 and pairs[0][0] == pairs[30][0] and pairs[0][1] != pairs[30][1]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +236,7 @@ def test_json_lines_and_a_text_and_samples(place):
         ("--prompts=p.txt --answers=31", "answers=31 for 30 prompts: greedy answers"),
         ("--prompts=p.txt --text=p.txt", "give --prompts=FILE, or --text=FILE, and not both"),
         ("", "give --prompts=FILE"),
-        ("--text=long.txt --answer_tokens=20", "long.txt: 29 tokens are fewer than two windows"),
+        ("--text=long.txt --answer_tokens=20", "fewer than block_size"),
         ("--prompts=p.txt --masks=16", "masks must be at most 15"),
         ("--prompts=p.txt --chat", "no chat template"),
     ],
