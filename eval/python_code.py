@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from configurator import flatten, run
+from configurator import run
 from eval import common
 from eval.bound import fitting_pairs, rate_with_error, slot_nats, split_nats
 from eval.code import is_python
@@ -25,27 +25,16 @@ RATES = [k / 10 for k in range(1, 10)]
 
 
 def held_out_loss(model, pairs: list, n_bytes: list[int], cfg: EvalConfig) -> dict:
-    """Return bits per byte: one number for AR, for diffusion one per rate and their mean."""
-
-    def nats(rate=None):
+    """Return bits per byte and what they measure."""
+    exact = model.cfg.paradigm == "ar"
+    nats = []
+    for rate in [None] if exact else RATES:
         nats_of = partial(slot_nats, seed=cfg.seed, rate=rate)
-        return split_nats(model, pairs, range(len(pairs)), cfg.batch_size, nats_of)
-
-    def bits(nats):
-        found = rate_with_error(*nats, n_bytes, math.log(2))
-        return {"bits_per_byte": found.pop("value")} | found
-
-    if model.cfg.paradigm == "ar":
-        return {"measure": "exact negative log-likelihood"} | bits(nats())
-    by_rate = {f"{rate:.1f}": nats(rate) for rate in RATES}
-    mean = np.mean(list(by_rate.values()), axis=0).tolist()  # (2, N) of the text and of the pads
-    loss = {"measure": "denoising loss L(1), no likelihood"} | bits(mean)
-    return loss | {"by_rate": {rate: bits(found) for rate, found in by_rate.items()}}
-
-
-def parse_share(prefixes: list[str], bodies: list[str]) -> dict:
-    parsed = sum(map(is_python, prefixes, bodies))
-    return {"parse": parsed / len(bodies), "parse_interval": list(wilson(parsed, len(bodies)))}
+        nats.append(split_nats(model, pairs, range(len(pairs)), cfg.batch_size, nats_of))
+    mean = np.mean(nats, axis=0).tolist()  # (2, N) of the text and of the pads
+    found = rate_with_error(*mean, n_bytes, math.log(2))
+    measure = "exact negative log-likelihood" if exact else "denoising loss L(1), no likelihood"
+    return {"measure": measure, "bits_per_byte": found.pop("value")} | found
 
 
 def main(argv: list[str]) -> dict:
@@ -56,15 +45,14 @@ def main(argv: list[str]) -> dict:
     prefixes, targets = zip(*(held_out.text(i) for i in chosen))
     n_bytes = [len(target.encode()) for target in targets]
     bodies, cost = generator.texts([prefix for prefix, _ in pairs])
-    result = {"n": len(chosen), "loss": held_out_loss(generator.model, pairs, n_bytes, cfg.run)}
-    result |= {"generated": parse_share(prefixes, bodies)}
-    result |= {"held_out": parse_share(prefixes, targets)} | cost
-    result |= common.origin("python_code", argv, flatten(cfg) | generator.settings(), state)
-    loss = result["loss"]
+    parsed = sum(map(is_python, prefixes, bodies))
+    loss = held_out_loss(generator.model, pairs, n_bytes, cfg)
+    share = {"parse": parsed / len(bodies), "parse_interval": wilson(parsed, len(bodies))}
+    result = {"n": len(chosen), "loss": loss, "generated": share} | cost
+    result |= common.origin("python_code", argv, generator.settings(), state)
     text = f"{loss['bits_per_byte']:.3f} bits per byte: {loss['measure']}"
-    shares = [f"{result[name]['parse']:.1%}" for name in ("generated", "held_out")]
-    text += f"\nof {len(chosen)} bodies parse: {shares[0]}; of the held-out ones: {shares[1]}"
-    return common.finish(cfg.run.json, result, f"{text}\n{common.cost_line(cost)}")
+    text += f"\nof {len(chosen)} bodies parse: {share['parse']:.1%}\n{common.cost_line(cost)}"
+    return common.finish(cfg.json, result, text)
 
 
 if __name__ == "__main__":

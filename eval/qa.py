@@ -4,32 +4,20 @@
     python -m eval.qa --predictions=answers.json --source=dev-v1.1.json
 
 Without --source: the held-out pairs of the checkpoint's data set, each with its target as the only
-answer. Predictions are {id: answer} in JSON, as SQuAD's own script reads them. The model is never
-told the length of the answer.
+answer. Predictions are as for SQuAD's own script. The model is never told the answer's length.
 """
 
-import json
-from dataclasses import dataclass
-from functools import partial
-
-from configurator import group, run
+from configurator import run
 from data import squad
-from data.sources import parse_json, read_text
-from eval.common import EvalConfig, TaskConfig, TaskRun, check_ids, held_out
+from eval.common import TaskConfig, TaskRun, held_out
 from eval.metrics import Metric, answer_exact_match, answer_f1, mean
 
 
-@dataclass
-class QaConfig:
-    run: EvalConfig = group(EvalConfig)
-    task: TaskConfig = group(TaskConfig)
-
-
-def examples(cfg: QaConfig) -> list[dict]:
+def examples(cfg: TaskConfig) -> list[dict]:
     """Return the questions with id, prefix, target and answers."""
-    if cfg.task.source:
-        return squad.read(cfg.task.source)
-    pairs = held_out(cfg.task.data, "qa")
+    if cfg.source:
+        return squad.read(cfg.source)
+    pairs = held_out(cfg.data, "qa")
     return [example | {"answers": [example["target"]]} for example in pairs]
 
 
@@ -42,22 +30,10 @@ def score(predictions: list[str], asked: list[dict]) -> dict[str, Metric]:
     }
 
 
-def read_predictions(path: str, asked: list[dict]) -> list[str]:
-    """Return the answers in the order of the questions."""
-    found = parse_json(read_text(path), path)
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-        raise ValueError(f"{path}: must be one JSON object of {{id: answer}}, every answer a text")
-    check_ids(path, found, asked)
-    return [found[example["id"]] for example in asked]
-
-
 def main(argv: list[str]) -> dict:
-    task = TaskRun("qa", argv, QaConfig, examples)
-    predictions, cost = task.texts(read_predictions)
-    named = {example["id"]: text for example, text in zip(task.examples, predictions)}
-    task.save(json.dumps(named, ensure_ascii=False, indent=0))
-    return task.report(predictions, partial(score, asked=task.examples), cost)
+    task = TaskRun("qa", argv, TaskConfig, examples)
+    return task.report(*task.texts(), score)
 
 
 if __name__ == "__main__":
-    run(main, QaConfig)
+    run(main, TaskConfig)

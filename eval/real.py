@@ -6,6 +6,7 @@ their value, so a study that is stopped early has the most telling rows.
 """
 
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -93,10 +94,19 @@ def train(name: str, flags: str, source: Stage | None = None) -> Stage:
     return Stage(name, ("train.py", *flags.split()), source)
 
 
+def settings_of(config: str) -> str:
+    """Return the flags of a config file, so that a recipe says all. 4 micro-batches need 10 GB."""
+    found = runpy.run_path(str(ROOT / f"config/{config}.py"))
+    own = {name: value for name, value in found.items() if name[0] != "_"}
+    for name in ("init_from", "data", "out_dir"):  # the study's own
+        del own[name]
+    return " ".join(f"--{name}={value}" for name, value in (own | {"grad_accum_steps": 4}).items())
+
+
 def adapted(n_tokens: float, data: str, seed: int, source: Stage) -> Stage:
     """Train on n_tokens million target tokens with the diffusion loss: 16 x 192 a step."""
     steps = round(n_tokens * 1e6 / (16 * 192))
-    flags = f"config/smollm2_adapt.py --data={DATA}/{data} --max_steps={steps}"
+    flags = f"{settings_of('smollm2_adapt')} --data={DATA}/{data} --max_steps={steps}"
     return train("adapt", f"{flags} --anneal_steps={steps // 2} --seed={seed}", source)
 
 
@@ -105,7 +115,7 @@ def smollm2_rows(task: str, steps: int, text: str, seed: int) -> dict[str, Stage
 
     def tune(kind: str, flags: str, source: Stage) -> Stage:
         settings = f"--data={DATA}/{task} --max_steps={steps}"
-        config = f"config/smollm2_squad_{kind}.py"
+        config = settings_of(f"smollm2_squad_{kind}")
         return train(f"{task}_{kind}", f"{config} {settings} {flags} --seed={seed}", source)
 
     def diffusion(source: Stage) -> Stage:
@@ -169,7 +179,6 @@ class Task:
     command: str
     sampler: str = "--steps=10"
     ar_sampler: str = ""
-    ending: str = "txt"  # of the file of answers
     curves: tuple[str, ...] = ()  # rows that are also judged with other steps and candidates
     curve_flags: str = ""
     quick: str = "--n=10"
@@ -188,7 +197,6 @@ TASKS = {
         rows=partial(smollm2_rows, "squad", 120, "text"),
         seeds=2,
         command=f"{QA} --n=1000",
-        ending="json",
         curves=(FIRST, "AR2Diff_0"),
         curve_flags="--n=200",
     ),
@@ -205,31 +213,24 @@ TASKS = {
         command=f"{CODE} --batch_size=10",
         sampler="--steps=10 --temperature=0.8",  # ten samples must differ
         ar_sampler="--temperature=0.8",
-        ending="jsonl",
         quick="--n=10 --samples=1 --k=1",
     ),
 }
 
 
-def predictions(task: str, row: str) -> str:
-    """Return the file of a row's answers, as --predictions of the evaluation reads it."""
-    return f"predictions/{task}_{plain(row)}.{TASKS[task].ending}.gz"
-
-
-def jobs_of_task(name: str, seed: int, results: str) -> Iterator[Job]:
+def jobs_of_task(name: str, seed: int) -> Iterator[Job]:
     """Yield the rows of a task, then its curves. The answers of the first seed are kept."""
     task = TASKS[name]
 
-    def job(row: str, model: Stage, flags: str, suffix: str = "") -> Job:
-        flags = f"{task.command} --dtype=auto --seed=0 --items=false {flags}"
+    def job(row: str, model: Stage, flags: str, suffix: str = "", keep: bool = False) -> Job:
+        flags = f"{task.command} --dtype=auto --seed=0 --items={keep} {flags}"
         stage = Stage("eval", ("-m", *shlex.split(flags)), model)
         return Job(f"real_{seed}_{name}_{plain(row)}{suffix}", stage)
 
     rows = task.rows(seed)
     for row, model in rows.items():
         sampler = task.ar_sampler if row == "AR" else task.sampler
-        save = f" --save={results}/{predictions(name, row)}" if seed == 1 else ""
-        yield job(row, model, sampler + save)
+        yield job(row, model, sampler, keep=seed == 1)
     for row in task.curves if seed == 1 else ():
         for steps in STEPS:
             flags = f"{task.curve_flags} --steps={steps}"
@@ -239,11 +240,11 @@ def jobs_of_task(name: str, seed: int, results: str) -> Iterator[Job]:
             yield job(row, rows[row], flags, f"_10_{candidates}")
 
 
-def jobs(seeds: int, results: str) -> Iterator[Job]:
+def jobs(seeds: int) -> Iterator[Job]:
     """Yield all jobs: a row of each task in turn, so that lanes seldom wait for one model."""
     for seed in range(1, seeds + 1):
         chosen = [name for name, task in TASKS.items() if seed <= task.seeds]
-        in_turn = zip_longest(*(jobs_of_task(name, seed, results) for name in chosen))
+        in_turn = zip_longest(*(jobs_of_task(name, seed) for name in chosen))
         yield from (job for group in in_turn for job in group if job)
 
 

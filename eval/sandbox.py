@@ -21,82 +21,62 @@ import ast
 import marshal
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
-START_SECONDS = 60  # for an interpreter on a busy machine
-CLIP = 200  # characters of Outcome.detail
+PROTECTIONS = ["own-namespaces", "read-only-files", "unused-user", "call-filter"]
+PROTECTIONS += ["CPU-limit", "AS-limit", "FSIZE-limit", "NPROC-limit"]  # see setrlimit(2)
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """The resources of one program."""
 
     seconds: float = 30.0  # wall clock, program and tests together
     cpu_seconds: int = 8  # does not depend on other processes; MBPP's slowest reference takes 2.5
     memory_mb: int = 1024  # MiB of address space
-    output_bytes: int = 1 << 20  # standard output and standard error together
+    output_bytes: int = 1 << 20  # standard output and error together; they are a file too
     file_bytes: int = 1 << 24  # of one file, and of the folder if it is in memory
 
 
 DEFAULT = Limits()
 
 
-class Outcome(NamedTuple):
-    """The verdict on a program."""
+def run_tests(program: str, tests: str, limits: Limits = DEFAULT) -> str:
+    """Run the program, then the tests in its names. Return its status.
 
-    passed: bool
-    status: str  # passed | failed | not_python | timeout | memory | output | exit | killed
-    detail: str  # one line: the error or the last line of output
-
-
-def run_tests(program: str, tests: str, limits: Limits = DEFAULT) -> Outcome:
-    """Run the program, then the tests in its names.
-
-    Statuses: failed (it or a test raised), not_python, timeout (wall clock or CPU), memory, output
-    (too much), exit (before its tests ended), killed (by a signal). Raises ValueError for bad
+    passed, failed (it or a test raised), not_python, timeout (wall clock or CPU), memory, output
+    (too much), exit (before its tests ended) or killed (by a signal). Raises ValueError for bad
     tests, OSError if the sandbox itself does not work.
     """
     return _run(program, tests, imports_of(tests), limits)[0]
 
 
-def run_many(jobs: Sequence[tuple[str, str]], limits=DEFAULT, workers: int = 0) -> list[Outcome]:
-    """Return the outcome of each (program, tests), in order. workers: 0 for one a core."""
-    if not workers:
-        affinity = getattr(os, "sched_getaffinity", None)  # Linux
-        workers = len(affinity(0)) if affinity else os.cpu_count() or 1
-    programs, tests = zip(*jobs) if jobs else ((), ())
-    with ThreadPoolExecutor(workers) as pool:
-        outcomes = pool.map(run_tests, programs, tests, repeat(limits))
-        return list(tqdm(outcomes, total=len(jobs), unit="program", leave=False, disable=None))
+def run_many(jobs: Sequence[tuple[str, str]], limits=DEFAULT, workers: int = 0) -> list[str]:
+    """Return the status of each (program, tests), in order. workers: 0 for one a core."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    with ThreadPoolExecutor(workers or cores) as pool:
+        statuses = pool.map(lambda job: run_tests(*job, limits), jobs)
+        return list(tqdm(statuses, total=len(jobs), unit="program", leave=False, disable=None))
 
 
 def isolation() -> str:
-    """Run an empty program and return one sentence on its restrictions."""
-    facts = _run("", "pass", [], DEFAULT)[1]
-    user = next((f"an unused user ({fact[5:]})" for fact in facts if fact.startswith("user=")), "")
-    refused = ", ".join(fact[3:] for fact in facts if fact.startswith("no_"))
-    hidden = "namespaces" in facts
-    parts = [
-        f"as {user or f'your own user ({os.getuid()})'}",
-        "without network" if hidden or "filter" in facts else "WITH network",
-        f"seeing {'no other process (own namespaces)' if hidden else 'other processes'}",
-        "writing only to an empty folder in memory"
-        if "sealed" in facts
-        else f"writing where {'everyone' if user else 'you'} may",
-        f"without the limits {refused}" if refused else "with all limits",
-    ]
-    return f"sandbox: programs run {', '.join(parts)}"
+    """Run an empty program and return what confines it on this machine, and what does not.
+
+    own-namespaces: no network, no other process in sight. read-only-files: except one folder in
+    memory. call-filter: no network, no signals to other processes.
+    """
+    held = _run("", "pass", [], DEFAULT)[1]
+    missing = [f"WITHOUT {name}" for name in PROTECTIONS if name not in held]
+    return f"sandbox: {', '.join(held + missing)}"
 
 
 def imports_of(tests: str) -> list[str]:
@@ -116,36 +96,43 @@ def imports_of(tests: str) -> list[str]:
     return modules
 
 
-def _run(program: str, tests: str, modules: list, limits: Limits) -> tuple[Outcome, list[str]]:
-    """Return the outcome and the restrictions in force."""
+def _run(program: str, tests: str, modules: list, limits: Limits) -> tuple[str, list[str]]:
+    """Return the status and the restrictions in force."""
     if not hasattr(os, "fork"):
         raise ValueError("programs can only be contained on Linux or macOS; use WSL on Windows")
-    command = [sys.executable, "-s", "-S", "-B", str(CHILD), *map(str, astuple(limits))]
+    seconds, *numbers = limits
+    command = [sys.executable, "-s", "-S", "-B", str(CHILD), *map(str, numbers)]
     # PYTHONHASHSEED: sets have one order, so a program has one verdict.
     env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
     env |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     job = marshal.dumps((program, tests, modules))
-    timeout = limits.seconds + START_SECONDS
     parent = tempfile.mkdtemp(prefix="program-")  # the program cannot replace a folder in it
     try:
         os.chmod(parent, 0o711)
         folder = os.path.join(parent, "folder")
         os.mkdir(folder)
-        options = dict(cwd=folder, env=env, start_new_session=True, capture_output=True)
-        done = subprocess.run(command, input=job, timeout=timeout, **options)
-    except subprocess.TimeoutExpired as expired:  # the judge is dead
-        done = expired
+        ready, status, errors = _judge(command, job, seconds, cwd=folder, env=env)
     finally:
         _remove(parent)
-    errors = (done.stderr or b"").decode(errors="replace").strip()
-    first, _, rest = (done.stdout or b"").decode(errors="replace").partition("\n")
-    status, _, detail = rest.partition("\n")
-    if errors or not first.startswith("ready"):  # the program cannot write there
-        reason = errors.rpartition("\n")[2] or f"no answer within {START_SECONDS} s"
+    if errors or not ready.startswith("ready"):  # the program cannot write there
+        reason = errors.strip().rpartition("\n")[2] or "no answer"
         raise OSError(f"the sandbox does not work here: {reason}")
-    detail = "".join(c if c.isprintable() else " " for c in detail).strip()[:CLIP]
-    status = status or "killed"
-    return Outcome(status == "passed", status, detail), first.split()[1:]
+    return status or "killed", ready.split()[1:]
+
+
+def _judge(command: list[str], job: bytes, seconds: float, **place) -> list[str]:
+    """Return what the child says when it is ready, the status, and its own faults."""
+    place |= dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, bufsize=0, start_new_session=True, **place) as child:
+        try:
+            ready = child.stdout.readline()
+            status, errors = child.communicate(job, seconds)
+        except subprocess.TimeoutExpired:
+            status, errors = b"timeout", b""
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+    return [text.decode(errors="replace") for text in (ready, status, errors)]
 
 
 def _remove(folder: str) -> None:

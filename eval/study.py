@@ -6,6 +6,7 @@ The folder of a model has a hash of the recipe so far in its name. So jobs share
 training resumes, and a model with other settings is never reused.
 """
 
+import gzip
 import hashlib
 import itertools
 import json
@@ -257,6 +258,14 @@ def keep_weights(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def write_answers(path: Path, result: dict) -> None:
+    """Move the items of a result to a file that --predictions of the evaluation reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(result.pop("items"), ensure_ascii=False, indent=0).encode()
+    # Without a time, so that equal answers are equal files.
+    write_atomically(path, lambda file: file.write(gzip.compress(content, mtime=0)))
+
+
 class Runner:
     """Runs jobs, several at a time. Each finished job adds or replaces one line of `path`."""
 
@@ -297,6 +306,8 @@ class Runner:
         self._run_stage(job.stage)
         result = json.loads((self.out / f"{job.stage.folder}.json").read_text(encoding="utf-8"))
         with self.file_lock:
+            if "items" in result:
+                write_answers(self.path.parent / "predictions" / f"{job.name}.json.gz", result)
             lines = read_results(self.path)
             lines[job.name] = {"job": job.name, "recipe": job.stage.recipe, **result}
             write_results(self.path, lines)

@@ -390,7 +390,7 @@ def draw_quickstart(lines: Lines, path: Path) -> None:
 
 def run_real(cfg: TablesConfig, results: Path) -> None:
     real.prepare()
-    jobs = list(real.jobs(1 if cfg.quick else cfg.seeds, str(results)))
+    jobs = list(real.jobs(1 if cfg.quick else cfg.seeds))
     if cfg.quick:
         jobs = [real.quick(job) for job in jobs]
     path = results / "real.jsonl"

@@ -1,42 +1,39 @@
-"""Self-speculative decoding: one set of weights drafts the whole target at once and verifies it.
+"""Speculative decoding: the text of an AR model in fewer network calls.
 
-With bidirectional attention the network rewrites a canvas, as in diffusion.generate. With causal
-attention one call predicts what AR decoding would write at each slot. Tokens are accepted from the
-left as long as both agree, and the first other one is replaced by AR's. So each round adds at least
-one token, and the text is AR's. At a temperature it is drawn exactly from AR's distribution
-(speculative sampling, Leviathan et al., arXiv 2211.17192, section 2.3). Train for both masks with
-ar_loss_weight.
+Each call holds the last token, the drafted ones after it, and masks after each of them. The frozen
+network verifies the drafts: they are accepted from the left as long as they are what it would
+generate, and it supplies the token after them. The masks after that point are the next drafts. At a
+temperature the text has the model's own distribution (arXiv 2211.17192, section 2.3).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache as remember
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configurator import setting, validate
-from diffusion import align_logits, expected_embedding, sample_noise
-from infra.logits import GenerateOutput, banned_token_ids, draw_tokens, token_nll
-from infra.rng import ACCEPT, CANVAS, SAMPLE, CounterRNG, make_rng
-from model import split_prompt
+import autoregressive
+from configurator import require, setting
+from extras.adapter import DraftModel, check_model, load_adapter
+from infra.logits import GenerateOutput, argmax, banned_token_ids, draw_tokens, token_nll
+from infra.rng import ACCEPT, SAMPLE, CounterRNG, make_rng
+from model import Transformer, split_prompt
 
 
 @dataclass
-class SamplerConfig:
-    """How a draft is written and which distribution it is verified against."""
+class SamplerConfig(autoregressive.SamplerConfig):
+    """Whose drafts are verified, and how many."""
 
-    temperature: float = setting(0.0, "of draft and check", minimum=1e-3, zero_ok=True)
-    draft_steps: int = setting(2, "diffusion calls before the first check", minimum=1, maximum=16)
-
-    def __post_init__(self):
-        validate(self)
+    draft: str = setting("", "folder of extras.draft: same text, fewer calls", path=True)
+    draft_tokens: int = setting(0, "drafted in one call; 0: all masks", maximum=15)
 
 
 @torch.no_grad()
 def generate(
-    model,
+    model: DraftModel,
     prefix: Tensor,
     cfg: SamplerConfig,
     seed: int = 0,
@@ -45,131 +42,166 @@ def generate(
 ) -> GenerateOutput:
     """Return autoregressive.generate's text for each prefix (B, P), in fewer network calls.
 
-    The text may differ if two tokens are equally likely up to rounding. score: of the AR model.
-    calls: drafts and checks of the row. example: see autoregressive.generate.
-    on_step: see diffusion.denoise; called after each draft and each check.
+    A greedy text may differ if two tokens are equally likely up to rounding. score: see there.
+    on_step: called with (step, tokens and drafts (B, T - 1), logits (B, T - 1, V), rows).
     """
     model_cfg = model.cfg
-    _check_model(model_cfg)
+    K = cfg.draft_tokens or model.adapter.masks
+    B = len(prefix)
     S = model_cfg.target_length - 1
-    rows = torch.arange(len(prefix), device=prefix.device)  # (B,)
+    rows = torch.arange(B, device=prefix.device)
     slot = torch.arange(S, device=prefix.device)
     rng = make_rng(seed, rows if example is None else example)
-    prefix, start = split_prompt(prefix, model_cfg)
-    cache = model.encode(prefix, reserve=model_cfg.target_length)
-    drafter = Drafter(model, cache, start, cfg.temperature)
-    canvas = sample_noise(rng.uniform(CANVAS, S)[0], model_cfg)  # (B, S)
-    length = torch.zeros_like(rows)  # slots that are verified
-    active = torch.ones_like(rows, dtype=torch.bool)
+    banned = banned_token_ids(model_cfg, prefix.device)
+    prefix, token = split_prompt(prefix, model_cfg)
+    cache = model.encode(prefix, room=S + (K + 1) ** 2)
+    chain = token  # (B, C) the last token, then the drafts
+    q: Tensor | None = None  # (B, C - 1, V) what the drafts were drawn from
+    tokens = prefix.new_full((B, S), model_cfg.pad_id)
+    length = torch.zeros_like(rows)
     calls = torch.zeros_like(rows)
-    loss = torch.zeros(len(rows), device=rows.device)
-    report = on_step or (lambda *_: None)
-    report(0, canvas, None, rows)
-    step = 0
+    loss = torch.zeros(B, device=prefix.device)
+    active = torch.ones_like(rows, dtype=torch.bool)
     for turn in range(S):
+        C = chain.shape[1]
         turn_rng = rng.fold_in(turn)
-        is_open = active[:, None] & (slot >= length[:, None])  # (B, S); a finished row is frozen
-        drafts = 1 if turn else cfg.draft_steps
-        for k in range(drafts):
-            drawn = drafter.draft(canvas, turn_rng.uniform(SAMPLE, S, k)[0])
-            canvas = torch.where(is_open, drawn, canvas)
-            step += 1
-            report(step, canvas, drafter.logits, torch.where(active, rows, -1))
-        logits = drafter.causal_logits(canvas)  # (B, S, V)
-        verified, end = verify_draft(
-            canvas, length, drafter.logits, logits, cfg.temperature, turn_rng
-        )
-        canvas = torch.where(active[:, None], verified, canvas)
-        length = torch.where(active, end, length)
-        calls += (drafts + 1) * active
-        step += 1
-        report(step, canvas, logits, torch.where(active, rows, -1))
-
-        is_pad = (canvas == model_cfg.pad_id) & (slot < length[:, None])
-        pads_before = is_pad.cumsum(1) - is_pad.long()
-        is_text = (slot < length[:, None]) & (pads_before == 0)  # including the first pad
-        loss += token_nll(logits, canvas).masked_fill(~(is_text & is_open), 0.0).sum(1)
-        active = active & ~is_pad.any(1) & (length < S)
+        hidden = read_round(model, cache, chain, K)  # (B, C + C K, width)
+        logits = open_logits(model, hidden[:, :C], banned)
+        verified, n = verify(chain[:, 1:], q, logits, cfg, turn_rng)
+        n = torch.minimum(n, S - length)
+        n = torch.minimum(n, up_to_pad(verified, model_cfg.pad_id)) * active
+        accepted = torch.arange(C, device=rows.device) < n[:, None]  # (B, C)
+        loss += (token_nll(logits, verified) * accepted).sum(1)
+        place = slot - length[:, None]  # (B, S) of each slot in the chain
+        new = (place >= 0) & (place < n[:, None])
+        tokens = torch.where(new, verified.gather(1, place.clamp(0, C - 1)), tokens)
+        length = length + n
+        cache.lengths = cache.lengths + n
+        calls += active
+        last = (n - 1).clamp(min=0)[:, None]  # (B, 1)
+        token = verified.gather(1, last)
+        ended = (token[:, 0] == model_cfg.pad_id) | (length == S)
+        place = C + last * K + torch.arange(K, device=rows.device)  # (B, K) masks after it
+        masks = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))
+        drafts, q = draw(open_logits(model, masks, banned), cfg, turn_rng)
+        if on_step is not None:
+            shown = torch.where(active, rows, -1)
+            report(on_step, turn + 1, (tokens, length, drafts), (logits, n), shown)
+        chain = torch.cat([token, drafts], dim=1)
+        active = active & ~ended
         if not active.any():
             break
-    tokens = torch.where(is_text, canvas, model_cfg.pad_id)
-    return GenerateOutput(tokens, loss / is_text.sum(1), calls)
+    return GenerateOutput(tokens, loss / length, calls)
 
 
-class Drafter:
-    """The two ways to read a canvas after one cached prefix. logits: those of the last draft."""
-
-    def __init__(self, model, cache, start: Tensor, temperature: float):
-        self.model = model
-        self.cache = cache
-        self.start = start  # (B, 1) slot 0 of the target
-        self.temperature = temperature
-        self.banned = banned_token_ids(model.cfg, start.device)
-        self.self_cond: Tensor | None = None
-        self.logits: Tensor | None = None
-
-    def draft(self, canvas: Tensor, uniform: Tensor) -> Tensor:
-        """Return a new token for each slot (B, S), drawn from the diffusion model."""
-        model_cfg = self.model.cfg
-        target = torch.cat([self.start, canvas], dim=1)
-        logits = self.model.decode(self.cache, target, self_cond=self.self_cond)
-        logits = align_logits(logits, model_cfg.shift)
-        if model_cfg.self_conditioning:
-            self.self_cond = expected_embedding(self.model, logits)
-        self.logits = logits.float().index_fill(-1, self.banned, -math.inf)
-        return draw_tokens(self.logits, self.temperature, uniform)
-
-    def causal_logits(self, canvas: Tensor) -> Tensor:
-        """Return AR's logits (B, S, V) of each slot, given the canvas before it."""
-        target = torch.cat([self.start, canvas], dim=1)
-        logits = self.model.decode(self.cache, target, attention="causal")[:, :-1]
-        return logits.float().index_fill(-1, self.banned, -math.inf)
+def open_draft(model: Transformer, cfg: SamplerConfig, path: str) -> DraftModel:
+    """Return the model of a checkpoint with the adapter in cfg.draft, for generate()."""
+    check_model(model, path)
+    drafter = load_adapter(cfg.draft, model)
+    most = drafter.adapter.masks
+    n = cfg.draft_tokens
+    require(n <= most, f"draft_tokens must be at most {most}, the masks of {cfg.draft}, got {n}")
+    return drafter
 
 
-def verify_draft(
-    draft: Tensor,
-    length: Tensor,
-    draft_logits: Tensor,
-    logits: Tensor,
-    temperature: float,
-    rng: CounterRNG,
-) -> tuple[Tensor, Tensor]:
-    """Return the draft (B, S) with its first rejected token replaced, and the new lengths (B,).
+@remember
+def round_layout(C: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return number (W,), offset (W,) and edges (W, W) of a call: C tokens, then C K masks.
 
-    The first `length` slots are verified already. The others were drawn from q, the softmax of
-    draft_logits (B, S, V); AR's p is that of logits (B, S, V). A token is accepted with probability
-    min(1, p / q). The first rejected one is drawn again from max(p - q, 0), normalised, so that its
-    distribution is p. At temperature 0, tokens that equal AR's argmax are accepted.
+    A chain of two tokens, two masks after each; offset is the position after the first token:
+
+        number  0 0 1 2 1 2      token 0   x . . . . .
+        offset  0 1 1 2 2 3      token 1   x x . . . .
+                                 mask 0.1  x . x . . .
+                                 mask 0.2  x . x x . .
+                                 mask 1.1  x x . . x .
+                                 mask 1.2  x x . . x x
     """
-    S = draft.shape[1]
-    slot = torch.arange(S, device=draft.device)
-    row = torch.arange(len(draft), device=draft.device)
-    p = _probabilities(logits, temperature)  # (B, S, V)
-    q = _probabilities(draft_logits, temperature)
-    chance, value = rng.uniform(ACCEPT, S)  # 2 x (B, S)
-    p_draft = p.gather(-1, draft[..., None])[..., 0]  # (B, S)
-    q_draft = q.gather(-1, draft[..., None])[..., 0]
-    accepted = (chance * q_draft < p_draft) | (slot < length[:, None])
-    end = accepted.long().cumprod(1).sum(1)  # (B,) the first rejected slot; S: none
-    at = end.clamp(max=S - 1)
-    residual = (p[row, at] - q[row, at]).clamp(min=0)  # (B, V)
-    # By rounding, p may exceed q nowhere.
-    residual = torch.where(residual.sum(1, keepdim=True) > 0, residual, p[row, at])
-    redrawn = draw_tokens(residual.log()[:, None], 1.0, value[row, at, None])  # (B, 1)
-    return torch.where(slot == end[:, None], redrawn, draft), (end + 1).clamp(max=S)
+    after = torch.cat([torch.arange(C), torch.arange(C).repeat_interleave(K)])  # (W,) its token
+    number = torch.cat([torch.zeros(C, dtype=torch.long), torch.arange(1, K + 1).repeat(C)])
+    to_tokens = (number == 0) & (after <= after[:, None])
+    to_masks = (number > 0) & (after == after[:, None]) & (number <= number[:, None])
+    return number, after + number, to_tokens | to_masks
 
 
-def _probabilities(logits: Tensor, temperature: float) -> Tensor:
-    if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    return (logits / temperature).softmax(-1)
+def read_round(model: DraftModel, cache, chain: Tensor, K: int) -> Tensor:
+    """Return the last layer (B, C + C K, width) for a chain (B, C), with K masks after each."""
+    B, C = chain.shape
+    number, offset, edges = (part.to(chain.device) for part in round_layout(C, K))
+    tokens = F.pad(chain, (0, C * K))
+    position = cache.lengths[:, None] + offset  # (B, W)
+    return model.read(tokens, number, position, cache.start(edges), cache)
 
 
-def _check_model(model_cfg) -> None:
-    bidirectional = model_cfg.target_attention == "bidirectional"
-    if model_cfg.prefix_attention == "joint" or not bidirectional:
-        raise ValueError(
-            "speculative decoding needs a cached prefix and a bidirectional target, got "
-            f"prefix_attention={model_cfg.prefix_attention!r} and "
-            f"target_attention={model_cfg.target_attention!r}; see config/speculative_1_adapt.py"
-        )
+def open_logits(model: DraftModel, hidden: Tensor, banned: Tensor) -> Tensor:
+    """Return float logits (B, T, V), without tokens that no text may hold."""
+    return model.network.head(hidden).float().index_fill(-1, banned, -math.inf)
+
+
+def up_to_pad(tokens: Tensor, pad_id: int) -> Tensor:
+    """Return the number of tokens (B,) up to the first pad, and with it."""
+    before = F.pad((tokens == pad_id).long(), (1, -1)).cumsum(1)
+    return (before == 0).sum(1)
+
+
+def draw(logits: Tensor, cfg: SamplerConfig, rng: CounterRNG) -> tuple[Tensor, Tensor | None]:
+    """Return drafts (B, K) and their probabilities (B, K, V), None if greedy."""
+    if cfg.temperature == 0:
+        return argmax(logits), None
+    q = probabilities(logits, cfg)
+    return draw_tokens(q.log(), 1.0, rng.uniform(SAMPLE, logits.shape[1])[0]), q
+
+
+def verify(
+    drafts: Tensor, q: Tensor | None, logits: Tensor, cfg: SamplerConfig, rng: CounterRNG
+) -> tuple[Tensor, Tensor]:
+    """Return tokens (B, C) and how many of them, (B,), the model generates: 1 to C.
+
+    drafts (B, C - 1) were drawn from q (B, C - 1, V), and p is what logits (B, C, V) say. A draft
+    is accepted with probability min(1, p / q). The first other token is drawn from max(p - q, 0),
+    normalised, so that its distribution is p. After the last draft it is drawn from p.
+    """
+    if cfg.temperature == 0:
+        tokens = argmax(logits)
+        return tokens, (tokens[:, :-1] == drafts).long().cumprod(1).sum(1) + 1
+    p = probabilities(logits, cfg)
+    q = torch.zeros_like(p[:, :1]) if q is None else F.pad(q, (0, 0, 0, 1))  # (B, C, V)
+    drafts = F.pad(drafts, (0, 1))  # (B, C)
+    chance, value = rng.uniform(ACCEPT, drafts.shape[1])
+    ratio = [each.gather(-1, drafts[..., None])[..., 0] for each in (p, q)]  # 2 x (B, C)
+    accepted = chance * ratio[1] < ratio[0]
+    n = accepted[:, :-1].long().cumprod(1).sum(1)[:, None]  # (B, 1)
+    at = n[..., None].expand(-1, -1, p.shape[-1])
+    p = p.gather(1, at)  # (B, 1, V)
+    rest = (p - q.gather(1, at)).clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # by rounding p = q
+    drawn = draw_tokens(rest.log(), 1.0, value.gather(1, n))  # (B, 1)
+    return drafts.scatter(1, n, drawn), n[:, 0] + 1
+
+
+def probabilities(logits: Tensor, cfg: SamplerConfig) -> Tensor:
+    """Return what autoregressive.draw_next draws from, (B, T, V)."""
+    p = (logits / cfg.temperature).softmax(-1)
+    if not cfg.top_k and cfg.top_p == 1:
+        return p
+    ordered, order = p.sort(-1, descending=True)
+    keep = ordered.cumsum(-1) - ordered < cfg.top_p
+    if cfg.top_k:
+        keep[..., cfg.top_k :] = False
+    p = torch.zeros_like(p).scatter(-1, order, ordered * keep)
+    return p / p.sum(-1, keepdim=True)
+
+
+def report(on_step: Callable, step: int, text: tuple, check: tuple, rows: Tensor) -> None:
+    """Show the text with its drafts, and the logits of the slots that this call verified."""
+    tokens, length, drafts = text
+    logits, n = check
+    B, S = tokens.shape
+    slot = torch.arange(S, device=rows.device)
+    place = slot - length[:, None] - 1  # the token after the text is not drafted
+    drafted = (place >= 0) & (place < drafts.shape[1])
+    canvas = torch.where(drafted, drafts.gather(1, place.clamp(0, drafts.shape[1] - 1)), tokens)
+    place = slot - (length - n)[:, None]
+    seen = (place >= 0) & (place < n[:, None])
+    index = place.clamp(0, logits.shape[1] - 1)[..., None].expand(-1, -1, logits.shape[-1])
+    on_step(step, canvas, torch.where(seen[..., None], logits.gather(1, index), 0.0), rows)

@@ -123,7 +123,7 @@ COMMANDS = {
     "speculative": (
         sample.main,
         speculative.SamplerConfig,
-        "--init_from=ours.pt --prompt=a --sampler=speculative",
+        "--init_from=ar.pt --prompt=a --draft=drafts",
     ),
 }
 

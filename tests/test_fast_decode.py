@@ -7,7 +7,6 @@ import torch
 
 import autoregressive
 import diffusion
-from extras import speculative
 from extras.fast_decode import FastAttention, FastDecoder, gemv, speed_up
 from model import Attention, KVCache, ModelConfig, Transformer, build_model
 
@@ -193,16 +192,6 @@ def test_canvases_from_a_captured_step_are_the_same(N, attention, prefix, eager)
         assert_same(model, prefix, diffusion, cfg, fast)
         assert fast.capture.captured == 2  # the first step has no self-conditioning
         assert fast.capture.replayed == 4
-
-
-@PREFIXES
-@FIXED
-def test_speculative_texts_are_the_same(fixed, prefix, eager):
-    model = network(**CACHED)
-    fast = FastDecoder(model, fixed)
-    fast.capture = Recorder()
-    assert_same(model, prefix, speculative, speculative.SamplerConfig(), fast)
-    assert fast.capture.captured == 2 * fixed  # the two masks
 
 
 def test_a_graph_is_freed_with_its_cache(eager):

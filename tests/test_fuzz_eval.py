@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from configurator import all_fields, one_line
 from eval import bound, code, exact_match, python_code, qa, translation
-from eval.common import PairsConfig
+from eval.common import PairsConfig, TaskConfig
 
 COMMANDS = {
     bound: bound.BoundEvalConfig,
     code: code.CodeConfig,
     exact_match: exact_match.ExactMatchConfig,
     python_code: PairsConfig,
-    qa: qa.QaConfig,
+    qa: TaskConfig,
     translation: translation.TranslationConfig,
 }
 TASKS = {qa: ".json", code: ".jsonl", translation: ".txt"}
@@ -24,7 +24,7 @@ TASKS = {qa: ".json", code: ".jsonl", translation: ".txt"}
 LEFT_OUT = {"json", "init_from", "data", "source", "target_source", "predictions", "device"}
 LEFT_OUT |= {"samples", "draws", "noise_steps", "steps", "candidates", "run_code"}
 NUMBERS = [-(10**30), -7, -1, 0, 1, 2, 3, 64, 2**31, 2**63, 10**30]
-WORDS = ["", "ar", "resample", "speculative", "mixture", "all", "nan", "inf", "1e400", "1,2"]
+WORDS = ["", "ar", "resample", "mixture", "all", "nan", "inf", "1e400", "1,2"]
 VALUES = st.sampled_from([*map(str, NUMBERS), *WORDS]) | st.text(max_size=8)
 QUIET = dict(deadline=None, derandomize=True, database=None)
 QUIET |= dict(suppress_health_check=list(HealthCheck))

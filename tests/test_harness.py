@@ -34,7 +34,8 @@ def a_model(kind: str = "ar") -> Transformer:
 def adapted(kind: str = "ar", **bound) -> Model:
     model = a_model(kind)
     run = EvalConfig(batch_size=2)
-    generator = Generator(model, BYTES, *choose_sampler(model.cfg, {}, ""), run)
+    model, *decoder = choose_sampler(model, {}, "")
+    generator = Generator(model, BYTES, *decoder, run)
     return Model(generator, BoundConfig(**bound))
 
 
@@ -126,30 +127,13 @@ def test_generation_obeys_stops_lengths_and_the_size_of_the_model(monkeypatch):
 
 # Through the harness itself
 
-YAML = """
-task: ours_{kind}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: {kind}
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-target_delimiter: ""
-{more}
-"""
-GENERATION = """generation_kwargs:
-  until: ["\\n"]
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-"""
-CHOICE = """doc_to_choice: ["x", "y", "z"]
-metric_list:
-  - metric: acc
-"""
+FIELDS = dict(dataset_path="json", test_split="test", target_delimiter="")
+FIELDS |= dict(doc_to_text="{{question}}", doc_to_target="{{answer}}")
+EXACT_MATCH = dict(metric="exact_match", aggregation="mean", higher_is_better=True)
+KINDS = {
+    "generate_until": dict(generation_kwargs={"until": ["\n"]}, metric_list=[EXACT_MATCH]),
+    "multiple_choice": dict(doc_to_choice=["x", "y", "z"], metric_list=[{"metric": "acc"}]),
+}
 
 
 @pytest.fixture
@@ -166,9 +150,10 @@ def task(tmp_path, monkeypatch):
         data = tmp_path / f"{kind}.jsonl"
         rows = [{"question": q, "answer": a} for q, a in zip("abcd", answers)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        more = GENERATION if kind == "generate_until" else CHOICE
+        files = {"data_files": {"test": str(data)}}
+        names = dict(task=f"ours_{kind}", output_type=kind, dataset_kwargs=files)
         path = tmp_path / f"{kind}.yaml"
-        path.write_text(YAML.format(kind=kind, data=data, more=more))
+        path.write_text(json.dumps(FIELDS | names | KINDS[kind]))  # JSON is YAML
         return path
 
     return write

@@ -13,7 +13,6 @@ import pytest
 from eval.metrics import (
     answer_exact_match,
     answer_f1,
-    edit_similarity,
     interval,
     mcnemar,
     mean,
@@ -102,21 +101,6 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_draw():
             subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
             share = sum(map(any, subsets)) / len(subsets)
             assert pass_at_k(n, c, k) == pytest.approx(share)
-
-
-@pytest.mark.parametrize(
-    "one, other, similar",
-    [
-        ("abc", "abc", 1),
-        ("", "", 1),
-        ("abc", "xyz", 0),
-        ("", "x", 0),
-        ("abcd", "bcde", 0.75),  # bcd: 2 * 3 / 8
-        ("x" * 300 + "a", "x" * 300 + "b", 600 / 602),  # no character counts as junk
-    ],
-)
-def test_edit_similarity_of_texts_worked_by_hand(one, other, similar):
-    assert edit_similarity(one, other) == similar
 
 
 # Translation

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from data.tokenizer import Tokenizer, get_tokenizer
+from extras.adapter import AdapterConfig, DraftModel
 from model import ModelConfig, Transformer
 from tests.browser import Browser
 from view import page as view_page
@@ -41,7 +42,9 @@ def recorded(module: str, settings: dict, rows: int = 1):
     """Return (model, frames of the first text, output, recorder)."""
     decoder = importlib.import_module(module)
     growing = module == "autoregressive"
-    model = model_of(**({} if growing else DIFFUSION))
+    model = model_of(**(DIFFUSION if module == "diffusion" else {}))
+    if module == "extras.speculative":
+        model = DraftModel(model, AdapterConfig(masks=2))
     cfg = decoder.SamplerConfig(**settings)
     with Recorder(BYTES.pad_id, growing, getattr(cfg, "candidates", 1)) as recorder:
         prompt = torch.tensor([[97, 98]] * rows)
@@ -107,7 +110,7 @@ WAYS = [
     ("diffusion", dict(sampler="argmax_unrolled", steps=5, candidates=2, update_fraction=0.3)),
     ("diffusion", dict(sampler="confidence", steps=3, candidates=2)),
     ("diffusion", dict(sampler="entropy_bound", steps=5, candidates=2)),
-    ("extras.speculative", dict(draft_steps=2)),
+    ("extras.speculative", dict(temperature=1.0)),
 ]
 
 

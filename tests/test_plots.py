@@ -6,31 +6,23 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from eval_models import BYTES, JOINT, save_model
 
 pytest.importorskip("matplotlib")
 
 import diffusion  # noqa: E402
-from data.tokenizer import get_tokenizer  # noqa: E402
 from eval import plots  # noqa: E402
-from infra.checkpoint import load_model, save  # noqa: E402
-from model import ModelConfig, Transformer, attention_mask  # noqa: E402
+from infra.checkpoint import load_model  # noqa: E402
+from model import attention_mask  # noqa: E402
 from tests.browser import Browser  # noqa: E402
 from view.cells import spans  # noqa: E402
 from view.record import UNKNOWN, Frame  # noqa: E402
 
-BYTES = get_tokenizer("bytes")
-TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 24, "target_length": 12}
-DIFFUSION = {"paradigm": "diffusion", "target_attention": "bidirectional"}
+SIZES = {"block_size": 24, "target_length": 12}
 SVG = "{http://www.w3.org/2000/svg}"
 
 # matplotlib warns if a character is missing in its font or if something does not fit
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-def a_checkpoint(path, **settings):
-    torch.manual_seed(0)
-    save(path, Transformer(ModelConfig(**TINY | settings)), 0, "bytes")
-    return path
 
 
 @pytest.fixture
@@ -89,7 +81,8 @@ def frames_of(svg: str) -> list[list[str]]:
     "settings", [{"steps": 4, "temperature": 1.0}, {"steps": 3, "sampler": "entropy_bound"}]
 )
 def test_a_canvas_has_a_frame_per_step_and_shows_what_generate_writes(settings, tmp_path, capsys):
-    path = a_checkpoint(tmp_path / "d.pt", **DIFFUSION)
+    path = tmp_path / "d.pt"
+    save_model(path, **SIZES, **JOINT)
     out = tmp_path / "new" / "canvas.svg"
     flags = [f"--{name}={value}" for name, value in settings.items()]
     plots.main([f"--canvas={path}", "--prompt=a<&", f"--out={out}", *flags])
@@ -164,16 +157,17 @@ def test_the_mask_patterns_are_those_of_the_docstring():
         assert marks == [row[5 * k : 5 * k + 5] for row in rows]
 
 
-def test_what_makes_no_sense_is_refused(tmp_path):
-    ar = a_checkpoint(tmp_path / "ar.pt")
-    model = a_checkpoint(tmp_path / "d.pt", **DIFFUSION)
-    canvas = [f"--canvas={model}", "--prompt=x", "--out=a.svg"]
-    for argv, message in (
-        ([], "give one of"),
-        (["out/run", "--docs=a"], "give one of"),
-        ([f"--canvas={ar}", *canvas[1:]], "needs a diffusion checkpoint"),
-        ([*canvas, "--candidates=2"], "and --candidates=1"),
-        ([*canvas[:2], "--out=a.gif"], "--out=FILE.svg"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            plots.main(argv)
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("", "give one of"),
+        ("out/run --docs=a", "give one of"),
+        ("--canvas=ar.pt --prompt=x --out=a.svg", "needs a diffusion checkpoint"),
+        ("--canvas=ar.pt --prompt=x --out=a.gif", "--out=FILE.svg"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path, monkeypatch, flags, says):
+    monkeypatch.chdir(tmp_path)
+    save_model("ar.pt", **SIZES)
+    with pytest.raises(ValueError, match=says):
+        plots.main(flags.split())

@@ -1,8 +1,6 @@
 """eval/real.py: the jobs of the real tasks, and their committed answers scored again."""
 
 import importlib
-import json
-import runpy
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -15,7 +13,7 @@ from eval.study import Stage, read_results
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-JOBS = list(real.jobs(3, "results"))
+JOBS = list(real.jobs(3))
 LINES = read_results(ROOT / "results/real.jsonl")
 
 
@@ -53,9 +51,8 @@ def test_every_training_of_a_chain_has_settings_that_exist():
 def test_adaptation_counts_its_target_tokens():
     """0.1M tokens are 33 steps of 16 rows with 192 target tokens, to 2%."""
     stage = real.adapted(0.1, "text", 1, real.imported())
-    flags = dict(flag[2:].split("=") for flag in stage.argv[2:])
-    config = runpy.run_path(str(ROOT / stage.argv[1]))
-    tokens = int(flags["max_steps"]) * config["batch_size"] * 192
+    flags = dict(flag[2:].split("=") for flag in stage.argv[1:])
+    tokens = int(flags["max_steps"]) * int(flags["batch_size"]) * 192
     assert tokens == pytest.approx(100_000, rel=0.02)
     assert "--target_length=193" in real.DATA_COMMANDS["text"]
 
@@ -99,50 +96,14 @@ def test_what_is_missing_is_one_line_with_the_remedy(tmp_path, monkeypatch, miss
 
 # Answers
 
-SQUAD = """{"data": [{"title": "Dogs", "paragraphs": [{"context": "The red dog of Ann ran.", "qas":
-[{"id": "q", "question": "Whose dog?", "answers": [{"text": "Ann", "answer_start": 0}]}]}]}]}"""
-MBPP = {
-    "text": "Double.",
-    "code": "def f(x):\n    return 2 * x",
-    "test_setup_code": "",
-    "task_id": 11,
-}
-
-
-@pytest.mark.parametrize(
-    "module, name, content, flags",
-    [
-        (qa, "dev.json", SQUAD, []),
-        (translation, "a.tsv", "A dog.\tUn chien.\nA cat.\tUn chat.\n", []),
-        (
-            code,
-            "mbpp.jsonl",
-            json.dumps(MBPP | {"test_list": ["assert f(2) == 4"]}),
-            ["--run_code"],
-        ),
-    ],
-)
-@pytest.mark.parametrize("end", ["", ".gz"])
-def test_saved_answers_are_the_predictions_of_another_run(
-    tmp_path, module, name, content, flags, end
-):
-    (tmp_path / name).write_text(content)
-    flags = [f"--source={tmp_path / name}", *flags]
-    path = tmp_path / f"new/answers{end}"
-    first = module.main([*flags, "--reference", f"--save={path}"])
-    again = module.main([*flags, f"--predictions={path}", f"--save={tmp_path / 'again'}{end}"])
-    metrics = [key.removesuffix("_interval") for key in first if key.endswith("_interval")]
-    assert metrics and all(first[metric] == again[metric] for metric in metrics)
-    assert path.read_bytes() == (tmp_path / f"again{end}").read_bytes()
-
 
 @pytest.mark.parametrize("name", [name for name in LINES if name.startswith("real_1_")] or ["none"])
 def test_committed_answers_score_as_their_line_says(name, tmp_path, monkeypatch):
     if name == "none" or not SHARED.exists():
         pytest.skip("no results/real.jsonl, or no ../shared/data")
     recipe = shlex.split(LINES[name]["recipe"][-1])
-    save = [flag for flag in recipe if flag.startswith("--save=")]
-    if not save:
+    answers = ROOT / f"results/predictions/{name}.json.gz"
+    if "--items=True" not in recipe:
         pytest.skip("a curve: its answers are not kept")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out/real").mkdir(parents=True)
@@ -158,7 +119,6 @@ def test_committed_answers_score_as_their_line_says(name, tmp_path, monkeypatch)
         "--run_code",
     )
     flags = [flag for flag in recipe if flag.startswith(kept)]
-    answers = ROOT / save[0].removeprefix("--save=")
     found = module.main([*flags, f"--predictions={answers}"])
     metrics = [key.removesuffix("_interval") for key in LINES[name] if key.endswith("_interval")]
     for metric in metrics:
@@ -180,7 +140,7 @@ def test_every_kind_of_job_starts(tmp_path, monkeypatch):
         argv = job.stage.argv
         sampler = tuple(flag.split("=")[0] for flag in argv)
         kinds[job.name.split("_")[2], len(chain_of(job.stage)), sampler] = job
-    monkeypatch.setattr(real, "jobs", lambda seeds, results: iter(kinds.values()))
+    monkeypatch.setattr(real, "jobs", lambda seeds: iter(kinds.values()))
     tables.main(["--scale=real", "--quick"])
     lines = read_results(tmp_path / "out/tables/quick/real.jsonl")
     assert set(lines) == {job.name for job in kinds.values()}

@@ -69,14 +69,9 @@ def test_infilling_keeps_the_given_text(generate):
             assert re.fullmatch(r"ab.{0,3}cd\n", stdout, re.DOTALL), stdout
 
 
-def test_a_diffusion_model_decodes_in_three_ways(generate):
-    """Left to right and by speculation the text is the same; by diffusion it differs."""
-    ar, ar_line = generate("cached", "--prompt=hello", "--sampler=ar")
-    flags = ["--sampler=speculative", "--draft_steps=3"]
-    drafted, line = generate("cached", "--prompt=hello", *flags)
-    assert drafted == ar != generate("cached", "--prompt=hello")[0]
-    calls, fewer = (int(re.search(r"(\d+) network calls", x)[1]) for x in (ar_line, line))
-    assert calls == 11 and fewer % 2 == 0 and 4 <= fewer <= 24  # 3 + 1, then 1 + 1 per round
+def test_a_diffusion_model_may_be_read_from_left_to_right(generate):
+    ar, line = generate("cached", "--prompt=hello", "--sampler=ar")
+    assert ar != generate("cached", "--prompt=hello")[0] and " 11 network calls" in line
 
 
 def test_a_template_is_slots_and_then_pads():
@@ -117,9 +112,9 @@ def test_the_prompt_comes_from_a_flag_a_file_or_stdin(tmp_path, monkeypatch, cap
         ("diffusion", "--prompt=a --noise=mask", "cannot set noise=mask: .* has noise=uniform"),
         ("ar", "--prompt=a --infill=[[2]]", "--infill needs a diffusion model"),
         ("ar", "--prompt=", "the prompt is empty"),
-        ("cached", "--prompt=a --sampler=speculatve", "did you mean 'speculative'?"),
-        ("ar", "--prompt=a --sampler=speculative", "cached prefix"),
-        ("cached", "--prompt=a --sampler=speculative --steps=3", "'steps' is not a setting of"),
+        ("cached", "--prompt=a --sampler=resampel", "did you mean 'resample'?"),
+        ("cached", "--prompt=a --draft=o", "decoder-only AR model, got paradigm=diffusion"),
+        ("ar", "--prompt=a --draft=o --steps=3", "'steps' is not a setting of extras.speculative"),
         ("ar", "--prompt=" + "a" * 13, "the prompt has 13 tokens, the model reads at most 12"),
         ("ar", "--prompt=a\udcff", "surrogate"),
         ("ar", "--prompt=a --prompt_file=b", "not both"),

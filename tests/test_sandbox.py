@@ -19,7 +19,7 @@ import tqdm
 
 import eval
 from eval import sandbox
-from eval.sandbox import Limits, Outcome, run_many, run_tests
+from eval.sandbox import Limits, run_many, run_tests
 
 TESTS = """import math, os.path
 assert f(2) == 4
@@ -54,9 +54,8 @@ task = json.load(open(sys.argv[1]))
 from eval import sandbox, sandbox_child
 from eval.sandbox import Limits, run_many
 if task["refuse"]:  # a system that gives no namespaces: unshare(2) is refused
-    libc = sandbox_child.load_libc()
-    libc.prctl(38, 1, 0, 0, 0)
-    assert sandbox_child.refuse_calls(tuple(task["refuse"])) == ["filter"]
+    sandbox_child.LIBC.prctl(38, 1, 0, 0, 0)
+    assert sandbox_child.refuse_calls(tuple(task["refuse"])) == ["call-filter"]
 own = os.path.join(task["folder"], "own")  # belongs to us, and only we may enter; files go to tmp
 os.mkdir(own, 0o700)
 port = socket.create_server(("127.0.0.1", 0))
@@ -167,52 +166,47 @@ def world(request):
 
 def test_no_hostile_program_passes_and_each_is_called_what_it_is(world):
     seen = world["hostile"]
-    wrong = {name: seen[name] for name in seen if seen[name][1] not in STATUSES[name]}
+    wrong = {name: seen[name] for name in seen if seen[name] not in STATUSES[name]}
     assert not wrong and len(seen) == len(STATUSES)
-    assert not any(passed for passed, _, _ in seen.values())
-    details = [detail for _, _, detail in seen.values()]
-    assert all(len(detail) <= sandbox.CLIP and detail.isprintable() for detail in details)
+    assert "passed" not in seen.values()
 
 
 def test_a_right_program_passes_and_finds_nothing_but_the_library_and_an_empty_folder(world):
-    assert {name: outcome for name, outcome in world["looks"].items() if not outcome[0]} == {}
+    assert world["looks"] == dict.fromkeys(world["looks"], "passed")
 
 
 def test_nothing_is_left_behind(world):
     assert world["left"] == [] and world["files"] == []
-    assert world["leaves"]["fork bomb"][1] == "timeout"
+    assert world["leaves"]["fork bomb"] == "timeout"
 
 
 def test_what_is_in_reach_is_what_isolation_says(world):
-    says, root = world["isolation"], world["user"] == 0
-    reached = {name for name, outcome in world["reaches"].items() if outcome[0]}
-    assert ("network" in reached) == ("WITH network" in says)
-    assert (f"your own user ({world['user']})" in says) != root
-    if "own namespaces" in says:
-        assert reached == set() and "only to an empty folder" in says
-    elif root:
-        assert reached <= {"network", "public"} and "where everyone may" in says
+    lacks = {name for name in sandbox.PROTECTIONS if f"WITHOUT {name}" in world["isolation"]}
+    reached = {name for name, status in world["reaches"].items() if status == "passed"}
+    assert ("network" in reached) == (lacks >= {"own-namespaces", "call-filter"})
+    assert ("unused-user" in lacks) == (world["user"] != 0)
+    assert ("read-only-files" in lacks) == ("own-namespaces" in lacks)
+    if "own-namespaces" not in lacks:
+        assert reached == set()
+    elif "unused-user" not in lacks:
+        assert reached <= {"network", "public"}
     else:
-        assert "home" in reached and "where you may" in says
+        assert "home" in reached
     for folder in ("home", "public"):
         assert world[folder] == ["written"] * (folder in reached)
 
 
-def test_verdicts_come_in_order_and_say_what_went_wrong():
-    jobs = [(program, TESTS) for program in (RIGHT, WRONG, "")]
-    seen = run_many([*jobs, (RIGHT, "x = 1\nraise ValueError(x)")])
-    assert seen == [
-        Outcome(True, "passed", ""),
-        Outcome(False, "failed", "AssertionError (line 2 of the tests)"),
-        Outcome(False, "failed", "NameError: name 'f' is not defined (line 2 of the tests)"),
-        Outcome(False, "failed", "ValueError: 1 (line 2 of the tests)"),
-    ]
+def test_verdicts_come_in_order():
+    jobs = [(program, TESTS) for program in (RIGHT, WRONG, "(")]
+    assert run_many(jobs) == ["passed", "failed", "not_python"]
     assert run_many([]) == []
 
 
 def test_cpu_time_is_limited_apart_from_the_clock():
-    outcome = run_tests("while True: pass", TESTS, Limits(seconds=100, cpu_seconds=1))
-    assert outcome == (False, "timeout", "used 1 s of CPU")
+    start = time.monotonic()
+    limits = Limits(seconds=500, cpu_seconds=1)
+    assert run_tests("while True: pass", TESTS, limits) == "timeout"
+    assert time.monotonic() - start < 400
 
 
 @pytest.mark.parametrize(
@@ -227,14 +221,15 @@ def test_cpu_time_is_limited_apart_from_the_clock():
 def test_each_limit_can_be_moved(program, limit, status):
     """A program that fails under the limit passes under a larger one."""
     program += f"\n{RIGHT}"
-    assert run_tests(program, TESTS, Limits(**limit)).status == status
-    assert run_tests(program, TESTS).passed
+    assert run_tests(program, TESTS, Limits(**limit)) == status
+    assert run_tests(program, TESTS) == "passed"
 
 
 def test_a_program_has_one_verdict_though_sets_have_no_order():
-    first = "def f(): return ' '.join({'one', 'two', 'three', 'four', 'five', 'six'})"
-    order = run_tests(first, "raise ValueError(f())").detail
-    assert all(run_tests(first, "raise ValueError(f())").detail == order for _ in range(3))
+    words = "' '.join({'one', 'two', 'three', 'four', 'five', 'six'})"
+    command = [sys.executable, "-c", f"print({words}, end='')"]
+    order = subprocess.check_output(command, env={"PYTHONHASHSEED": "0"}, text=True)
+    assert run_tests(f"def f(): return {words}", f"assert f() == {order!r}") == "passed"
 
 
 READER = """
@@ -242,27 +237,25 @@ import sys, os
 class Yes:
     def __eq__(self, other):
         frame = sys._getframe(2).f_locals
-        os.write(frame['up'], frame['password'].encode() + b'\\n')
+        os.write(frame['up'], frame['password'])
         os._exit(0)
 def f(x): return Yes()
 """
 
 
-@pytest.mark.parametrize(
-    "program, says",
-    [
-        (
-            "class Yes(float):\n    def __eq__(self, x): return True\ndef f(x): return Yes(3)",
-            "__eq__ is always true",
-        ),
-        (f"{WRONG}abs = lambda x: 0", "its own abs"),
-        (READER, "password from frames"),
-    ],
-)
-def test_what_the_docstring_says_can_fool_the_tests_does(program, says):
+HOLES = {
+    "__eq__ is always true": "class Yes(float): __eq__ = lambda *_: True\ndef f(x): return Yes(3)",
+    "its own abs": f"{WRONG}abs = lambda x: 0",
+    "password from frames": READER,
+}
+
+
+@pytest.mark.parametrize("says", HOLES)
+def test_what_the_docstring_says_can_fool_the_tests_does(says):
     """So that the list of holes is neither forgotten nor outdated."""
     tests = "assert abs(f(2) - 4) < 1e-9" if "abs" in says else "assert f(2) == 4"
-    assert run_tests(program, tests).passed and says in " ".join(sandbox.__doc__.split())
+    assert run_tests(HOLES[says], tests) == "passed"
+    assert says in " ".join(sandbox.__doc__.split())
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -328,5 +321,4 @@ def test_the_gold_answers_of_mbpp_pass():
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     tests = ["\n".join([row["test_setup_code"], *row["test_list"]]) for row in rows]
     seen = run_many([(row["code"], test) for row, test in zip(rows, tests)])
-    failed = [(row["task_id"], outcome) for row, outcome in zip(rows, seen) if not outcome.passed]
-    assert failed == []
+    assert {row["task_id"]: status for row, status in zip(rows, seen) if status != "passed"} == {}

@@ -1,0 +1,225 @@
+"""Gated low-rank adapters: an AR network that also drafts, and stays what it was.
+
+A chosen matrix W gets two thin ones, A and B. Where the gate is on, its output is
+W x + alpha / rank B A x (arXiv 2106.09685). Where it is off, it is W x to the bit. The gate is on
+at mask positions only, and a mask is a learned vector in place of an embedding (arXiv 2507.11851).
+So one call verifies tokens with the frozen network and drafts the next ones.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configurator import from_stored, one_line, require, setting, validate
+from infra.checkpoint import write_atomically
+from model import MLP, Attention, KVCache, Transformer, model_from_state_dict
+
+FILE = "adapter.safetensors"
+FORMAT = "ar2diff-adapter"  # the key of what the file says about itself
+CHOICES = {"all": (Attention, MLP), "attention": (Attention,), "mlp": (MLP,)}
+
+
+@dataclass
+class AdapterConfig:
+    """What an adapter consists of. In its file."""
+
+    masks: int = setting(3, "tokens drafted in one call", minimum=1, maximum=15)
+    rank: int = setting(32, "of the adapters", minimum=1, maximum=4096)
+    alpha: float = setting(32.0, "their factor is alpha / rank", above=0)
+    matrices: str = setting("all", "of the blocks", tuple(CHOICES))
+
+    def __post_init__(self):
+        validate(self)
+
+
+class Gate:
+    """Where the adapters of a network are on: (T,) or (B, T) bool; None: nowhere."""
+
+    on: Tensor | None = None
+
+
+class GatedLinear(nn.Linear):
+    """A frozen nn.Linear with a low-rank term at the positions where the gate is on."""
+
+    def add_adapter(self, cfg: AdapterConfig, gate: Gate) -> None:
+        self.gate = gate
+        self.scale = cfg.alpha / cfg.rank
+        like = dict(device=self.weight.device, dtype=torch.float32)
+        a = torch.randn(cfg.rank, self.in_features, **like) * self.in_features**-0.5
+        self.adapter_a = nn.Parameter(a)
+        self.adapter_b = nn.Parameter(torch.zeros(self.out_features, cfg.rank, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.gate.on is None:
+            return y
+        low = F.linear(x, self.adapter_a.to(x.dtype))  # (B, T, rank)
+        change = F.linear(low, self.adapter_b.to(x.dtype)) * self.scale
+        return torch.where(self.gate.on[..., None], y + change, y)
+
+
+class DraftModel(nn.Module):
+    """A frozen AR network with adapters and mask vectors. It shares the weights of the model."""
+
+    def __init__(self, model: Transformer, adapter: AdapterConfig):
+        super().__init__()
+        cfg = model.cfg
+        self.cfg = cfg
+        self.adapter = adapter
+        self.gate = Gate()
+        self.network = model_from_state_dict(cfg, model.state_dict()).requires_grad_(False)
+        self.tok = self.network.tok
+        for part in self.network.blocks.modules():
+            if isinstance(part, CHOICES[adapter.matrices]):
+                for layer in part.children():
+                    if type(layer) is nn.Linear:
+                        layer.__class__ = GatedLinear
+                        layer.add_adapter(adapter, self.gate)
+        weight = self.tok.weight.float()
+        vectors = torch.randn(adapter.masks, cfg.n_embd, device=weight.device) * weight.std()
+        self.mask_vectors = nn.Parameter(vectors)  # (masks, C)
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Return all that is not the frozen network's."""
+        return {name: p.data for name, p in self.named_parameters() if p.requires_grad}
+
+    def encode(self, prefix: Tensor, room: int) -> "RowCache":
+        """Read the prefix (B, P), pads anywhere. room: for later tokens of a row."""
+        pads = prefix == self.cfg.pad_id
+        order = pads.long().argsort(dim=1, stable=True)  # pads last
+        cache = self.network.encode(prefix.gather(1, order))
+        return RowCache(cache, (~pads).sum(1), room)
+
+    def read(self, tokens, number, position, mask, cache) -> Tensor:
+        """Return the last layer (B, T, C) of tokens (B, T), of which some are masks.
+
+        number (T,): 0 for a token, j for the j-th mask after one. position (B, T).
+        mask (B, 1, T, S + T) bool: which keys each of them attends to; None: causal.
+        """
+        network = self.network
+        position = position.clamp(max=self.cfg.block_size - 1)  # what lies behind is not used
+        is_mask = number > 0  # (T,)
+        vectors = self.mask_vectors[(number - 1).clamp(min=0)]  # (T, C)
+        x = network.tok(tokens)
+        x = torch.where(is_mask[:, None], vectors.to(x.dtype), x)
+        rope = None
+        if self.cfg.position == "learned":
+            x = x + network.pos(position)
+        else:
+            rope = network.rope[:, position, :].to(x.dtype)[:, :, None]  # (2, B, 1, T, D)
+        self.gate.on = is_mask if bool(is_mask.any()) else None
+        try:
+            return network.run_blocks(x, rope, mask, mask is None, cache)
+        finally:
+            self.gate.on = None
+
+
+class RowCache(KVCache):
+    """Keys and values of rows that grow independently: slot i of a row is its position i.
+
+    New ones are written after the first lengths[b] of row b. The caller raises lengths by what it
+    accepts. The next call overwrites the rest.
+    """
+
+    def __init__(self, cache: KVCache, lengths: Tensor, room: int):
+        super().__init__(len(cache.k))
+        self.lengths = lengths  # (B,)
+        self.reserve = cache.length + room
+
+        def widen(buffer):
+            return None if buffer is None else F.pad(buffer, (0, 0, 0, room))
+
+        self.k = list(map(widen, cache.k))
+        self.v = list(map(widen, cache.v))
+
+    def start(self, among: Tensor) -> Tensor:
+        """Return which slots T new tokens attend to, (B, 1, T, S). among (T, T): each other."""
+        T = len(among)
+        self.slots = self.lengths[:, None] + torch.arange(T, device=among.device)  # (B, T)
+        self.length = int(self.slots.max()) + 1
+        slot = torch.arange(self.length, device=among.device)
+        place = slot - self.lengths[:, None]  # (B, S) among the new ones
+        is_new = (place >= 0) & (place < T)
+        new = among[:, place.clamp(0, T - 1)].transpose(0, 1)  # (B, T, S)
+        return ((place < 0)[:, None] | (new & is_new[:, None]))[:, None]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor):
+        """Write k, v (B, H, T, D). Return the keys and values of all slots."""
+        return self._put(self.k, layer, k), self._put(self.v, layer, v)
+
+    def _put(self, buffers: list, layer: int, new: Tensor) -> Tensor:
+        B, H, _, D = new.shape
+        if buffers[layer] is None:  # no prefix
+            buffers[layer] = new.new_zeros(B, H, self.reserve, D)
+        index = self.slots[:, None, :, None].expand_as(new)
+        buffers[layer].scatter_(2, index, new)
+        return buffers[layer][:, :, : self.length]
+
+
+def check_model(model: Transformer, path: str) -> None:
+    """Raise ValueError unless the model of a checkpoint can get adapters."""
+    cfg = model.cfg
+    usable = cfg.paradigm == "ar" and cfg.arch == "decoder_only"
+    kind = f"paradigm={cfg.paradigm}, arch={cfg.arch}"
+    require(usable, f"{path}: drafts need a decoder-only AR model, got {kind}")
+
+
+def digest(model: nn.Module) -> str:
+    """Return the sha256 of all weights of a model."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def save_adapter(path: Path, model: DraftModel, weights: str) -> None:
+    """Write the adapter alone, as safetensors. weights: the digest of the frozen network."""
+    from hf import require as package
+
+    about = {FORMAT: json.dumps({"weights": weights, "adapter": asdict(model.adapter)})}
+    tensors = {name: t.cpu().contiguous() for name, t in model.adapter_tensors().items()}
+    content = package("safetensors.torch").save(tensors, about)
+    write_atomically(path, lambda file: file.write(content))
+
+
+def load_adapter(path: str | Path, model: Transformer) -> DraftModel:
+    """Return the model with the adapter in a file or folder.
+
+    Raises ValueError if the file is missing, damaged, or of other weights.
+    """
+    from hf import require as package
+
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    hint = "make one with python -m extras.draft"
+    require(path.is_file(), f"{path}: no such adapter; {hint}")
+    safe_open = package("safetensors").safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # damaged bytes raise nearly anything
+        reason = one_line(error)[:120]
+        raise ValueError(f"{path}: damaged or not safetensors ({reason}); {hint}") from None
+    known = isinstance(about, dict) and {"weights", "adapter"} <= about.keys()
+    require(known, f"{path}: has tensors, but is no adapter; {hint}")
+    theirs = str(about["weights"])
+    ours = digest(model)
+    digests = f"weights {theirs[:12]}, this model has {ours[:12]}"
+    require(theirs == ours, f"{path}: the adapter belongs to another model ({digests}); {hint}")
+    cfg = from_stored(AdapterConfig, about["adapter"], str(path))
+    drafter = DraftModel(model, cfg).eval()
+    own = drafter.adapter_tensors()
+    shapes = [{(name, part[name].shape) for name in part} for part in (own, tensors)]
+    wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
+    wanted = f"rank {cfg.rank} and {cfg.masks} masks"
+    require(not wrong, f"{path}: {wrong[:1]} does not fit {wanted}; {hint}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+    return drafter
