@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.loader import OUT, build_if_missing
+from data.loader import OUT
 from eval.common import write_text
 from infra.checkpoint import load, write_atomically
 
@@ -73,44 +73,29 @@ class Job(NamedTuple):
 class Scale:
     """What is trained, and for how many steps."""
 
-    pretrain: str  # the data set of pretraining and adaptation
     tasks: dict[str, str]  # data set -> the evaluation of a model that was fine-tuned on it
     network: str  # flags of every model from scratch
     ar_steps: int
     adapt_steps: int  # N
     tune_steps: int
+    scratch_steps: int  # diffusion pretraining of Table 1
+    sampled_items: int  # of Table 3: an item costs up to 160 network calls there
     every: str = ""  # flags of every training
-    scratch_steps: int = 0  # diffusion pretraining of Table 1; 0: no Table 1
-    sampled: tuple[str, ...] = ()  # tasks of Table 3
-    sampled_items: int = 200  # of Table 3: an item costs up to 160 network calls there
 
 
-SMALL_MODEL = "--n_layer=3 --n_embd=96"
-SCALES = {
-    "mini": Scale(
-        pretrain="mini",
-        tasks={
-            "mini_translation": "eval.translation --n=500 --items=false",
-            "mini_qa": "eval.qa --n=500 --items=false",
-            "mini_code": "eval.code --n=500 --items=false --run_code",
-        },
-        network=SMALL_MODEL,
-        ar_steps=600,
-        adapt_steps=200,
-        tune_steps=200,
-        scratch_steps=300,
-        sampled=("mini_translation", "mini_qa", "mini_code"),
-    ),
-    "python": Scale(
-        pretrain="python_code",
-        tasks={"python_pairs": "eval.python_code --n=100"},
-        network=f"{SMALL_MODEL} --block_size=384",
-        every="--batch_size=16",
-        ar_steps=400,
-        adapt_steps=200,
-        tune_steps=100,
-    ),
-}
+MINI = Scale(
+    tasks={
+        "mini_translation": "eval.translation --n=500 --items=false",
+        "mini_qa": "eval.qa --n=500 --items=false",
+        "mini_code": "eval.code --n=500 --items=false --run_code",
+    },
+    network="--n_layer=3 --n_embd=96",
+    ar_steps=600,
+    adapt_steps=200,
+    tune_steps=200,
+    scratch_steps=300,
+    sampled_items=200,
+)
 
 
 def quick(scale: Scale) -> Scale:
@@ -122,12 +107,6 @@ def quick(scale: Scale) -> Scale:
         every="--max_steps=20 --batch_size=4 --eval_batches=1 --eval_interval=20",
         sampled_items=10,
     )
-
-
-def build_data(scale: Scale) -> None:
-    """Build the data sets that are missing."""
-    for name in (scale.pretrain, *scale.tasks):
-        build_if_missing(Path(OUT) / name)
 
 
 # Rows of the tables
@@ -164,14 +143,14 @@ def fine_tuned(scale: Scale, seed: int, row: Row, task: str) -> Stage:
     adapt = f"--schedule=constant {row.adapt}".format(half=n // 2)
     if row.start == "scratch":
         flags = f"{scale.network} {SCRATCH} {adapt}"
-        model = train("scratch", scale.pretrain, steps, flags)
+        model = train("scratch", "mini", steps, flags)
     else:
         flags = f"{scale.network} --schedule=constant"
-        model = train("ar", scale.pretrain, scale.ar_steps, flags)
+        model = train("ar", "mini", scale.ar_steps, flags)
     if row.start == "converted":
         model = Stage("convert", ("ar2diff.py", *row.convert.split()), model)
         if row.times:
-            model = train("adapt", scale.pretrain, steps, adapt, model)
+            model = train("adapt", "mini", steps, adapt, model)
     return train(task, task, scale.tune_steps, "", model)
 
 
@@ -206,22 +185,20 @@ def main_rows(scale: Scale) -> dict[str, Row]:
     }
 
 
-def jobs_of(part: str, scale: Scale, seed: int) -> Iterator[Job]:
+def jobs_of(scale: Scale, seed: int) -> Iterator[Job]:
     """Yield the jobs of the paper's Tables 2, 3 and 1."""
     rows = main_rows(scale)
     for task in scale.tasks:
         for label, row in rows.items():
-            yield Job(f"{part}_{seed}_{task}_{plain(label)}", judge(scale, seed, row, task))
-    for task, (steps, samples) in itertools.product(scale.sampled, STEPS_AND_SAMPLES):
+            yield Job(f"mini_{seed}_{task}_{plain(label)}", judge(scale, seed, row, task))
+    for task, (steps, samples) in itertools.product(scale.tasks, STEPS_AND_SAMPLES):
         sampler = f"--steps={steps} --candidates={samples} --n={scale.sampled_items}"
-        name = f"{part}_{seed}_{task}_table3_{steps}_{samples}"
+        name = f"mini_{seed}_{task}_table3_{steps}_{samples}"
         yield Job(name, judge(scale, seed, rows["AR2Diff_N"], task, sampler))
-    if not scale.scratch_steps:
-        return
     for arch, objective, task in itertools.product(ARCHITECTURES, OBJECTIVES, scale.tasks):
         times = scale.scratch_steps / scale.adapt_steps
         row = Row(times, adapt=f"--arch={arch} --objective={objective}", start="scratch")
-        name = f"{part}_{seed}_{task}_table1_{arch}_{objective}"
+        name = f"mini_{seed}_{task}_table1_{arch}_{objective}"
         yield Job(name, judge(scale, seed, row, task))
 
 

@@ -5,9 +5,8 @@
     python -m eval.tables --scale=real --quick   # every job for 20 steps, to test that it starts
     python -m eval.tables --quickstart           # the evaluations of quickstart.sh
 
-mini: three generated tasks. python: the Python source of this machine. real: SQuAD, Multi30k and
-MBPP, see eval/real.py. A cell is the mean over training seeds, with the lowest and highest in
-brackets.
+mini: three generated tasks. real: SQuAD, Multi30k and MBPP, see eval/real.py. A cell is the mean
+over training seeds, with the lowest and highest in brackets.
 """
 
 import itertools
@@ -20,9 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import configure, run, setting, validate
+from data.loader import OUT, build_if_missing
 from eval import real, study
 from eval.common import environment, markdown, write_text
-from eval.study import SCALES, Runner, plain, read_results, write_results
+from eval.study import MINI, Runner, plain, read_results, write_results
 
 # Scale -> (task, metric, column)
 TASKS = {
@@ -31,10 +31,6 @@ TASKS = {
         ("mini_translation", "bleu", "BLEU"),
         ("mini_qa", "f1", "QA F1 %"),
         ("mini_code", "pass@1", "code pass@1 %"),
-    ],
-    "python": [
-        ("python_pairs", "loss.bits_per_byte", "bits per byte"),
-        ("python_pairs", "generated.parse", "bodies that parse %"),
     ],
     "real": [
         ("squad", "f1", "SQuAD F1 %"),
@@ -49,7 +45,6 @@ TASKS = {
 SCALED = {
     "bleu": 1,
     "chrf": 1,
-    "loss.bits_per_byte": 1,
     "calls_per_sample": 1,
     "seconds_per_sample": 1000,
 }
@@ -87,7 +82,7 @@ QUICKSTART = {
 
 @dataclass
 class TablesConfig:
-    scale: str = setting("mini", "what is trained", choices=(*SCALES, "real"))
+    scale: str = setting("mini", "what is trained", choices=tuple(TASKS))
     quickstart: bool = setting(False, "the table of quickstart.sh, from out/quickstart/")
     seeds: int = setting(3, "training seeds, from 1", minimum=1, maximum=9)
     lanes: int = setting(2, "jobs at a time", minimum=1)
@@ -129,10 +124,8 @@ def cell(column: Column, row: str) -> str:
 
 
 def value(result: dict, metric: str) -> float:
-    """Return a metric, a share in percent. The name of a nested metric has dots."""
-    for name in metric.split("."):
-        result = result[name]
-    return SCALED.get(metric, 100) * result
+    """Return a metric, a share in percent."""
+    return SCALED.get(metric, 100) * result[metric]
 
 
 def grid(heads: list[str], rows: dict[tuple[str, ...], str], columns: list[Column]) -> str:
@@ -141,14 +134,8 @@ def grid(heads: list[str], rows: dict[tuple[str, ...], str], columns: list[Colum
     return markdown([*heads, *(column.title for column in columns)], body)
 
 
-def task_columns(lines: Lines, scale: str, calls: bool = False) -> list[Column]:
-    """Return the columns of the tasks; with `calls` also the cost of a text of the first task."""
-    columns = [Column(title, lines, scale, task, metric) for task, metric, title in TASKS[scale]]
-    if calls:
-        first = (lines, scale, TASKS[scale][0][0])
-        columns.append(Column("calls", *first, "calls_per_sample"))
-        columns.append(Column("ms a text", *first, "seconds_per_sample"))
-    return columns
+def task_columns(lines: Lines, scale: str) -> list[Column]:
+    return [Column(title, lines, scale, task, metric) for task, metric, title in TASKS[scale]]
 
 
 # Tables
@@ -156,31 +143,30 @@ def task_columns(lines: Lines, scale: str, calls: bool = False) -> list[Column]:
 FIRST = "mini_1_mini_translation_"  # jobs of the first seed
 
 
-def table_1(lines: Lines, scale: str = "mini") -> str:
+def table_1(lines: Lines) -> str:
     """Architecture x objective, diffusion from scratch."""
     names = itertools.product(study.OBJECTIVES, study.ARCHITECTURES)
     rows = {(a, o, PAPER_1[a, o]): f"table1_{a}_{o}" for o, a in names}
-    return grid(["architecture", "objective", PAPER], rows, task_columns(lines, scale))
+    return grid(["architecture", "objective", PAPER], rows, task_columns(lines, "mini"))
 
 
-def table_2(lines: Lines, scale: str = "mini") -> str:
+def table_2(lines: Lines) -> str:
     """AR, diffusion, AR2Diff by N."""
-    labels = study.main_rows(SCALES[scale])
-    columns = task_columns(lines, scale, calls=True)
-    if scale == "python":  # not in the paper
-        return grid(["row"], {(label,): label for label in labels}, columns)
-    rows = {(label, PAPER_2.get(label, "")): label for label in labels}
+    columns = task_columns(lines, "mini")
+    first = (lines, "mini", "mini_translation")
+    columns += [Column("calls", *first, "calls_per_sample")]
+    columns += [Column("ms a text", *first, "seconds_per_sample")]
+    rows = {(label, PAPER_2.get(label, "")): label for label in study.main_rows(MINI)}
     return grid(["row", PAPER], rows, columns)
 
 
-def table_3(lines: Lines, scale: str = "mini") -> str:
+def table_3(lines: Lines) -> str:
     """Steps x samples: the paper's diffusion model, our AR2Diff_N. All samples cost calls."""
     rows = {}
     for (steps, samples), paper in PAPER_3.items():
         rows[f"{steps}", f"{samples}", f"{steps * samples}", paper] = f"table3_{steps}_{samples}"
     heads = ["steps", "samples", "calls", "paper: F1, pass@80"]
-    columns = task_columns(lines, scale)
-    return grid(heads, rows, [column for column in columns if column.task in SCALES[scale].sampled])
+    return grid(heads, rows, task_columns(lines, "mini"))
 
 
 def labels(lines: Lines, start: str, end: str = "") -> dict[tuple[str], str]:
@@ -196,11 +182,8 @@ def recipes_table(lines: Lines, main: Lines) -> str:
     """Recipes of adaptation. The last column decodes the adapted weights as an AR model."""
     both = main | lines
     exact = (both, "mini", "mini_translation", "exact_match")
-    python = (both, "python", "python_pairs")
     columns = [
         Column("translation EM %", *exact),
-        Column("Python bits per byte", *python, "loss.bits_per_byte"),
-        Column("bodies that parse %", *python, "generated.parse_and_not_trivial"),
         Column("EM %, decoded as AR", *exact, "_left_to_right"),
     ]
     rows = labels(lines, FIRST) | {("default (Table 2)",): "AR2Diff_N"}
@@ -337,7 +320,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "table1": of_files(table_1, "study"),
     "table2": of_files(table_2, "study"),
     "table3": of_files(table_3, "study"),
-    "python": of_files(lambda lines: table_2(lines, "python"), "study"),
     "recipes": of_files(recipes_table, "recipes", "study"),
     "few_steps": of_files(few_steps_table, "few_steps"),
     "choices": of_files(choices_table, "few_steps", "study"),
@@ -388,42 +370,33 @@ def draw_quickstart(lines: Lines, path: Path) -> None:
     plot_quality(drawn, path)
 
 
-def run_real(cfg: TablesConfig, results: Path) -> None:
-    real.prepare()
-    jobs = list(real.jobs(1 if cfg.quick else cfg.seeds))
-    if cfg.quick:
-        jobs = [real.quick(job) for job in jobs]
-    path = results / "real.jsonl"
-    try:
-        Runner(path, Path(real.OUT)).run(jobs, cfg.lanes)
-    finally:
-        print(real_table(read_results(path)))
-
-
 def main(argv: list[str]) -> None:
     """Run the jobs that are missing, then print the tables."""
     cfg = configure(TablesConfig, argv)
     if cfg.quickstart:
         print(quickstart(Path("out")))
         return
+    seeds = 1 if cfg.quick else cfg.seeds
+    if cfg.scale == "real":
+        real.prepare()
+        jobs = [real.quick(job) if cfg.quick else job for job in real.jobs(seeds)]
+        tables = [real_table, real_steps_table]
+        name = "real"
+    else:
+        scale = study.quick(MINI) if cfg.quick else MINI
+        for data in ("mini", *scale.tasks):
+            build_if_missing(Path(OUT) / data)
+        jobs = [job for seed in range(1, seeds + 1) for job in study.jobs_of(scale, seed)]
+        tables = [table_2, table_1, table_3]
+        name = "study"
     out = Path(cfg.out) / "quick" if cfg.quick else Path(cfg.out)
     results = out if cfg.quick else Path(cfg.results)
-    if cfg.scale == "real":
-        run_real(cfg, results)
-        return
-    path = results / "study.jsonl"
-    scale = study.quick(SCALES[cfg.scale]) if cfg.quick else SCALES[cfg.scale]
-    study.build_data(scale)
-    jobs = []
-    for seed in range(1, 2 if cfg.quick else cfg.seeds + 1):
-        jobs += study.jobs_of(cfg.scale, scale, seed)
+    path = results / f"{name}.jsonl"
     try:
-        Runner(path, out).run(jobs, cfg.lanes)
+        Runner(path, Path(real.OUT) if cfg.scale == "real" else out).run(jobs, cfg.lanes)
     finally:  # a failed job does not hide the others
         lines = read_results(path)
-        print(table_2(lines, cfg.scale))
-        if scale.scratch_steps:
-            print(f"\n{table_1(lines, cfg.scale)}\n\n{table_3(lines, cfg.scale)}")
+        print("\n\n".join(table(lines) for table in tables))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval import study
-from eval.study import SCALES, Job, Row, Runner, Stage, judge, read_results
+from eval.study import MINI, Job, Row, Runner, Stage, judge, read_results
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,27 +18,24 @@ def setting(line: str, name: str) -> str:
     return re.findall(rf"--{name}=(\S+)", line)[-1]
 
 
-@pytest.mark.parametrize("part", ["mini", "python"])
-def test_every_job_of_a_laptop_has_its_line_with_this_recipe(part):
+def test_every_job_has_its_line_with_this_recipe():
     """So the command that prints the tables runs nothing in a fresh clone."""
     lines = read_results(ROOT / "results/study.jsonl")
     for seed in (1, 2, 3):
-        for job in study.jobs_of(part, SCALES[part], seed):
+        for job in study.jobs_of(MINI, seed):
             assert lines[job.name]["recipe"] == job.stage.recipe, job.name
 
 
-@pytest.mark.parametrize("part", SCALES)
-def test_jobs_have_unique_names_and_recipes(part):
-    jobs = [job for seed in (1, 2) for job in study.jobs_of(part, SCALES[part], seed)]
+def test_jobs_have_unique_names_and_recipes():
+    jobs = [job for seed in (1, 2) for job in study.jobs_of(MINI, seed)]
     assert max(Counter(job.name for job in jobs).values()) == 1
     assert len({job.stage.folder for job in jobs}) == len(jobs)
 
 
 def test_jobs_share_models_up_to_the_first_difference():
-    scale = SCALES["mini"]
-    one = judge(scale, 1, Row(1), "mini_qa")
-    other = judge(scale, 1, Row(1), "mini_code")
-    seed = judge(scale, 2, Row(1), "mini_qa")
+    one = judge(MINI, 1, Row(1), "mini_qa")
+    other = judge(MINI, 1, Row(1), "mini_code")
+    seed = judge(MINI, 2, Row(1), "mini_qa")
     assert one.source.folder != other.source.folder
     assert one.source.source.folder == other.source.source.folder
     assert seed.source.source.folder != one.source.source.folder
@@ -46,13 +43,11 @@ def test_jobs_share_models_up_to_the_first_difference():
     assert names == ["train.py", "ar2diff.py", "train.py", "train.py", "-m"]
 
 
-@pytest.mark.parametrize("part", SCALES)
-def test_equal_flops_counts_two_passes_a_diffusion_step(part):
+def test_equal_flops_counts_two_passes_a_diffusion_step():
     """A AR steps and N diffusion steps of two passes cost as much as N + A / 2 diffusion steps."""
-    scale = SCALES[part]
-    row = study.main_rows(scale)["diffusion, equal FLOPs"]
-    steps = int(setting(judge(scale, 1, row, next(iter(scale.tasks))).recipe[0], "max_steps"))
-    assert 2 * steps == scale.ar_steps + 2 * scale.adapt_steps
+    row = study.main_rows(MINI)["diffusion, equal FLOPs"]
+    steps = int(setting(judge(MINI, 1, row, "mini_qa").recipe[0], "max_steps"))
+    assert 2 * steps == MINI.ar_steps + 2 * MINI.adapt_steps
 
 
 def test_the_quickstart_counts_flops_the_same_way_and_names_configs_that_exist():
@@ -126,10 +121,8 @@ def test_every_kind_of_job_starts(tmp_path, monkeypatch):
     from eval import tables
 
     monkeypatch.chdir(tmp_path)
-    scale = SCALES["mini"]
-    one = {"mini_code": scale.tasks["mini_code"]}
-    small = study.replace(scale, tasks=one, sampled=("mini_code",))
-    monkeypatch.setitem(SCALES, "mini", small)
+    one = {"mini_code": MINI.tasks["mini_code"]}
+    monkeypatch.setattr(tables, "MINI", study.replace(MINI, tasks=one))
     tables.main(["--scale=mini", "--quick"])
     lines = read_results(Path("out/tables/quick/study.jsonl"))
     assert len(lines) == 8 + 5 + 4 and all("pass@1" in line for line in lines.values())
