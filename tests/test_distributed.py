@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import train
 from infra import device
 from infra.checkpoint import load
 from infra.distributed import DistributedContext
+from model import Transformer
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4"]
@@ -131,6 +133,41 @@ def test_gradients_are_exchanged_once_per_step(run, tmp_path):
 
     run(2, *WAYS["joint"], "--grad_accum_steps=2", prepare=count_exchanges)
     assert (tmp_path / "calls").read_text() == "xxx"
+
+
+@pytest.mark.parametrize("prefix", ["causal", "bidirectional"])
+def test_a_prefix_read_once_gets_the_gradients_of_one_read_for_every_pass(prefix, run, tmp_path):
+    """Two processes with two micro-batches each; in the oracle, one process has all rows."""
+    flags = [*CACHED, f"--prefix_attention={prefix}", "--ar_loss_weight=0.5", "--batch_size=8"]
+    flags += ["--n_layer=2", "--max_steps=1", "--sample_interval=0"]
+
+    def keep_gradients():
+        def keep(ctx, model, max_norm):
+            if ctx.is_main:
+                gradients = {name: p.grad for name, p in model.named_parameters()}
+                torch.save(gradients, tmp_path / "gradients")
+            return 0.0
+
+        DistributedContext.clip_gradients = keep
+
+    def read_for_every_pass():
+        keep_gradients()
+        read = Transformer.encode
+
+        def encode(model, prefix, reserve=0):
+            assert (prefix == model.cfg.pad_id).any()
+            again = SimpleNamespace(fork=lambda: read(model, prefix, reserve))
+            again.detach = lambda: (again, [])
+            return again
+
+        Transformer.encode = encode
+
+    run(1, *flags, prepare=read_for_every_pass)
+    oracle = torch.load(tmp_path / "gradients")
+    run(2, *flags, "--grad_accum_steps=2", out="b", prepare=keep_gradients)
+    found = torch.load(tmp_path / "gradients")
+    for name, gradient in oracle.items():
+        assert (found[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("world_size, accum", [(1, 1), (2, 3), (4, 2)])
