@@ -32,17 +32,16 @@ def save(path, model, /, step: int, tokenizer: str, keep_last: int = 1, **fields
     keep_last: with 2, the previous file stays as ckpt.1.pt.
     fields: saved too. The field `model` replaces the weights of a model that holds only shards.
     """
-    keep_tokenizer(tokenizer, Path(path).parent)
+    if tokenizer.startswith(f"{FILE}@"):  # it is a file: keep a copy next to the checkpoint
+        text = get_tokenizer(tokenizer).file.encode()
+        write_atomically(Path(path).with_name(FILE), lambda file: file.write(text))
     state = dict(format=FORMAT, step=step, model_config=asdict(model.cfg), tokenizer=tokenizer)
     state |= {"model": model.state_dict()} | fields
     write_atomically(path, lambda file: torch.save(state, file), keep_last)
 
 
 def load(path: str | Path, device: str = "cpu") -> dict:
-    """Return the fields of a checkpoint.
-
-    Raises CorruptCheckpoint if the file is damaged, ValueError if it is missing or not ours.
-    """
+    """Return the fields. Raises CorruptCheckpoint if damaged, ValueError if missing or not ours."""
     path = Path(path).expanduser()
     if not path.is_file():
         nearby = sorted(path.parent.glob("*.pt")) or sorted(Path("out").glob("*/*.pt"))
@@ -55,7 +54,10 @@ def load(path: str | Path, device: str = "cpu") -> dict:
         except Exception as error:  # a foreign pickle, or too little memory
             reason = one_line(error)[:160]
             raise ValueError(f"{path}: cannot be read as a checkpoint: {reason}") from None
-    _check_fields(path, state)
+    try:
+        _check_fields(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return state
 
 
@@ -71,15 +73,6 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[Transformer, Toke
     return model.to(device).eval(), tokenizer, state
 
 
-def keep_tokenizer(name: str, folder: Path) -> None:
-    """Copy a tokenizer that is a file next to the checkpoints that name it."""
-    if name.startswith(f"{FILE}@"):
-        text = get_tokenizer(name).file.encode()
-        path = folder / FILE
-        if not path.is_file() or path.read_bytes() != text:
-            write_atomically(path, lambda file: file.write(text))
-
-
 def write_atomically(path: str | Path, write: Callable, keep_last: int = 1) -> None:
     """Let write(file) fill a temporary file, then rename it. An error leaves path unchanged."""
     path = Path(path)
@@ -90,7 +83,11 @@ def write_atomically(path: str | Path, write: Callable, keep_last: int = 1) -> N
             file.flush()
             os.fsync(file.fileno())
         if keep_last > 1 and path.exists():
-            _keep_backup(path)
+            backup_path(path).unlink(missing_ok=True)
+            try:
+                os.link(path, backup_path(path))  # a second name: path exists at every moment
+            except OSError:  # this file system has no hard links
+                os.replace(path, backup_path(path))
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # some systems cannot sync a folder
             folder = os.open(path.parent, os.O_RDONLY)
@@ -105,14 +102,6 @@ def write_atomically(path: str | Path, write: Callable, keep_last: int = 1) -> N
 
 def backup_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.1{path.suffix}")
-
-
-def _keep_backup(path: Path) -> None:
-    backup_path(path).unlink(missing_ok=True)
-    try:
-        os.link(path, backup_path(path))  # a second name, so that path exists at every moment
-    except OSError:  # this file system has no hard links
-        os.replace(path, backup_path(path))
 
 
 def _check_bytes(path: Path, file) -> None:
@@ -130,16 +119,13 @@ def _check_bytes(path: Path, file) -> None:
         raise CorruptCheckpoint(f"{path}: damaged or not a checkpoint ({reason}); {remedy}")
 
 
-def _check_fields(path: Path, state) -> None:
+def _check_fields(state) -> None:
+    """Validate all fields that every reader needs. Add missing settings of the model."""
     found = state.get("format") if isinstance(state, dict) else None
-    if type(found) is not int or found != FORMAT:
-        raise ValueError(f"{path}: checkpoint format {str(found)[:40]}, this code reads {FORMAT}")
+    readable = type(found) is int and found == FORMAT
+    require(readable, f"checkpoint format {str(found)[:40]}, this code reads {FORMAT}")
     for name, kind in FIELDS.items():
-        if not isinstance(state.get(name), kind) or state[name] == {}:
-            raise ValueError(f"{path}: field {name!r} is missing or not of type {kind.__name__}")
-    require(isinstance(state.get("train_config", {}), dict), f"{path}: train_config is no dict")
-    try:
-        cfg = from_stored(ModelConfig, state["model_config"], "model_config")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    state["model_config"] = asdict(cfg)  # with defaults
+        fits = isinstance(state.get(name), kind) and state[name] != {}
+        require(fits, f"field {name!r} is missing or not of type {kind.__name__}")
+    require(isinstance(state.get("train_config", {}), dict), "train_config is no dict")
+    state["model_config"] = asdict(from_stored(ModelConfig, state["model_config"], "model_config"))

@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,8 +18,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from configurator import one_line
+from configurator import one_line, require
 from infra.device import pick_device
+
+LOST = ("gloo", "nccl", "connection", "tcpstore")  # in a message if another process has ended
 
 
 @dataclass
@@ -52,19 +53,19 @@ class DistributedContext:
         Call it before make_optimizers. fsdp needs AdamW, because Muon needs whole matrices.
         """
         model.to(self.device)
-        if parallel == "fsdp":
-            if not dist.is_initialized():
-                raise ValueError("--parallel=fsdp needs torchrun, which starts several processes")
-            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        if parallel == "ddp":
+            return
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-            # If the prefix is cached, its backward pass comes last and needs all weights. Such a
-            # model is gathered and freed as a whole, once per step.
-            for part in [*model.blocks, model] if model.cfg.single_pass else [model]:
-                fully_shard(part)
-            model.set_reshard_after_backward(model.cfg.single_pass)
-            for name in ("encode", "decode"):  # the loss calls them instead of forward
-                register_fsdp_forward_method(model, name)
-            self.sharded = True
+        require(dist.is_initialized(), "--parallel=fsdp needs torchrun (see README.md)")
+        # If the prefix is cached, its backward pass comes last and needs all weights. Such a model
+        # is gathered and freed as a whole, once per step.
+        for part in [*model.blocks, model] if model.cfg.single_pass else [model]:
+            fully_shard(part)
+        model.set_reshard_after_backward(model.cfg.single_pass)
+        for name in ("encode", "decode"):  # the loss calls them instead of forward
+            register_fsdp_forward_method(model, name)
+        self.sharded = True
 
     def set_gradient_sync(self, model, last: bool) -> None:
         """fsdp: exchange gradients only in the last backward pass of a step."""
@@ -108,9 +109,8 @@ class DistributedContext:
 
     def full_state(self, model: nn.Module, optimizers: list) -> dict:
         """Return {"model", "optimizer": list}, complete on rank 0. All processes must call it."""
-        states = [_map_state(o.state_dict(), lambda value, i: _whole(value)) for o in optimizers]
-        weights = {name: _whole(value) for name, value in model.state_dict().items()}
-        return {"model": weights, "optimizer": states}
+        states = [_whole(optimizer.state_dict()) for optimizer in optimizers]
+        return {"model": _whole(model.state_dict()), "optimizer": states}
 
     def load_full_state(self, model: nn.Module, optimizers: list, state: dict) -> None:
         """Load what full_state returned on rank 0, under any number of processes."""
@@ -119,14 +119,18 @@ class DistributedContext:
         try:
             for optimizer, kept in zip(optimizers, state["optimizer"], strict=True):
                 p = [p for group in optimizer.param_groups for p in group["params"]]
-                optimizer.load_state_dict(_map_state(kept, lambda v, i, p=p: _cut(v, p[i])))
+                moments = kept["state"].items()
+                cut = {i: {k: _cut(v, p[i]) for k, v in named.items()} for i, named in moments}
+                optimizer.load_state_dict(kept | {"state": cut})
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             reason = one_line(error)[:160]
             raise ValueError(f"the optimizer state does not fit this run: {reason}") from None
 
 
 def _whole(value):
-    """Return a tensor put together from its shards, on the CPU of rank 0."""
+    """Return a tensor, or those of nested dicts, put together on the CPU of rank 0."""
+    if isinstance(value, dict):
+        return {name: _whole(part) for name, part in value.items()}
     if not hasattr(value, "full_tensor"):
         return value
     whole = value.full_tensor()  # all processes take part
@@ -143,37 +147,26 @@ def _cut(value, like):
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _map_state(state: dict, function: Callable) -> dict:
-    """Return an optimizer's state_dict with function(value, parameter index) of each value."""
-    mapped = {i: {k: function(v, i) for k, v in d.items()} for i, d in state["state"].items()}
-    return state | {"state": mapped}
-
-
 @contextlib.contextmanager
-def init_distributed(device_name: str, timeout_seconds: float = 600):
-    """Connect the processes that torchrun started. Yields a DistributedContext.
-
-    Only rank 0 prints. timeout_seconds: how long a process waits for the others.
-    """
-    context = DistributedContext(pick_device(device_name))
+def init_distributed(device_name: str):
+    """Connect the processes that torchrun started, yield a DistributedContext. Rank 0 prints."""
+    device = pick_device(device_name)
     if "RANK" not in os.environ:
-        yield context
+        yield DistributedContext(device)
         return
-    if context.device.type == "cuda":
-        context.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(context.device)
-    backend = "cpu:gloo,cuda:nccl" if context.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    context.rank = dist.get_rank()
-    context.world_size = dist.get_world_size()
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    context = DistributedContext(device, dist.get_rank(), dist.get_world_size())
     try:
         with open(os.devnull, "w") as null:
             with contextlib.redirect_stdout(sys.stdout if context.is_main else null):
                 yield context
     except RuntimeError as error:
-        if not any(
-            word in str(error).lower() for word in ("gloo", "nccl", "connection", "tcpstore")
-        ):
+        if not any(word in str(error).lower() for word in LOST):
             raise
         reason = one_line(error)[:160]
         raise ValueError(f"process {context.rank} lost the others: {reason}") from None

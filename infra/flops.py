@@ -31,14 +31,9 @@ def forward_flops(m: ModelConfig, prefix: int, target: int) -> int:
     return 2 * (adds + target * m.vocab_size * C)
 
 
-def train_flops(
-    m: ModelConfig, prefix: int, target: int, unroll_steps=1, ar_loss_weight=0.0
-) -> int:
-    """Return the FLOPs of one training step over a row: forward and backward of each loss term.
-
-    A cached prefix is read once for all terms.
-    """
-    terms = unroll_steps + (ar_loss_weight > 0) if m.paradigm == "diffusion" else 1
+def train_flops(m: ModelConfig, prefix: int, target: int, unroll_steps=1, ar_weight=0.0) -> int:
+    """Return the FLOPs of a training step over a row. All terms share a cached prefix."""
+    terms = unroll_steps + (ar_weight > 0) if m.paradigm == "diffusion" else 1
     flops = terms * forward_flops(m, prefix, target)
     if not m.single_pass:
         flops -= (terms - 1) * forward_flops(m, prefix, 0)

@@ -26,10 +26,8 @@ class GenerateOutput(NamedTuple):
 def banned_token_ids(model_cfg, device) -> Tensor:
     """Return the ids (K,) that no text may hold: all except ordinary tokens and pad; also eos."""
     special = range(model_cfg.n_ordinary, model_cfg.vocab_size)
-    banned = [i for i in special if i != model_cfg.pad_id]
-    if model_cfg.eos_id >= 0:
-        banned.append(model_cfg.eos_id)
-    return torch.tensor(banned, device=device)
+    banned = {*special, model_cfg.eos_id} - {model_cfg.pad_id, -1}  # -1: there is no eos
+    return torch.tensor(sorted(banned), device=device)
 
 
 def cross_entropy_in_place(logits: Tensor, expected: Tensor) -> Tensor:

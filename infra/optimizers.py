@@ -19,15 +19,12 @@ def make_optimizers(model: nn.Module, cfg) -> list[torch.optim.Optimizer]:
     rest = [p for name, p in named if cfg.optimizer != "muon" or not uses_muon(name, p)]
     matrices = [p for p in rest if p.dim() >= 2]
     vectors = [p for p in rest if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay, "lr_ratio": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "lr_ratio": 1.0},
-    ]
-    lr = cfg.learning_rate
-    optimizers = [torch.optim.AdamW(groups, lr, betas=BETAS, fused=True)]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    defaults = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
+    optimizers = [torch.optim.AdamW(groups, **defaults, betas=BETAS, fused=True)]
     if muon:
-        group = {"params": muon, "weight_decay": cfg.weight_decay, "lr_ratio": MUON_LR_RATIO}
-        optimizers.append(torch.optim.Muon([group], lr, adjust_lr_fn="match_rms_adamw"))
+        group = {"params": muon, "lr_ratio": MUON_LR_RATIO}
+        optimizers.append(torch.optim.Muon([group], **defaults, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
@@ -39,7 +36,7 @@ def uses_muon(name: str, p: torch.Tensor) -> bool:
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], learning_rate: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_ratio"]
+            group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
 
 def learning_rate_at(step: int, cfg) -> float:

@@ -39,16 +39,11 @@ class CounterRNG:
         counter = torch.broadcast_tensors(position, example, step, self.candidate[:, None])
         key = (self.seed & MASK_32, (self.seed >> 32) & MASK_32 ^ (stream << 4 | index))
         words = philox(counter, key)  # 4 x (B, length)
-        u, v = ((word >> 8).float() * 2.0**-24 for word in words[:2])  # 24 bits: exact in float32
-        return u, v
+        return tuple((word >> 8).float() * 2.0**-24 for word in words[:2])  # exact in float32
 
     def fold_in(self, step: int) -> "CounterRNG":
         """Return the same rows at another step."""
         return replace(self, step=step)
-
-    def select(self, rows: Tensor) -> "CounterRNG":
-        """Return the RNG of some rows."""
-        return replace(self, example=self.example[rows], candidate=self.candidate[rows])
 
 
 def make_rng(seed: int, example: Tensor, step: int = 0) -> CounterRNG:

@@ -7,7 +7,6 @@ lock                 exists while a run uses the folder, and names it
 
 import contextlib
 import json
-import math
 import os
 import signal
 import socket
@@ -56,10 +55,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def latest_checkpoint(out: Path) -> tuple[Path, dict]:
-    """Return (path, fields) of the newest intact checkpoint. Rename a damaged one to *.damaged.
-
-    Raises CorruptCheckpoint if no file is intact. There must be one.
-    """
+    """Return (path, fields) of the newest intact checkpoint, or raise CorruptCheckpoint."""
     newest, *backups = checkpoints(out)
     try:
         return newest, load(newest)
@@ -81,8 +77,8 @@ def clear(out: Path) -> None:
 def environment(device: torch.device, world_size: int) -> dict:
     """Return what the last bits of a result depend on, next to the settings."""
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    where = {"device": device.type, "world_size": world_size, "threads": threads}
-    return where | {"torch": str(torch.__version__)}
+    version = str(torch.__version__)  # of a class of its own
+    return dict(device=device.type, world_size=world_size, threads=threads, torch=version)
 
 
 def rounding_note(before: dict, now: dict) -> str:
@@ -100,14 +96,16 @@ class Log:
     """
 
     def __init__(self, path: Path, first_step: int, enabled: bool = True, tensorboard=False):
-        lines = path.read_bytes().splitlines() if first_step and path.exists() else []
-        entries = [entry for entry in map(_parse, lines) if entry["step"] <= first_step]
+        entries = []
+        for line in path.read_bytes().splitlines() if first_step and path.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line
+                entry = json.loads(line)
+                if entry["step"] <= first_step:
+                    entries.append(entry)
         self.path = path
         self.last = entries[-1] if entries else {}
         self.file = None
-        self.board = None
-        if enabled and tensorboard:
-            self.board = _open_board(path.parent / "tensorboard", first_step)
+        self.board = _open_board(path.parent, first_step) if enabled and tensorboard else None
         if enabled:
             text = "".join(json.dumps(entry) + "\n" for entry in entries)
             write_atomically(path, lambda file: file.write(text.encode()))
@@ -119,12 +117,15 @@ class Log:
         if self.file is None:
             return
         if self.board is not None:
-            _show_on_board(self.board, entry)
+            for name, value in entry.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, entry["step"])
+                elif isinstance(value, str):
+                    self.board.add_text(name, value, entry["step"])
         line = (json.dumps(entry) + "\n").encode()
-        try:
+        complete = False
+        with contextlib.suppress(OSError):
             complete = self.file.write(line) == len(line)
-        except OSError:
-            complete = False
         if not complete or os.fstat(self.file.fileno()).st_nlink == 0:
             raise OSError(f"{self.path}: not written (no space left, or the file was removed)")
 
@@ -143,29 +144,12 @@ class Log:
         return f"step {entry['step']:6d} | {losses}{rates}{ar}"
 
 
-def _parse(line: bytes) -> dict:
-    """Return a log entry. A killed run may leave half a line: its step is infinite."""
-    try:
-        entry = json.loads(line)
-        return entry if isinstance(entry["step"], int) else {"step": math.inf}
-    except (ValueError, TypeError, KeyError):
-        return {"step": math.inf}
-
-
 def _open_board(folder: Path, first_step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("--tensorboard needs: python -m pip install tensorboard") from None
-    return SummaryWriter(str(folder), purge_step=first_step or None)
-
-
-def _show_on_board(board, entry: dict) -> None:
-    for name, value in entry.items():
-        if isinstance(value, str):
-            board.add_text(name, value, entry["step"])
-        elif isinstance(value, int | float):
-            board.add_scalar(name, value, entry["step"])
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
 
 
 class StopSignals:

@@ -91,7 +91,7 @@ def test_flops_equal_torchs_count(case):
     if case in ("prefix LM", "cached"):
         without_backward = 2 * 2 * 7 * (16 * 16 + 3 * 16 * 24 + 2 * 7 * 16)
     if cfg.paradigm == "diffusion":
-        with_ar = train_flops(cfg, 7, 5, 2, ar_loss_weight=0.5)
+        with_ar = train_flops(cfg, 7, 5, 2, ar_weight=0.5)
         assert with_ar == train_flops(cfg, 7, 5, unroll_steps=3)
         step = flops_of_losses(cfg)
     else:

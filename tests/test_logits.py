@@ -130,7 +130,7 @@ def test_a_number_beyond_the_last_token_gives_the_likeliest():
     assert draw_tokens(logits, 1.0, torch.tensor([[1.0]])).item() == 1
 
 
-@pytest.mark.parametrize("eos_id, banned", [(-1, [6, 7, 8]), (2, [6, 7, 8, 2])])
+@pytest.mark.parametrize("eos_id, banned", [(-1, [6, 7, 8]), (2, [2, 6, 7, 8])])
 def test_text_holds_ordinary_tokens_and_pad_only(eos_id, banned):
     cfg = ModelConfig(vocab_size=9, n_ordinary=5, pad_id=5, sep_id=6, mask_id=7, eos_id=eos_id)
     assert banned_token_ids(cfg, "cpu").tolist() == banned
