@@ -149,7 +149,7 @@ def _open_board(folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("--tensorboard needs: python -m pip install tensorboard") from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
 
 class StopSignals:

@@ -167,6 +167,15 @@ def test_the_log_holds_terms_flops_speed_validation_and_samples(run, capsys):
     assert log[2]["sample"] in capsys.readouterr().out
 
 
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(run, tmp_path):
+    module = "tensorboard.backend.event_processing.event_accumulator"
+    events = pytest.importorskip(module, reason="pip install tensorboard")
+    run("--tensorboard", "--schedule=constant", "--max_steps=3")
+    run("--tensorboard", "--schedule=constant", "--init_from=resume")
+    board = events.EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_best_pt_has_the_lowest_validation_loss_of_all_parts(run, monkeypatch, tmp_path):
     values = iter([3.0, 1.0, 2.0, 2.5, 1.5, 0.5])
     monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(values)})
