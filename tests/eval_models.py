@@ -1,21 +1,22 @@
-"""Tiny data sets and checkpoints for the tests of eval/."""
+"""Tiny data sets, models and checkpoints."""
 
 import torch
 
 from data.loader import write_pairs
 from data.tokenizer import get_tokenizer
 from infra.checkpoint import save
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, build_model
 
 BYTES = get_tokenizer("bytes")
-TINY = dict(n_layer=1, n_head=2, n_embd=16)
+TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=16)
 JOINT = dict(paradigm="diffusion", prefix_attention="joint", target_attention="bidirectional")
+CACHED = JOINT | dict(prefix_attention="bidirectional")
 KINDS = {"ar": {}, "diffusion": JOINT}
 
 
 def tiny_model(**settings) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(ModelConfig(**TINY | settings)).eval()
+    return build_model(ModelConfig(**TINY | settings)).eval()
 
 
 def save_model(path, data="", **settings) -> None:

@@ -18,6 +18,8 @@ import torch.distributed.tensor  # noqa: F401
 from configurator import run
 from data.loader import write_pairs
 
+TINY = "--device=cpu --n_layer=1 --n_head=2 --n_embd=16 --batch_size=4 --log_interval=1".split()
+
 
 def same(a, b) -> bool:
     """Compare bit for bit, also inside lists and dicts."""

@@ -1,6 +1,7 @@
 """The budgets of the project. python tests/test_budgets.py prints them; the test holds them."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -23,26 +24,18 @@ def words(*patterns: str) -> int:
     return sum(len(path.read_text().split()) for path in paths)
 
 
-def root_functions() -> list:
-    """(lines, local names, name) of each function in the root files, without nested ones."""
+def root_functions() -> list[tuple[int, int]]:
+    """(lines, local names) of each function in the root files."""
     found = []
     for path in ROOT_FILES:
-        source = path.read_text()
-        code = compile(source, path.name, "exec")
-        lines = {
-            node.lineno: node.end_lineno - node.lineno + 1
-            for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.FunctionDef)
-        }
-        codes = [code]
+        codes = [compile(path.read_text(), path.name, "exec")]
         while codes:
             part = codes.pop()
             codes += [const for const in part.co_consts if hasattr(const, "co_code")]
-            decorated = [line for line in range(part.co_firstlineno, part.co_firstlineno + 3)]
-            length = next((lines[line] for line in decorated if line in lines), 0)
-            if part.co_name[0] != "<" and length:
-                names = set(part.co_varnames) | set(part.co_cellvars)
-                found.append((length, len(names), f"{path.name}:{part.co_name}"))
+            if part.co_flags & inspect.CO_OPTIMIZED and part.co_name[0] != "<":
+                last = max(line for *_, line in part.co_lines() if line)
+                names = {*part.co_varnames, *part.co_cellvars}
+                found.append((last - part.co_firstlineno + 1, len(names)))
     return found
 
 
@@ -89,7 +82,7 @@ def tracked_results() -> int:
 
 
 def table() -> list[tuple[str, float, float]]:
-    """(what, today, at most). REACHED holds the limits that are not reached yet."""
+    """(what, today, at most). REACHED has the limits that are not reached yet."""
     python = ("*.py", "infra/*.py", "extras/*.py", "hf/*.py", "data/*.py", "eval/*.py")
     small = ("view/*.py", "config/*.py", "docs/**/*.py")
     functions = root_functions()
@@ -104,8 +97,8 @@ def table() -> list[tuple[str, float, float]]:
         ("data/", n_lines("data/*.py"), 1_940),
         ("eval/", n_lines("eval/*.py", "eval/*.sh"), 3_400),
         ("tests", n_lines("tests/**/*.py"), 9_900),
-        ("longest function in the root, lines", max(functions)[0], 60),
-        ("most local names in the root", max(f[1] for f in functions), 25),
+        ("longest function in the root, lines", max(lines for lines, _ in functions), 60),
+        ("most local names in the root", max(names for _, names in functions), 25),
         ("characters per line in the root", sum(map(len, lines)) / len(lines), 50),
         ("lines beyond 100 columns, %", 100 * sum(len(x) > 100 for x in lines) / len(lines), 5),
         ("joined assignments", joined_assignments(), 0),
@@ -121,10 +114,10 @@ def table() -> list[tuple[str, float, float]]:
 
 # Rows above their budget, and where they stand. A row may only come down.
 REACHED = {
-    "Python, without tests": 12_350,
+    "Python, without tests": 12_330,
     "hf/": 1_390,
     "eval/": 3_630,
-    "tests": 10_780,
+    "tests": 10_710,
 }
 
 
@@ -132,11 +125,6 @@ REACHED = {
 def test_within_budget(what, today, limit):
     limit = max(limit, REACHED.get(what, 0))
     assert today <= limit, f"{what}: {today}, budget {limit}"
-
-
-def test_every_function_of_the_root_is_small():
-    large = [f for f in root_functions() if f[0] > 60 or f[1] > 25]
-    assert not large
 
 
 def test_words_that_were_replaced_do_not_return():

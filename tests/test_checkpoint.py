@@ -6,27 +6,15 @@ import random
 
 import pytest
 import torch
+from eval_models import tiny_model
 
-from infra.checkpoint import (
-    FORMAT,
-    CorruptCheckpoint,
-    load,
-    load_model,
-    save,
-)
-from model import ModelConfig, Transformer
-
-
-def build(**settings) -> Transformer:
-    torch.manual_seed(0)
-    sizes = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, target_length=4)
-    return Transformer(ModelConfig(**sizes | settings))
+from infra.checkpoint import FORMAT, CorruptCheckpoint, load, load_model, save
 
 
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "ckpt.pt"
-    save(path, build(), 7, "bytes", best_loss=1.5, train_config={"seed": 3})
+    save(path, tiny_model(), 7, "bytes", best_loss=1.5, train_config={"seed": 3})
     return path
 
 
@@ -42,7 +30,7 @@ def refusal(path, kind=ValueError) -> str:
     "settings", [dict(), dict(tie_weights=False), dict(position="learned", bias=True)], ids=str
 )
 def test_a_model_comes_back_bit_for_bit(tmp_path, settings):
-    model = build(**settings)
+    model = tiny_model(**settings)
     optimizer = torch.optim.AdamW(model.parameters())
     ids = torch.randint(0, 256, (2, 4))
     model(ids, ids).sum().backward()
@@ -61,7 +49,7 @@ def test_a_model_comes_back_bit_for_bit(tmp_path, settings):
 
 def test_two_checkpoints_stay_and_the_name_is_never_missing(path):
     for step in (8, 9):
-        save(path, build(), step, "bytes", keep_last=2)
+        save(path, tiny_model(), step, "bytes", keep_last=2)
     assert (load(path)["step"], load(path.with_name("ckpt.1.pt"))["step"]) == (9, 8)
     assert len(list(path.parent.iterdir())) == 2
 
@@ -144,6 +132,6 @@ def test_a_full_disk_leaves_the_old_file(path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="not written .*No space left.*unchanged"):
-        save(path, build(n_layer=2), 8, "bytes")
+        save(path, tiny_model(n_layer=2), 8, "bytes")
     assert path.read_bytes() == old and load(path)["step"] == 7
     assert [p.name for p in path.parent.iterdir()] == ["ckpt.pt"]

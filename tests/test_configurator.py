@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from processes import make_copy_set
+from eval_models import CACHED, save_model
+from processes import TINY, make_copy_set
 
 import ar2diff
 import autoregressive
@@ -16,8 +17,7 @@ import sample
 import train
 from configurator import build, configure, describe, flatten, read_settings, setting
 from extras import speculative
-from infra.checkpoint import save
-from model import ModelConfig, Transformer
+from model import ModelConfig
 
 
 @dataclass
@@ -113,18 +113,14 @@ def test_help_lists_what_can_be_typed_and_runs_nothing(monkeypatch, capsys):
 
 # Every setting of every command, at and beyond its limits.
 
-TRAIN = "--device=cpu --n_layer=1 --n_head=2 --n_embd=16 --batch_size=4 --data=copy --out_dir=o"
+AR = "--init_from=ar.pt --prompt=a"
 COMMANDS = {
-    "train": (train.main, train.TrainConfig, TRAIN),
+    "train": (train.main, train.TrainConfig, f"{' '.join(TINY)} --data=copy --out_dir=o"),
     "ar2diff": (ar2diff.main, ar2diff.ConvertConfig, "--init_from=ar.pt --out_dir=o"),
-    "sample": (sample.main, sample.SampleConfig, "--init_from=ar.pt --prompt=a"),
-    "ar": (sample.main, autoregressive.SamplerConfig, "--init_from=ar.pt --prompt=a"),
+    "sample": (sample.main, sample.SampleConfig, AR),
+    "ar": (sample.main, autoregressive.SamplerConfig, AR),
     "diffusion": (sample.main, diffusion.SamplerConfig, "--init_from=ours.pt --prompt=a"),
-    "speculative": (
-        sample.main,
-        speculative.SamplerConfig,
-        "--init_from=ar.pt --prompt=a --draft=drafts",
-    ),
+    "speculative": (sample.main, speculative.SamplerConfig, f"{AR} --draft=drafts"),
 }
 
 
@@ -146,10 +142,8 @@ def values(field) -> list[str]:
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     make_copy_set(folder / "copy")
-    sizes = dict(n_layer=1, n_head=2, n_embd=16, block_size=11, target_length=6)
-    ours = dict(paradigm="diffusion", target_attention="bidirectional")
-    for name, settings in {"ar": {}, "ours": ours | dict(prefix_attention="bidirectional")}.items():
-        save(folder / f"{name}.pt", Transformer(ModelConfig(**sizes | settings)), 0, "bytes")
+    save_model(folder / "ar.pt", block_size=11, target_length=6)
+    save_model(folder / "ours.pt", block_size=11, target_length=6, **CACHED)
     return folder
 
 

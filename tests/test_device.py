@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
+from eval_models import tiny_model
 
 from infra.device import compile_or_explain, measured_flops, pick_device
-from model import ModelConfig, Transformer
 
 PAGE_FAULTS = """
 import resource, torch
@@ -50,7 +50,7 @@ def test_auto_is_a_device_that_computes():
 
 
 def test_without_a_compiler_the_model_runs_eagerly(monkeypatch, capsys):
-    model = Transformer(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8))
+    model = tiny_model()
     tokens = torch.arange(6).view(2, 3)
     expected = model(tokens, tokens)
 

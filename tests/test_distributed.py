@@ -12,19 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from processes import make_copy_set, start
+from processes import TINY, start
 
 import train
-from infra import device
 from infra.checkpoint import load
 from infra.distributed import DistributedContext
 from model import Transformer
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4"]
-TINY += ["--max_steps=3", "--learning_rate=0.001", "--warmup_steps=2", "--log_interval=1"]
-TINY += ["--eval_interval=3", "--eval_batches=1", "--save_interval=100", "--sample_interval=3"]
-TINY += ["--optimizer=adamw", "--schedule=constant"]
+SHORT = [*TINY, "--max_steps=3", "--learning_rate=0.001", "--warmup_steps=2", "--eval_batches=1"]
+SHORT += ["--eval_interval=3", "--save_interval=100", "--sample_interval=3"]
+SHORT += ["--optimizer=adamw", "--schedule=constant"]
 DIFFUSION = ["--paradigm=diffusion", "--target_attention=bidirectional"]
 CACHED = [*DIFFUSION, "--prefix_attention=bidirectional", "--self_conditioning"]
 WAYS = {
@@ -38,20 +36,14 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def copy_set(tmp_path_factory) -> Path:
-    return make_copy_set(tmp_path_factory.mktemp("sets") / "copy")
-
-
 @pytest.fixture
 def run(copy_set, tmp_path):
     """run(processes, *flags, out="a") trains in tmp_path/a and returns its last checkpoint."""
 
     def run(processes: int, *flags: str, out: str = "a", prepare=lambda: None):
         def work(rank):
-            device.measured_flops = lambda *_: 1e12
             prepare()
-            train.main([*TINY, f"--data={copy_set}", f"--out_dir={tmp_path / out}", *flags])
+            train.main([*SHORT, f"--data={copy_set}", f"--out_dir={tmp_path / out}", *flags])
 
         statuses = [child.wait() for child in start(processes, work, tmp_path)]
         outputs = [path.read_text() for path in sorted(tmp_path.glob("output_*"))]
@@ -181,7 +173,7 @@ def test_the_rows_of_all_processes_are_the_batch(world_size, accum):
 
 
 def test_an_error_of_one_process_ends_all(copy_set, tmp_path):
-    argv = [*TINY, f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}", "--init_from=nowhere.pt"]
+    argv = [*SHORT, f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}", "--init_from=nowhere.pt"]
     first, second = start(2, lambda rank: train.main(argv), tmp_path)
     assert (first.wait(), second.wait()) == (2, 2)
     assert "nowhere.pt: no such checkpoint" in first.output.read_text()
@@ -190,7 +182,7 @@ def test_an_error_of_one_process_ends_all(copy_set, tmp_path):
 
 
 def test_fsdp_needs_torchrun(copy_set, tmp_path):
-    argv = [*TINY, f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}", "--parallel=fsdp"]
+    argv = [*SHORT, f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}", "--parallel=fsdp"]
     with pytest.raises(ValueError, match="needs torchrun"):
         train.main(argv)
 
@@ -199,7 +191,7 @@ def test_fsdp_needs_torchrun(copy_set, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_torchrun_trains_stops_and_resumes(number, copy_set, tmp_path):
     """SIGTERM to torchrun: all save after the step. SIGKILL of one process ends the rest."""
-    argv = ["train.py", *TINY, f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}"]
+    argv = ["train.py", *SHORT, f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     options["env"] = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -7,11 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
+from eval_models import CACHED, save_model
 from test_readme import ROOT, blocks, commands, desk, run_command  # noqa: F401
-
-from infra.checkpoint import save
-from model import ModelConfig, Transformer
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
@@ -62,17 +59,13 @@ def test_snippets_run(page):
 @pytest.fixture
 def runs(desk) -> Path:  # noqa: F811
     """The runs that the README leaves behind, with tiny models."""
-    torch.manual_seed(0)
-    sizes = dict(n_layer=1, n_head=2, n_embd=16, block_size=88, target_length=41)
-    cached = dict(prefix_attention="bidirectional", target_attention="bidirectional")
-    ours = cached | dict(paradigm="diffusion", shift=True, self_conditioning=True)
+    sizes = dict(block_size=88, target_length=41)
+    ours = CACHED | dict(shift=True, self_conditioning=True)
     names = {"ar2diff_1_ar": {}, "ar_finetune": {}, "ar2diff_2_adapt": ours}
     names |= {"ar2diff_start": ours, "ar2diff_3_finetune": ours}
     for name, settings in names.items():
         (desk / "out" / name).mkdir(parents=True)
-        model = Transformer(ModelConfig(**sizes | settings))
-        data = {"data": "out/data/mini"}
-        save(desk / "out" / name / "ckpt.pt", model, 2, "bytes", train_config=data)
+        save_model(desk / "out" / name / "ckpt.pt", "out/data/mini", **sizes, **settings)
         line = {"step": 2, "loss": 1.0, "val_loss": 1.0, "val_loss_by_rate": {"0.5": 1.0}}
         (desk / "out" / name / "log.jsonl").write_text(json.dumps(line) + "\n")
     return desk

@@ -18,17 +18,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Child, make_copy_set, same
+from processes import TINY, Child, make_copy_set, same
 
 import train
-from infra import device
 from infra.checkpoint import load, write_atomically
 from infra.run_dir import checkpoints
 
 pytestmark = pytest.mark.slow
-SETTINGS = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4"]
-SETTINGS += ["--max_steps=12", "--warmup_steps=2", "--log_interval=1", "--eval_interval=3"]
-SETTINGS += ["--eval_batches=2", "--save_interval=2", "--sample_interval=6", "--dropout=0.1"]
+SETTINGS = [*TINY, "--max_steps=12", "--warmup_steps=2", "--eval_interval=3", "--eval_batches=2"]
+SETTINGS += ["--save_interval=2", "--sample_interval=6", "--dropout=0.1"]
 SETTINGS += ["--paradigm=diffusion", "--prefix_attention=joint", "--target_attention=bidirectional"]
 SETTINGS += ["--self_conditioning", "--grad_accum_steps=2", "--init_from=resume"]
 TIMES = ("tokens_per_s", "mfu", "seconds")  # fields of the log that measure the machine
@@ -48,7 +46,6 @@ class Trial:
 
     def start(self, prepare: Callable[[], object] = lambda: None) -> Child:
         def work():
-            device.measured_flops = lambda *_: 1e12
             prepare()
             train.main([*SETTINGS, f"--data={self.data}", f"--out_dir={self.out}"])
 
@@ -140,12 +137,7 @@ def corrupt_the_newest_checkpoint(trial: Trial) -> bool:
     return True
 
 
-FAULTS = [
-    kill_at_any_moment,
-    kill_during_a_write,
-    fill_the_disk,
-    corrupt_the_newest_checkpoint,
-]
+FAULTS = [kill_at_any_moment, kill_during_a_write, fill_the_disk, corrupt_the_newest_checkpoint]
 
 
 def undisturbed(folder: Path) -> list:
@@ -199,9 +191,8 @@ def main(path: str, trials: str = "25") -> None:
             row["lost_or_changed"] += not equal
         table.append(row)
     command = f"PYTHONPATH=. python tests/test_faults.py {path} {trials}"
-    text = (
-        json.dumps({"table": table, "command": command, "seed": 0} | environment(), indent=1) + "\n"
-    )
+    result = {"table": table, "command": command, "seed": 0} | environment()
+    text = json.dumps(result, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
     print(text)
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from processes import Child
 
 ROOT = Path(__file__).parent.parent
@@ -62,17 +63,53 @@ def test_there_is_no_cycle():
 
 @pytest.mark.parametrize(("program", "most"), [("train", 16), ("sample", 22), ("ar2diff", 22)])
 def test_the_commands_load_few_modules_and_no_optional_package(program, most, tmp_path):
-    """In a fork that forgets our modules. An import of a blocked package fails."""
 
     def load():
-        for name in [name for name in sys.modules if name.split(".")[0] in {*FOLDERS, *FILES}]:
-            del sys.modules[name]
-        for name in ("safetensors", "tokenizers", "transformers", "matplotlib", "gguf", "jinja2"):
-            sys.modules[name] = None
         importlib.import_module(program)
         loaded = sorted(FILES.keys() & sys.modules.keys())
         assert len(loaded) <= most, loaded
         assert not any(name.startswith(("hf.", "eval.", "view.")) for name in loaded), loaded
 
-    child = Child(load, tmp_path / "output")
-    assert child.wait() == 0, (tmp_path / "output").read_text()
+    blocked = ("safetensors", "tokenizers", "transformers", "matplotlib", "gguf", "jinja2")
+    run_without(blocked, load, tmp_path / "output")
+
+
+def run_without(blocked, work, output: Path) -> None:
+    """Call work() in a fork that forgets our modules. An import of what is blocked fails."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] in {*FOLDERS, *FILES}]:
+            del sys.modules[name]
+        sys.modules.update(dict.fromkeys(blocked))
+        work()
+
+    assert Child(forget, output).wait() == 0, output.read_text()
+
+
+def test_without_extras_the_core_trains_converts_and_generates(tmp_path):
+    """The folder may be deleted. No part of it imports another, except extras.adapter."""
+    extras = {name for name in FILES if name.startswith("extras.")} - {"extras.adapter"}
+    assert not any(imports(name, True) & extras for name in extras)
+
+    def work():
+        import ar2diff
+        import sample
+        from data.objectives import Batch
+        from diffusion import LossConfig
+        from infra.rng import make_rng
+        from model import ModelConfig, build_model
+        from train import PARADIGMS
+
+        source = build_model(ModelConfig(n_layer=1, block_size=16, target_length=6))
+        ours = dict(
+            paradigm="diffusion", prefix_attention="joint", target_attention="bidirectional"
+        )
+        batch = Batch(torch.ones(2, 4).long(), torch.ones(2, 6).long(), torch.arange(2))
+        for model in (source, ar2diff.convert(source, **ours)):
+            module = PARADIGMS[model.cfg.paradigm]
+            for term in module.losses(model, batch, LossConfig(), make_rng(0, batch.example)):
+                term.backward()
+            module.generate(model, batch.prefix, module.SamplerConfig())
+        sample.sampler_configs()
+
+    run_without(["extras"], work, tmp_path / "output")

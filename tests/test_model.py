@@ -29,14 +29,18 @@ PATTERNS = {  # prefix_attention, target_attention, and the pictures of attentio
     "ar_readable_prompt": ("causal", "bidirectional", "x.... xx... xxxxx xxxxx xxxxx"),
 }
 CACHED = ("gpt", "prefix_lm")
+WITH_ENCODER = {"encoder ar": "prefix_lm", "encoder diffusion": "cached_prefix"}
+ALL = [*PATTERNS, *WITH_ENCODER]
 
 
-def build(pattern: str = "gpt", seed: int = 0, **settings) -> Transformer:
-    torch.manual_seed(seed)
-    prefix, target, _ = PATTERNS[pattern]
+def build(pattern: str = "gpt", **settings) -> Transformer:
+    torch.manual_seed(0)
+    if pattern in WITH_ENCODER:
+        settings["arch"] = "encoder_decoder"
+    prefix, target, _ = PATTERNS[WITH_ENCODER.get(pattern, pattern)]
     paradigm = "diffusion" if target == "bidirectional" else "ar"
     attention = dict(prefix_attention=prefix, target_attention=target, paradigm=paradigm)
-    return Transformer(ModelConfig(**TINY | attention | settings)).eval()
+    return build_model(ModelConfig(**TINY | attention | settings)).eval()
 
 
 def ids(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -115,7 +119,7 @@ def test_extra_edges_lead_from_causal_to_bidirectional(pattern):
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", ALL)
 def test_padding_changes_no_logit(pattern, position):
     model, target = build(pattern, position=position), ids(3, 5, seed=1)
     prefix = padded_prefixes()
@@ -128,10 +132,13 @@ def test_padding_changes_no_logit(pattern, position):
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("chunk", [1, 2, 3])
-@pytest.mark.parametrize("pattern", CACHED)
-def test_cached_decoding_equals_one_pass(pattern, chunk, padded):
+@pytest.mark.parametrize(
+    "settings", [{}, dict(position="learned"), dict(n_kv_head=1, head_dim=16, qkv_bias=True)]
+)
+@pytest.mark.parametrize("pattern", [*CACHED, "encoder ar"])
+def test_cached_decoding_equals_one_pass(pattern, settings, chunk, padded):
     """Chunks of 2 catch a causal mask that is aligned at the start."""
-    model, target = build(pattern), ids(3, 6, seed=1)
+    model, target = build(pattern, **settings), ids(3, 6, seed=1)
     prefix = padded_prefixes() if padded else ids(3, 4)
     with torch.no_grad():
         cache = model.encode(prefix, reserve=6)
@@ -139,7 +146,7 @@ def test_cached_decoding_equals_one_pass(pattern, chunk, padded):
         close(torch.cat(parts, dim=1), model(prefix, target))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", ALL)
 def test_selected_rows_of_a_cache_are_the_cache_of_those_rows(pattern):
     model, prefix, target = build(pattern), padded_prefixes(), ids(4, 5, seed=1)
     index = torch.tensor([2, 0, 0, 1])

@@ -12,18 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.tokenizer import Tokenizer, get_tokenizer
+from data.tokenizer import Tokenizer
 from extras.adapter import AdapterConfig, DraftModel
-from model import ModelConfig, Transformer
 from tests.browser import Browser
+from tests.eval_models import BYTES, CACHED, save_model, tiny_model
 from view import page as view_page
 from view.page import Track, write_page
 from view.record import TOP, UNKNOWN, Frame, Recorder
 
-BYTES = get_tokenizer("bytes")
-TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=40, target_length=13)
-BOTH = dict(prefix_attention="bidirectional", target_attention="bidirectional")
-DIFFUSION = dict(paradigm="diffusion", shift=True, **BOTH)
+AR = dict(block_size=40, target_length=13)
+DIFFUSION = AR | CACHED | dict(shift=True)
 TEMPLATE = (Path(view_page.__file__).parent / "page.html").read_text(encoding="utf-8")
 # Tokens that would end a script, start a comment, hide, reverse the text, or are half a letter.
 NASTY = ["</script><script>alert(1)</script>", "<!--", "&lt;", "\u202e", "\n", '"', "\\"]
@@ -33,16 +31,11 @@ WORDS = Tokenizer("nasty", [*(t.encode() for t in NASTY), b"\xc3", b"\xa9"], 16,
 SHOWN = [*NASTY[:3], "·", "↵\n", '"', "\\", "b", "b", "·", "é", ""]
 
 
-def model_of(**settings) -> Transformer:
-    torch.manual_seed(0)
-    return Transformer(ModelConfig(**TINY | settings)).eval()
-
-
 def recorded(module: str, settings: dict, rows: int = 1):
     """Return (model, frames of the first text, output, recorder)."""
     decoder = importlib.import_module(module)
     growing = module == "autoregressive"
-    model = model_of(**(DIFFUSION if module == "diffusion" else {}))
+    model = tiny_model(**(DIFFUSION if module == "diffusion" else AR))
     if module == "extras.speculative":
         model = DraftModel(model, AdapterConfig(masks=2))
     cfg = decoder.SamplerConfig(**settings)
@@ -167,10 +160,9 @@ def test_the_page_requests_nothing_and_must_not(tmp_path):
 
 def test_sample_writes_the_printed_text_and_a_second_track(tmp_path, capsys):
     import sample
-    from infra.checkpoint import save
 
-    for name, settings in {"ar": {}, "diffusion": DIFFUSION}.items():
-        save(tmp_path / f"{name}.pt", model_of(**settings), 0, "bytes")
+    save_model(tmp_path / "ar.pt", **AR)
+    save_model(tmp_path / "diffusion.pt", **DIFFUSION)
     flags = [f"--init_from={tmp_path / 'diffusion.pt'}", "--device=cpu", "--steps=3"]
     page = f"--html={tmp_path / 'a.html'}"
     sample.main([*flags, "--prompt=ab", page, f"--beside={tmp_path / 'ar.pt'}"])

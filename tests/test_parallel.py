@@ -91,25 +91,6 @@ def test_wmt14_is_read_from_its_archives_in_order(tmp_path, monkeypatch):
     assert train[14] == last and valid[3] == ("fr: newstest2013.en 3", "newstest2013.fr 3")
 
 
-@pytest.mark.parametrize(
-    "source, target, message",
-    [
-        (lines("a", 5), lines("b", 3), "b.fr has 3 lines, the other has more; line i must"),
-        (lines("a", 2), b"ok\ncaf\xe9\n", "b.fr, line 2: not UTF-8 text .byte 3"),
-        (lines("a", 2), None, "a.en, line 1: no tab; give --target=FILE"),
-        ("a\tb\na\tc\n", None, "no (train|valid) pair"),
-    ],
-)
-def test_bad_files_are_one_line_and_nothing_is_written(tmp_path, source, target, message):
-    argv = [f"--source={write(tmp_path / 'a.en', source)}", f"--out={tmp_path / 'out'}"]
-    if target is not None:
-        argv.append(f"--target={write(tmp_path / 'b.fr', target)}")
-    with pytest.raises(ValueError, match=message) as error:
-        parallel.main(argv)
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.glob("out/*"))
-
-
 @real
 def test_multi30k_is_the_published_one(tmp_path, monkeypatch):
     """29,000 and 1,014 pairs. The checksums are those that a download is compared with."""

@@ -7,17 +7,10 @@ import time
 
 import pytest
 import torch
+from eval_models import tiny_model
 
 from infra.checkpoint import CorruptCheckpoint, load, save
-from infra.run_dir import (
-    Log,
-    StopSignals,
-    checkpoints,
-    clear,
-    latest_checkpoint,
-    lock_dir,
-)
-from model import ModelConfig, Transformer
+from infra.run_dir import Log, StopSignals, checkpoints, clear, latest_checkpoint, lock_dir
 
 
 def hold(out, held):
@@ -65,9 +58,8 @@ def test_a_lock_leaves_nothing_behind_except_results(tmp_path):
 @pytest.fixture
 def two(tmp_path):
     """ckpt.pt at step 20, ckpt.1.pt at step 10."""
-    model = Transformer(ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=8))
     for step in (10, 20):
-        save(tmp_path / "ckpt.pt", model, step, "bytes", keep_last=2)
+        save(tmp_path / "ckpt.pt", tiny_model(), step, "bytes", keep_last=2)
     return tmp_path
 
 

@@ -4,30 +4,24 @@ import io
 import re
 
 import pytest
-import torch
+from eval_models import BYTES, CACHED, JOINT, save_model
 
 import sample
-from data.tokenizer import get_tokenizer
 from extras.infilling import parse_template
-from infra.checkpoint import save
-from model import ModelConfig, Transformer
+from model import ModelConfig
 
-BYTES = get_tokenizer("bytes")
 PAD = BYTES.pad_id
-TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=24, target_length=12)
-DIFFUSION = dict(paradigm="diffusion", target_attention="bidirectional", prefix_attention="joint")
-CACHED = DIFFUSION | dict(prefix_attention="bidirectional", shift=True, self_conditioning=True)
+AR = dict(block_size=24, target_length=12)
+MODELS = {"ar": AR, "diffusion": AR | JOINT}
+MODELS["cached"] = AR | CACHED | dict(shift=True, self_conditioning=True)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    paths = {}
-    for name, settings in {"ar": {}, "diffusion": DIFFUSION, "cached": CACHED}.items():
-        torch.manual_seed(0)
-        paths[name] = str(folder / f"{name}.pt")
-        save(paths[name], Transformer(ModelConfig(**TINY | settings)), 0, "bytes")
-    return paths
+    for name, settings in MODELS.items():
+        save_model(folder / f"{name}.pt", **settings)
+    return folder
 
 
 @pytest.fixture
@@ -35,7 +29,7 @@ def generate(checkpoints, capsys):
     """generate("ar", "--prompt=x", ...) -> (stdout, stderr)."""
 
     def call(name, *flags):
-        sample.main([f"--init_from={checkpoints[name]}", "--device=cpu", *flags])
+        sample.main([f"--init_from={checkpoints / name}.pt", "--device=cpu", *flags])
         return tuple(capsys.readouterr())
 
     return call
@@ -75,7 +69,7 @@ def test_a_diffusion_model_may_be_read_from_left_to_right(generate):
 
 
 def test_a_template_is_slots_and_then_pads():
-    m = ModelConfig(**TINY | DIFFUSION)
+    m = ModelConfig(**MODELS["diffusion"])
     slots = parse_template("ab[[2]]c[[1]]", BYTES, m)
     assert slots == [97, 98, -1, -1, 99, -1] + [PAD] * 5
     slots = parse_template("[[1], 2][[3]]", BYTES, m)
@@ -133,6 +127,6 @@ def test_bad_input_is_refused_in_one_line(generate, name, flags, message):
 
 def test_settings_that_agree_with_the_model_are_allowed(generate, tmp_path):
     generate("diffusion", "--prompt=a", "--target_length=12", "--paradigm=diffusion")
-    save(tmp_path / "x.pt", Transformer(ModelConfig(**TINY | dict(target_length=0))), 0, "bytes")
+    save_model(tmp_path / "x.pt")
     with pytest.raises(ValueError, match="x.pt has target_length=0: train it first"):
         sample.main([f"--init_from={tmp_path / 'x.pt'}", "--prompt=a"])

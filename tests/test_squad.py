@@ -65,24 +65,6 @@ def test_two_files_are_the_two_splits_and_long_answers_are_left_out(tmp_path):
     assert meta["target_length"] == 25 and meta["left_out"]["valid"]["too_long"] == 1
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (dump(), "has no questions"),
-        (dump({"context": "c", "qas": [question(1, "c"), question(2)]}), "1.1 after question 1"),
-        (dump({"context": "c", "qas": [question(1, "c")] * 2}), "id 'q1' occurs twice"),
-        (dump({"context": 7, "qas": [question(1, "c")]}), "expected text, got 7"),
-        (b"caf\xe9", "not UTF-8"),
-    ],
-)
-def test_bad_files_are_one_line_and_nothing_is_written(tmp_path, content, message):
-    path = write(tmp_path / "s.json", content)
-    with pytest.raises(ValueError, match=message) as error:
-        squad.main([f"--source={path}", f"--out={tmp_path / 'out'}"])
-    assert "\n" not in str(error.value) and str(error.value).startswith(path)
-    assert not (tmp_path / "out").exists()
-
-
 @real
 def test_the_real_files_hold_what_their_description_says():
     """Counted when the files were made."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from processes import Child
-from test_train import TINY
+from test_train import SHORT
 
 import ar2diff
 import sample
@@ -19,12 +19,11 @@ import train
 from configurator import run
 from data import text_file
 from data.loader import write_pairs
-from infra import device
 from infra.checkpoint import load
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [f"é–✓{i} 日本".encode() for i in range(20)]  # no character set but Unicode has them all
-TRAIN = [*TINY, "--eval_interval=1", "--sample_interval=1", "--data=set é", "--overwrite"]
+TRAIN = [*SHORT, "--eval_interval=1", "--sample_interval=1", "--data=set é", "--overwrite"]
 COMMANDS = {
     "train": (train.main, [*TRAIN, "--out_dir=made é"]),
     "ar2diff": (ar2diff.main, ["--init_from=run/ckpt.pt", "--out_dir=made é", "--data=set é"]),
@@ -40,7 +39,6 @@ def desk(tmp_path_factory):
     write_pairs(folder / "set é", {"train": pairs, "valid": pairs}, "bytes", 24, 48)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(device, "measured_flops", lambda *_: 1e12)
         train.main([*TRAIN, "--out_dir=run"])
         yield folder
 
@@ -91,9 +89,8 @@ def test_the_name_of_a_folder_need_not_be_utf8(tmp_path, monkeypatch):
     text_file.main([*argv, "--target_length=8", "--block_size=32"])
     command = shlex.split(json.loads((folder / "lines" / "meta.json").read_text())["command"])
     assert command[3:7] == argv
-    argv = [*TINY, f"--data={folder}/lines", f"--out_dir={folder}/run"]
+    argv = [*SHORT, f"--data={folder}/lines", f"--out_dir={folder}/run"]
     monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    monkeypatch.setattr(device, "measured_flops", lambda *_: 1e12)
     run(train.main)
     assert load(folder / "run" / "ckpt.pt")["step"] == 6
 
@@ -112,7 +109,7 @@ def test_in_a_shell_without_home_the_checkout_stays_as_it_is(tmp_path):
         path.chmod(0o555)
     here = tmp_path / "Läufe und so"
     here.mkdir()
-    tiny = f"{' '.join(TINY)} --data=toy_copy"
+    tiny = f"{' '.join(SHORT)} --data=toy_copy"
     lines = [
         f"train.py {tiny} --out_dir='ein Lauf' --sample_interval=1 2>&1 | head -1",
         "ar2diff.py --init_from='ein Lauf/ckpt.pt' --out_dir=Größe >&-",

@@ -15,14 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from eval_models import BYTES, CACHED, save_model
 
-from data.tokenizer import get_tokenizer
-from infra.checkpoint import save
-from model import ModelConfig, Transformer
 from view.cells import printable, spans, width
 from view.terminal import ENTER, LEAVE, TerminalView, lay_out
 
-BYTES = get_tokenizer("bytes")
 PAD = BYTES.pad_id
 NASTY = ["x\n" * 50, "q" * 100, "\x1b[2J" + "w" * 96, "\té日本😀" + "\n" * 40 + "\x9b" * 23]
 
@@ -196,11 +193,8 @@ def test_any_terminal(on_terminal, size, encoding, kind):
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> list[str]:
-    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("checkpoint") / "d.pt"
-    both = dict(prefix_attention="bidirectional", target_attention="bidirectional")
-    shape = dict(n_layer=1, n_head=2, n_embd=16, block_size=220, target_length=201)
-    save(path, Transformer(ModelConfig(paradigm="diffusion", **both, **shape)), 0, "bytes")
+    save_model(path, block_size=220, target_length=201, **CACHED)
     start = [sys.executable, "sample.py", f"--init_from={path}", "--device=cpu"]
     return [*start, "--prompt=é", "--show"]
 

@@ -66,10 +66,6 @@ def test_pairs_keep_their_text_and_share_no_prefix(tmp_path, name):
     assert train.block_size == 3 + train.target_length
 
 
-GOOD = {"prefix": "p", "target": "t"}
-HUGE = '{"prefix": "p", "target": "t"}\n{"prefix": "q", "target": "t", "n": ' + "9" * 5000 + "}"
-
-
 def test_lines_with_a_text_are_a_stream_whose_texts_are_each_split(tmp_path):
     texts = [{"text": LINES, "title": "A"}, {"text": LINES.replace("line", "Zeile")}]
     path = write(tmp_path / "a.jsonl.gz", "".join(json.dumps(text) + "\n" for text in texts))
@@ -78,29 +74,3 @@ def test_lines_with_a_text_are_a_stream_whose_texts_are_each_split(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"title": "b"}\n')
     with pytest.raises(ValueError, match='b.jsonl, line 2: must have a text in its field "text"'):
         build(tmp_path, str(tmp_path / "b.jsonl"))
-
-
-@pytest.mark.parametrize(
-    "name, content, flags, message",
-    [
-        ("a.txt", LINES, ["--input=none.txt"], "none.txt: no such file"),
-        ("a.txt", b" \n\n", [], "a.txt: empty"),
-        ("a.txt", b"caf\xe9", [], "a.txt: not UTF-8 text .byte 3"),
-        ("a.txt", b"\x1f\x8bplain", [], "a.txt: cannot be read"),
-        ("a.txt", b"short", [], "train has .* fewer than block_size=256"),
-        ("p.jsonl", [GOOD, {"prefix": "p"}], [], "p.jsonl, line 2: must be"),
-        ("p.jsonl", [GOOD, "text"], [], "p.jsonl, line 2: must be"),
-        ("p.jsonl", HUGE, [], "p.jsonl, line 2: not readable as JSON .*4300 digits"),
-        ("p.jsonl", [GOOD, {"prefix": "q", "target": "\ud800"}], [], "surrogates not allowed.*'q'"),
-        ("p.jsonl", [GOOD, GOOD], [], "p.jsonl, line 2, only 1 prefixes with a target"),
-        ("p.jsonl", [GOOD, GOOD | {"prefix": "q"}], ["--block_size=1"], "no train pair fits"),
-        ("a.txt", LINES, ["--tokenizer=gtp2"], "did you mean 'gpt2'"),
-        ("a.txt", LINES, ["--held_out=1"], "held_out must be at most 0.9"),
-        ("a.txt", LINES, ["--target_length=256"], "target_length < block_size"),
-        ("p.jsonl", [GOOD], [f"--input={__file__}"], "not both"),
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, name, content, flags, message):
-    with pytest.raises(ValueError, match=message) as error:
-        build(tmp_path, write(tmp_path / name, content), *flags)
-    assert "\n" not in str(error.value) and not list(tmp_path.glob("out/*"))
