@@ -50,7 +50,8 @@ def all_fields(*classes: type) -> dict[str, dataclasses.Field]:
     for cls in classes:
         for field in dataclasses.fields(cls):
             inner = field.metadata.get("group")
-            found |= all_fields(inner) if inner else {field.name: field}
+            new = all_fields(inner) if inner else {field.name: field}
+            found |= new | found  # the first wins
     return found
 
 

@@ -7,6 +7,7 @@
     python sample.py --infill="quarante-[[6]]"             # 6 free slots
 
 --sampler=ar reads a diffusion model with a cached prefix from left to right.
+--sampler=diffusion_gemma stops by itself.
 --draft=FOLDER gives the text of an AR model in fewer calls (extras/draft.py).
 """
 
@@ -15,6 +16,7 @@ import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,11 +87,13 @@ def choose_sampler(model: Transformer, given: dict, path: str) -> tuple:
     model_cfg = model.cfg
     module = PARADIGMS[model_cfg.paradigm]
     name = given.get("sampler", "resample")
-    known = [*diffusion.SAMPLERS, "ar"]
+    known = [*diffusion.SAMPLERS, "ar", "diffusion_gemma"]
     require(name in known, f"unknown sampler {name!r}{suggest(name, known)}")
     if name not in diffusion.SAMPLERS:
         given = {key: value for key, value in given.items() if key != "sampler"}
         module = autoregressive
+    if name == "diffusion_gemma":
+        from extras import diffusion_gemma as module
     if given.get("draft"):
         from extras import speculative as module
     refuse_changes(given, vars(model_cfg), f"{path} has")
@@ -101,7 +105,7 @@ def choose_sampler(model: Transformer, given: dict, path: str) -> tuple:
     T = model_cfg.target_length
     require(T > 1, f"{path} has target_length={T}: train it first")
     fills = "infill" not in given or module is diffusion
-    require(fills, f"--infill needs a diffusion model; {path} is read to the right")
+    require(fills, "--infill needs a diffusion model, read by diffusion.py")
     sampler = build(module.SamplerConfig, given)
     if given.get("draft"):
         model = module.open_draft(model, sampler, path)
@@ -110,10 +114,9 @@ def choose_sampler(model: Transformer, given: dict, path: str) -> tuple:
 
 def sampler_configs() -> list[type]:
     modules = [diffusion, autoregressive]
-    with suppress(ImportError):  # extras/ may be deleted
-        from extras import speculative
-
-        modules.append(speculative)
+    for name in ("speculative", "diffusion_gemma"):
+        with suppress(ImportError):  # extras/ may be deleted
+            modules.append(import_module(f"extras.{name}"))
     return [module.SamplerConfig for module in modules]
 
 
@@ -135,7 +138,7 @@ def main(argv: list[str]) -> None:
         decoders += view.open_beside(decoder, cfg, given, DEMO, open_decoder)
     for each in decoders:
         encode_prompt(text, each, cfg.chat)  # raises if it does not fit
-    greedy = decoder.module is not diffusion and decoder.sampler.temperature == 0
+    greedy = not hasattr(decoder.sampler, "steps") and decoder.sampler.temperature == 0
     if greedy and cfg.num_samples > 1:
         print("temperature 0 is greedy: all samples are equal", file=sys.stderr)
     out, seconds = generate(decoder, text, cfg, watch)

@@ -116,7 +116,7 @@ def main(argv: list[str]) -> dict:
         print(f"--run_code: each program has its own process; {place}", file=sys.stderr)
     if task.generator and cfg.samples > 1:
         sampler = task.generator.sampler
-        differ = hasattr(sampler, "candidates") or sampler.temperature > 0
+        differ = hasattr(sampler, "steps") or sampler.temperature > 0
         require(
             differ, f"--samples={cfg.samples} at temperature 0 are equal; try --temperature=0.8"
         )

@@ -19,7 +19,6 @@ from types import ModuleType
 import torch
 from tqdm import tqdm
 
-import autoregressive
 from configurator import build, configure, flatten, read_settings, require, setting, validate
 from data.loader import Pairs, build_if_missing, open_dataset
 from data.mini import TAGS
@@ -69,13 +68,13 @@ class Generator:
 
     model: torch.nn.Module
     tokenizer: object
-    decoder: ModuleType  # autoregressive, diffusion or extras.speculative
+    decoder: ModuleType  # autoregressive, diffusion or one of extras/
     sampler: object  # the SamplerConfig of the decoder
     cfg: EvalConfig
 
     def settings(self) -> dict:
         """Return the settings of evaluation and sampler."""
-        name = "ar" if self.decoder is autoregressive else "speculative"
+        name = self.decoder.__name__.removeprefix("extras.").replace("autoregressive", "ar")
         # The samplers of diffusion.py have their own names.
         return flatten(self.cfg) | {"sampler": name} | flatten(self.sampler)
 
