@@ -71,6 +71,7 @@ class DraftModel(nn.Module):
         cfg = model.cfg
         self.cfg = cfg
         self.adapter = adapter
+        self.drafts = adapter.masks  # fewer may be faster
         self.gate = Gate()
         self.network = model_from_state_dict(cfg, model.state_dict()).requires_grad_(False)
         self.tok = self.network.tok
@@ -182,9 +183,9 @@ def save_adapter(path: Path, model: DraftModel, weights: str) -> None:
     """Write the adapter alone, as safetensors. weights: the digest of the frozen network."""
     from hf import require as package
 
-    about = {FORMAT: json.dumps({"weights": weights, "adapter": asdict(model.adapter)})}
+    about = {"weights": weights, "adapter": asdict(model.adapter), "drafts": model.drafts}
     tensors = {name: t.cpu().contiguous() for name, t in model.adapter_tensors().items()}
-    content = package("safetensors.torch").save(tensors, about)
+    content = package("safetensors.torch").save(tensors, {FORMAT: json.dumps(about)})
     write_atomically(path, lambda file: file.write(content))
 
 
@@ -207,7 +208,7 @@ def load_adapter(path: str | Path, model: Transformer) -> DraftModel:
     except Exception as error:  # damaged bytes raise nearly anything
         reason = one_line(error)[:120]
         raise ValueError(f"{path}: damaged or not safetensors ({reason}); {hint}") from None
-    known = isinstance(about, dict) and {"weights", "adapter"} <= about.keys()
+    known = isinstance(about, dict) and {"weights", "adapter", "drafts"} <= about.keys()
     require(known, f"{path}: has tensors, but is no adapter; {hint}")
     theirs = str(about["weights"])
     ours = digest(model)
@@ -215,6 +216,7 @@ def load_adapter(path: str | Path, model: Transformer) -> DraftModel:
     require(theirs == ours, f"{path}: the adapter belongs to another model ({digests}); {hint}")
     cfg = from_stored(AdapterConfig, about["adapter"], str(path))
     drafter = DraftModel(model, cfg).eval()
+    drafter.drafts = int(about["drafts"])
     own = drafter.adapter_tensors()
     shapes = [{(name, part[name].shape) for name in part} for part in (own, tensors)]
     wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])

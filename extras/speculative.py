@@ -28,7 +28,7 @@ class SamplerConfig(autoregressive.SamplerConfig):
     """Whose drafts are verified, and how many."""
 
     draft: str = setting("", "folder of extras.draft: same text, fewer calls", path=True)
-    draft_tokens: int = setting(0, "drafted in one call; 0: all masks", maximum=15)
+    draft_tokens: int = setting(0, "drafted in one call; 0: the fastest", maximum=15)
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def generate(
     on_step: called with (step, tokens and drafts (B, T - 1), logits (B, T - 1, V), rows).
     """
     model_cfg = model.cfg
-    K = cfg.draft_tokens or model.adapter.masks
+    K = cfg.draft_tokens or model.drafts
     B = len(prefix)
     S = model_cfg.target_length - 1
     rows = torch.arange(B, device=prefix.device)
