@@ -38,7 +38,7 @@ class AdapterConfig:
 
 
 class Gate:
-    """Where the adapters of a network are on: (T,) or (B, T) bool; None: nowhere."""
+    """Where the adapters of a network are on: (T, 1) or (B, T, 1) bool; None: nowhere."""
 
     on: Tensor | None = None
 
@@ -59,8 +59,8 @@ class GatedLinear(nn.Linear):
         if self.gate.on is None:
             return y
         low = F.linear(x, self.adapter_a.to(x.dtype))  # (B, T, rank)
-        change = F.linear(low, self.adapter_b.to(x.dtype)) * self.scale
-        return torch.where(self.gate.on[..., None], y + change, y)
+        change = F.linear(low, self.adapter_b.to(x.dtype))
+        return torch.where(self.gate.on, torch.add(y, change, alpha=self.scale), y)
 
 
 class DraftModel(nn.Module):
@@ -84,10 +84,11 @@ class DraftModel(nn.Module):
         weight = self.tok.weight.float()
         vectors = torch.randn(adapter.masks, cfg.n_embd, device=weight.device) * weight.std()
         self.mask_vectors = nn.Parameter(vectors)  # (masks, C)
+        self.learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Return all that is not the frozen network's."""
-        return {name: p.data for name, p in self.named_parameters() if p.requires_grad}
+        return {name: p.data for name, p in self.learned.items()}
 
     def encode(self, prefix: Tensor, room: int) -> "RowCache":
         """Read the prefix (B, P), pads anywhere. room: for later tokens of a row."""
@@ -104,10 +105,10 @@ class DraftModel(nn.Module):
         """
         network = self.network
         position = position.clamp(max=self.cfg.block_size - 1)  # what lies behind is not used
-        is_mask = number > 0  # (T,)
+        is_mask = (number > 0)[:, None]  # (T, 1)
         vectors = self.mask_vectors[(number - 1).clamp(min=0)]  # (T, C)
         x = network.tok(tokens)
-        x = torch.where(is_mask[:, None], vectors.to(x.dtype), x)
+        x = torch.where(is_mask, vectors.to(x.dtype), x)
         rope = None
         if self.cfg.position == "learned":
             x = x + network.pos(position)
@@ -222,6 +223,6 @@ def load_adapter(path: str | Path, model: Transformer) -> DraftModel:
     wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
     wanted = f"rank {cfg.rank} and {cfg.masks} masks"
     require(not wrong, f"{path}: {wrong[:1]} does not fit {wanted}; {hint}")
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
-    return drafter
+    for name, p in drafter.learned.items():
+        p.data = tensors[name].to(drafter.tok.weight)  # device and dtype
+    return drafter.requires_grad_()  # or autocast would cast the weights in each call

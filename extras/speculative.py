@@ -65,8 +65,8 @@ def generate(
     for turn in range(S):
         C = chain.shape[1]
         turn_rng = rng.fold_in(turn)
-        hidden = read_round(model, cache, chain, K)  # (B, C + C K, width)
-        logits = open_logits(model, hidden[:, :C], banned)
+        every = read_round(model, cache, chain, K)  # (B, C + C K, V)
+        logits = every[:, :C].float().index_fill(-1, banned, -math.inf)
         verified, n = verify(chain[:, 1:], q, logits, cfg, turn_rng)
         n = torch.minimum(n, S - length)
         n = torch.minimum(n, up_to_pad(verified, model_cfg.pad_id)) * active
@@ -82,8 +82,8 @@ def generate(
         token = verified.gather(1, last)
         ended = (token[:, 0] == model_cfg.pad_id) | (length == S)
         place = C + last * K + torch.arange(K, device=rows.device)  # (B, K) masks after it
-        masks = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))
-        drafts, q = draw(open_logits(model, masks, banned), cfg, turn_rng)
+        masks = every[rows[:, None], place].float()  # (B, K, V)
+        drafts, q = draw(masks.index_fill(-1, banned, -math.inf), cfg, turn_rng)
         if on_step is not None:
             shown = torch.where(active, rows, -1)
             report(on_step, turn + 1, (tokens, length, drafts), (logits, n), shown)
@@ -125,17 +125,13 @@ def round_layout(C: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def read_round(model: DraftModel, cache, chain: Tensor, K: int) -> Tensor:
-    """Return the last layer (B, C + C K, width) for a chain (B, C), with K masks after each."""
+    """Return logits (B, C + C K, V) for a chain (B, C), with K masks after each of its tokens."""
     B, C = chain.shape
     number, offset, edges = (part.to(chain.device) for part in round_layout(C, K))
     tokens = F.pad(chain, (0, C * K))
     position = cache.lengths[:, None] + offset  # (B, W)
-    return model.read(tokens, number, position, cache.start(edges), cache)
-
-
-def open_logits(model: DraftModel, hidden: Tensor, banned: Tensor) -> Tensor:
-    """Return float logits (B, T, V), without tokens that no text may hold."""
-    return model.network.head(hidden).float().index_fill(-1, banned, -math.inf)
+    hidden = model.read(tokens, number, position, cache.start(edges), cache)
+    return model.network.head(hidden)
 
 
 def up_to_pad(tokens: Tensor, pad_id: int) -> Tensor:

@@ -64,9 +64,9 @@ def test_the_low_rank_term_is_b_a_x_times_alpha_over_rank():
     layer = made.network.blocks[0].mlp.down
     nn.init.normal_(layer.adapter_b)
     x = torch.randn(2, 3, layer.in_features, dtype=torch.double)
-    made.gate.on = torch.tensor([[True, False, True], [False, False, True]])
+    on = torch.tensor([[True, False, True], [False, False, True]])
+    made.gate.on = on[..., None]
     expected = x @ (layer.weight + 1.5 * layer.adapter_b @ layer.adapter_a).T
-    on = made.gate.on
     torch.testing.assert_close(layer(x)[on], expected[on])
     torch.testing.assert_close(layer(x)[~on], (x @ layer.weight.T)[~on])
 
@@ -87,14 +87,13 @@ def test_rows_that_grow_independently_equal_one_pass_over_the_text(kind):
         done = cache.lengths - start
         chain = texts.gather(1, done[:, None] + torch.arange(3))
         wrong = torch.arange(3) >= torch.tensor(keep)[:, None]
-        hidden = read_round(made, cache, torch.where(wrong, (chain + 1) % 5, chain), 2)
+        logits = read_round(made, cache, torch.where(wrong, (chain + 1) % 5, chain), 2)
         for b in row.tolist():
             ids = prefix[b : b + 1, : start[b]]
             past = model.encode(ids)
             n = int(done[b]) + keep[b]
             expected = model.decode(past, texts[b : b + 1, :n])[0, int(done[b]) :]
-            found = made.network.head(hidden[b, : keep[b]])
-            torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+            torch.testing.assert_close(logits[b, : keep[b]], expected, atol=1e-9, rtol=0)
         cache.lengths = cache.lengths + torch.tensor(keep)
 
 

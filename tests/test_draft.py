@@ -56,6 +56,7 @@ def test_masks_read_in_training_what_they_read_in_decoding(kind):
     batch = answers(model, 12)
     anchor, expected = draw_anchors(batch, CFG, model.cfg, make_rng(0, batch.example))
     hidden, clean = (x.unflatten(1, (-1, 3)) for x in read_masks(made, batch, anchor, 3))
+    drafted = model.head(hidden)
     checked = 0
     for b, n in product(range(12), range(anchor.shape[1])):
         if expected[b, n, 0] < 0:  # no such anchor
@@ -67,7 +68,7 @@ def test_masks_read_in_training_what_they_read_in_decoding(kind):
             read_round(made, cache, text[:, :last], 1)
             cache.lengths = cache.lengths + last
         found = read_round(made, cache, text[:, last : last + 1], 3)[0, 1:]
-        torch.testing.assert_close(hidden[b, n], found, atol=1e-9, rtol=0)
+        torch.testing.assert_close(drafted[b, n], found, atol=1e-9, rtol=0)
         checked += 1
     logits = model.head(clean).index_fill(-1, banned_token_ids(model.cfg, "cpu"), -math.inf)
     scored = expected >= 0
