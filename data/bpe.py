@@ -12,25 +12,22 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import configure, run, setting, validate
+from configurator import configure, run, setting
 from data.parallel import HELD_OUT, read
 from data.python_code import read_corpus
-from data.sources import is_held_out, read_text
+from data.sources import OutConfig, is_held_out, read_text
 from data.text_file import split_text
 from data.tokenizer import BYTE_LEVEL, FILE, padded_size, reserved_tokens, tokenizer_from_json
 from infra.checkpoint import write_atomically
 
 
 @dataclass
-class BpeConfig:
+class BpeConfig(OutConfig):
     source: str = setting("stdlib", "stdlib, all, or a text file or a folder of code", path=True)
     pairs: str = setting("", "instead: lines of source<TAB>target, as data.parallel", path=True)
     n_ordinary: int = setting(2000, "ids: 256 bytes and merges", minimum=256, maximum=100_000)
     held_out: float = setting(0.1, "share of a text file that is not read", minimum=0, maximum=0.9)
     out: str = setting(f"out/{FILE}", "the .json file to write", path=True)
-
-    def __post_init__(self):
-        validate(self)
 
 
 def train(texts: list[str], n_ordinary: int) -> str:

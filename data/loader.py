@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -135,7 +136,7 @@ class Pairs(_Dataset):
         super().__init__(folder, split, meta, objective)
         n = meta["splits"][split]["pairs"]
         self.index = self._memmap(f"{split}.idx", "int64", 3 * n).reshape(n, 3)  # (N, 3)
-        self._order = None, None
+        self._order = lru_cache(maxsize=1)(self._shuffled)  # of the last epoch
         start, split_at, end = self.index.T  # (N,) each
         ordered = (0 <= start) & (start <= split_at) & (split_at <= end) & (end <= len(self.tokens))
         if not ordered.all():
@@ -162,7 +163,7 @@ class Pairs(_Dataset):
         Unless the objective is auto, a pair is one text, "prefix\\ntarget", that is cut anew.
         """
         epoch, k = divmod(step, max(1, len(self) // batch_size))
-        chosen = self._epoch(seed, epoch, batch_size)[k]  # (batch_size,)
+        chosen = self._order(seed, epoch, batch_size)[k]  # (batch_size,)
         place = np.arange(batch_size)
         if len(place[rows]) < batch_size:  # micro-batches of like lengths need less padding
             lengths = self.index[chosen, 1] - self.index[chosen, 0]
@@ -175,16 +176,11 @@ class Pairs(_Dataset):
             pairs = [self._cut(t, _rng("cut", seed, e)) for t, e in zip(texts, examples)]
         return self._collate(pairs, examples)
 
-    def _epoch(self, seed: int, epoch: int, batch_size: int) -> np.ndarray:
-        """Return the order of the pairs, (steps, batch_size). The last one is cached."""
-        key = seed, epoch, batch_size
-        cached, order = self._order  # one tuple, because a thread may ask for another epoch
-        if cached != key:
-            steps = max(1, len(self) // batch_size)
-            shuffled = _rng("epoch", seed, epoch).permutation(len(self))
-            order = np.resize(shuffled, (steps, batch_size))  # cuts the end, or repeats
-            self._order = key, order
-        return order
+    def _shuffled(self, seed: int, epoch: int, batch_size: int) -> np.ndarray:
+        """Return the order of the pairs in an epoch, (steps, batch_size)."""
+        steps = max(1, len(self) // batch_size)
+        order = _rng("epoch", seed, epoch).permutation(len(self))
+        return np.resize(order, (steps, batch_size))  # cuts the end, or repeats
 
 
 def open_dataset(folder, split: str, objective: ObjectiveConfig | None = None):

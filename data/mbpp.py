@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from configurator import configure, run, setting
-from data.sources import SetConfig, local, read_json_lines, write_set
+from data.sources import SetConfig, local, read_json_lines, unix_lines, write_set
 
 SITE = "https://raw.githubusercontent.com/google-research/google-research/master"
 # task_id of each split (2108.07732)
@@ -68,14 +68,14 @@ def _mbpp(item: dict) -> dict:
         raise ValueError(f"task_id must be 1 to 974, got {item['task_id']!r}")
     if not item["test_list"] or type(item["test_list"]) is not list:
         raise ValueError(f"test_list must be a list of tests, got {item['test_list']!r}")
-    asserts = [_newlines(test).strip() for test in item["test_list"]]
-    setup = _newlines(item["test_setup_code"]).strip("\n")
+    asserts = [unix_lines(test).strip() for test in item["test_list"]]
+    setup = unix_lines(item["test_setup_code"]).strip("\n")
     docstring = "\n".join([item["text"].strip(), *asserts])
     return {
         "split": split,
         "prefix": f'"""\n{docstring}\n"""\n',
         "tests": "\n".join([*([setup] if setup else []), *asserts]) + "\n",
-        "target": _newlines(item["code"]).strip("\n").rstrip(),
+        "target": unix_lines(item["code"]).strip("\n").rstrip(),
     }
 
 
@@ -83,15 +83,10 @@ def _humaneval(item: dict) -> dict:
     return {
         "split": "test",
         "entry_point": item["entry_point"],
-        "prefix": _newlines(item["prompt"]),
+        "prefix": unix_lines(item["prompt"]),
         "tests": item["test"] + "\ncheck(" + item["entry_point"] + ")\n",
-        "target": _newlines(item["canonical_solution"]),
+        "target": unix_lines(item["canonical_solution"]),
     }
-
-
-def _newlines(code: str) -> str:
-    """Replace MBPP's Windows and old Macintosh line ends."""
-    return code.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def main(argv: list[str]) -> None:

@@ -141,21 +141,16 @@ def code_examples(split: str) -> list[dict]:
 
     Split by program and not by sentence: "double" and "times 2" ask for the same program.
     """
-    programs = []
+    programs = {}  # by sentence
     for steps in [s for n in (1, 2, 3) for s in product(STEPS, repeat=n)]:
         sentence = " then ".join(steps)
+        value = _expression(steps)
         if len(steps) < 3 or percent(f"long {sentence}") < LONG_PROGRAMS:
-            programs.append((sentence, f"def f(x): return {_expression(steps)}"))
-    for outer, steps in product(OUTERS, [s for n in (1, 2) for s in product(STEPS, repeat=n)]):
-        body = OUTERS[outer].format(_expression(steps))
-        programs.append((f"{outer}: {' then '.join(steps)}", f"def f(a): return {body}"))
-    return _shuffled(
-        [
-            {"prefix": f"py {sentence}", "target": code}
-            for sentence, code in programs
-            if len(code) < TARGET_LENGTH - 1 and _is_in(split, code)
-        ]
-    )
+            programs[sentence] = f"def f(x): return {value}"
+        for outer in OUTERS if len(steps) < 3 else ():
+            programs[f"{outer}: {sentence}"] = f"def f(a): return {OUTERS[outer].format(value)}"
+    fitting = {s: c for s, c in programs.items() if len(c) < TARGET_LENGTH - 1 and _is_in(split, c)}
+    return _shuffled([{"prefix": f"py {s}", "target": code} for s, code in fitting.items()])
 
 
 def _expression(steps: tuple[str, ...]) -> str:
@@ -186,10 +181,9 @@ def code_tests(example: dict) -> str:
     outer, colon, steps = example["prefix"].removeprefix("py ").rpartition(": ")
     if not colon:
         return f"for x, y in {[(x, _apply(steps, x)) for x in INPUTS]}:\n    assert f(x) == y\n"
-    cases = []
-    for numbers in [*([x] for x in INPUTS), [*INPUTS][::-1]]:
-        answers = [_apply(steps, x) for x in numbers]
-        cases.append((numbers, {"each": list, "sum": sum, "max": max}[outer](answers)))
+    collect = {"each": list, "sum": sum, "max": max}[outer]
+    inputs = [*([x] for x in INPUTS), [*INPUTS][::-1]]
+    cases = [(numbers, collect([_apply(steps, x) for x in numbers])) for numbers in inputs]
     return f"for a, y in {cases}:\n    assert f(a) == y\n"
 
 

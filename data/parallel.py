@@ -61,9 +61,7 @@ class ParallelConfig(SetConfig):
     target: str = setting("", "the translations; default: after a tab in source", path=True)
     valid_source: str = setting("", "the same, held out", path=True)
     valid_target: str = setting("", "the same, held out", path=True)
-    held_out: float = setting(
-        HELD_OUT, "share held out, without valid_source", above=0, maximum=0.9
-    )
+    held_out: float = setting(HELD_OUT, "without valid_source: its share", above=0, maximum=0.9)
     task_prefix: str = setting("", "text before each source, such as 'translate to French: '")
     reverse_prefix: str = setting("", "add each pair the other way round, after this text")
     limit: int = setting(0, "training pairs of each file, its first; 0: all", minimum=0)

@@ -44,7 +44,7 @@ class PythonCodeConfig(SetConfig):
 
 
 def read_corpus(source: str) -> tuple[dict, dict, Counter]:
-    """Return the files, the (prefix, body) of their functions, and how much was left out and why.
+    """Return the files, the pairs of their functions, and how much was left out and why.
 
     Files and functions are by split, in the order of the paths, without near-duplicates.
     """
@@ -73,7 +73,7 @@ def read_corpus(source: str) -> tuple[dict, dict, Counter]:
                 elif not parses(prefix, body):
                     dropped["functions that cannot be dedented"] += 1
                 else:
-                    pairs[split].append((prefix, body))
+                    pairs[split].append({"prefix": prefix, "target": body})
     return files, pairs, dropped
 
 
@@ -171,11 +171,7 @@ def main(argv: list[str]) -> None:
     free |= {"licence": "each file keeps the licence of its package", "dropped": dropped}
     write_texts(replace(cfg, name=f"{cfg.name}_code"), files, command, **free)
     sizes = {"target_length": cfg.target_length or 192, "block_size": cfg.block_size or 384}
-    splits = {
-        split: [{"prefix": prefix, "target": body} for prefix, body in part]
-        for split, part in pairs.items()
-    }
-    write_set(replace(cfg, name=f"{cfg.name}_pairs", **sizes), splits, command, **free)
+    write_set(replace(cfg, name=f"{cfg.name}_pairs", **sizes), pairs, command, **free)
 
 
 if __name__ == "__main__":

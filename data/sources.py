@@ -79,12 +79,19 @@ def local(source: str, checksums: dict[str, str] | None = None) -> str:
 
 def normalize_text(raw: bytes, source: str) -> str:
     """Decode UTF-8. Remove a byte order mark; write each line end (CRLF, CR, LF) as "\\n"."""
+    return unix_lines(_decoded(raw, source).removeprefix("\ufeff"))
+
+
+def unix_lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decoded(raw: bytes, where: str) -> str:
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         fault = f"not UTF-8 text (byte {error.start})"
-        raise ValueError(f"{source}: {fault}; convert it first") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        raise ValueError(f"{where}: {fault}; convert it first") from None
 
 
 def read_text(path: str | Path) -> str:
@@ -117,12 +124,8 @@ def read_lines(path: str) -> Iterator[str]:
     Line i of a translation must stay line i, so only "\\n" ends a line, and no form feed.
     """
     for number, line in enumerate(_raw_lines(path), start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            fault = f"not UTF-8 text (byte {error.start})"
-            raise ValueError(f"{path}, line {number}: {fault}") from None
-        yield text.rstrip("\r\n")
+        text = _decoded(line, f"{path}, line {number}").rstrip("\r\n")
+        yield text.removeprefix("\ufeff") if number == 1 else text
 
 
 def _raw_lines(path: str | Path) -> Iterator[bytes]:

@@ -46,22 +46,17 @@ def read(source: str) -> list[dict]:
             for item in paragraph["qas"]
         )
         for title, context, item in items:
-            question = item["question"]
+            example = {"id": item["id"], "title": title, "context": context}
+            example["question"] = item["question"]
             answers = [answer["text"] for answer in item["answers"]]
-            for text in (title, context, question, item["id"], *answers):
+            for text in (*example.values(), *answers):
                 if not isinstance(text, str):
                     raise TypeError(f"expected text, got {str(text)[:40]}")
             if item["id"] in examples:
                 raise ValueError(f"{path}: id {item['id']!r} occurs twice")
-            examples[item["id"]] = {
-                "id": item["id"],
-                "title": title,
-                "context": context,
-                "question": question,
-                "answers": answers,
-                "prefix": f"{context}\nQuestion: {question}\nAnswer:",
-                "target": f" {answers[0]}",
-            }
+            prefix = f"{context}\nQuestion: {item['question']}\nAnswer:"
+            pair = {"prefix": prefix, "target": f" {answers[0]}"}
+            examples[item["id"]] = example | {"answers": answers} | pair
     except (KeyError, TypeError, IndexError) as error:
         fault = f"not SQuAD 1.1 after question {len(examples)} ({type(error).__name__}: {error})"
         raise ValueError(f"{path}: {fault}") from None

@@ -34,14 +34,19 @@ def split_text(text: str, held_out: float) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def read_pairs(path: str) -> Iterator[dict]:
+def read_items(path: str) -> Iterator[dict]:
+    """Yield {"text"}, or {"prefix", "target", "where"}. A file that is no JSON is one text."""
+    if not path.lower().removesuffix(".gz").endswith(JSON_LINES):
+        yield {"text": read_text(path)}
+        return
     for number, item in read_json_lines(path):
         where = f"{path}, line {number}"
-        sides = [item.get(s) if isinstance(item, dict) else None for s in ("prefix", "target")]
-        if not all(isinstance(side, str) for side in sides):
-            wanted = '{"prefix": text, "target": text}'
+        fields = item if isinstance(item, dict) else {}
+        names = ["prefix", "target"] if "prefix" in fields else ["text"]
+        if not all(isinstance(fields.get(name), str) for name in names):
+            wanted = '{"text": text} or {"prefix": text, "target": text}'
             raise ValueError(f"{where}: must be {wanted}, got {str(item)[:60]}")
-        yield {"prefix": sides[0], "target": sides[1], "where": where}
+        yield {name: fields[name] for name in names} | {"where": where}
 
 
 def split_pairs(items: list[dict], held_out: float) -> dict[str, list[dict]]:
@@ -57,31 +62,6 @@ def split_pairs(items: list[dict], held_out: float) -> dict[str, list[dict]]:
     return {"train": train, "valid": [item for item in usable if item["prefix"] in chosen]}
 
 
-def read_texts(path: str) -> list[str]:
-    """Return the texts of a file: one, or the field "text" of each line of JSON."""
-    if not is_json_lines(path):
-        return [read_text(path)]
-    texts = []
-    for number, item in read_json_lines(path):
-        text = item.get("text") if isinstance(item, dict) else None
-        if not isinstance(text, str):
-            raise ValueError(f'{path}, line {number}: must have a text in its field "text"')
-        texts.append(text.replace("\r\n", "\n"))
-    return texts
-
-
-def is_json_lines(path: str) -> bool:
-    return path.lower().removesuffix(".gz").endswith(JSON_LINES)
-
-
-def has_pairs(path: str) -> bool:
-    """Return whether the first line of JSON, if the file has lines of JSON, is no plain text."""
-    if not is_json_lines(path):
-        return False
-    _, first = next(read_json_lines(path))
-    return not (isinstance(first, dict) and "text" in first and "prefix" not in first)
-
-
 def main(argv: list[str]) -> None:
     cfg = configure(TextFileConfig, argv)
     inputs = [arg.removeprefix("--input=") for arg in argv if arg.startswith("--input=")]
@@ -89,16 +69,15 @@ def main(argv: list[str]) -> None:
     if not all(inputs):
         raise ValueError("no input: give --input=FILE (.txt or .jsonl)")
     command = ["data.text_file", *argv]
-    kinds = {has_pairs(path) for path in inputs}
-    if len(kinds) > 1:
-        raise ValueError("--input: give files of text or of pairs, not both")
-    if kinds == {True}:
-        items = [item for path in inputs for item in read_pairs(path)]
+    items = [item for path in inputs for item in read_items(path)]
+    texts = [item["text"] for item in items if "text" in item]
+    if not texts:
         write_set(cfg, split_pairs(items, cfg.held_out), command, fit=100)
-    else:
-        texts = [text for path in inputs for text in read_texts(path)]
-        parts = [split_text(text, cfg.held_out) for text in texts]
+    elif len(texts) == len(items):
+        parts = [split_text(text.replace("\r\n", "\n"), cfg.held_out) for text in texts]
         write_texts(cfg, dict(zip(("train", "valid"), zip(*parts))), command)
+    else:
+        raise ValueError("--input: give texts or pairs, not both")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,6 @@ BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, u
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LOADED = {}  # tokenizers of files by name: equal names mean equal content
 PATH_HINT = f"a tokenizer is bytes, gpt2, or the path of a {FILE}"
-
-
 Encode = Callable[[str], list[int]]
 
 
@@ -164,13 +162,11 @@ def _own_pieces(content: dict) -> list[bytes]:
     In such a file ids are merge ranks: the merge of rank r has the id 256 + r.
     """
     model = content["model"]
-    vocab = model["vocab"]
-    tokens = sorted(vocab, key=vocab.get)
+    alphabet = sorted(ALPHABET, key=model["vocab"].__getitem__)
+    tokens = alphabet + ["".join(merge) for merge in model["merges"]]
     added = content["added_tokens"]
     own = (
-        [vocab[token] for token in tokens] == [*range(len(tokens))]
-        and set(tokens[:256]) == set(ALPHABET)
-        and ["".join(merge) for merge in model["merges"]] == tokens[256:]
+        model["vocab"] == {token: i for i, token in enumerate(tokens)}
         and added == reserved_tokens(len(tokens), len(tokens) + len(added))
         and content["pre_tokenizer"] == BYTE_LEVEL
         and not (content["normalizer"] or model["dropout"] or model["ignore_merges"])
@@ -204,13 +200,11 @@ def _in_parts(encode: Encode) -> Encode:
     """Cut runs of more than LONGEST_SPACES spaces before encoding. Other texts are not changed."""
 
     def encode_parts(text: str) -> list[int]:
-        ids = []
-        start = 0
+        cuts = [0]
         for run in re.finditer(r"\s{1000,}", text):
-            for cut in range(run.start() + LONGEST_SPACES, run.end(), LONGEST_SPACES):
-                ids += encode(text[start:cut])
-                start = cut
-        return ids + encode(text[start:])
+            cuts += range(run.start() + LONGEST_SPACES, run.end(), LONGEST_SPACES)
+        parts = itertools.pairwise([*cuts, len(text)])
+        return [i for start, end in parts for i in encode(text[start:end])]
 
     return encode_parts
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,12 @@ def repeat(n: int, check: Callable, *strategies) -> None:
     """Run check(*drawn) n times."""
     quiet = dict(suppress_health_check=list(HealthCheck), deadline=None, database=None)
     settings(max_examples=n, derandomize=True, **quiet)(given(*strategies)(check))()
+
+
+def few_or_many(few: int, many: int):
+    """Mark a test that takes n, the number of cases. Many take long."""
+    slow = pytest.param(many, marks=[pytest.mark.slow, pytest.mark.long])
+    return pytest.mark.parametrize("n", [few, slow])
 
 
 def anything(numbers=st.integers()):  # noqa: B008

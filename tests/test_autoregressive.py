@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from eval_models import tiny_model
 
 from autoregressive import SamplerConfig, draw_next, generate, loss
 from data.objectives import Batch
 from infra.rng import make_rng
-from model import ModelConfig, Transformer
+from model import ModelConfig
 
 PAD, SEP = 4, 5
 SIZES = dict(vocab_size=8, n_ordinary=4, pad_id=PAD, sep_id=SEP, mask_id=6, target_length=7)
@@ -53,9 +54,7 @@ def test_the_loss_is_the_mean_nll_of_every_slot_after_the_separator_pads_include
 
 @pytest.mark.parametrize("settings", [{}, dict(prefix_attention="bidirectional"), dict(sep_id=-1)])
 def test_greedy_with_a_cache_equals_greedy_without(settings):
-    torch.manual_seed(0)
-    sizes = SIZES | dict(n_layer=2, n_head=2, n_embd=16, block_size=16)
-    model = Transformer(ModelConfig(**sizes | settings)).eval()
+    model = tiny_model(**SIZES | dict(n_layer=2) | settings)
     for p in model.parameters():
         p.data *= 2  # so that the text depends on the tokens so far
     prompt = torch.tensor([[0, 1, 2], [3, 2, PAD], [1, PAD, PAD]])

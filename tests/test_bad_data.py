@@ -39,9 +39,10 @@ OTHER = {"source_file": "x", "task_id": 2, "prompt": "p", "code": "c", "test_lis
         ("p.jsonl.gz", [PAIR], "--input=b.fr", "not both"),
         ("p.jsonl.gz", [PAIR, {"prefix": "p"}], "", "p.jsonl.gz, line 2: must be"),
         ("p.jsonl.gz", [PAIR, "text"], "", "p.jsonl.gz, line 2: must be"),
-        ("p.jsonl.gz", [PAIR, {"prefix": "q", "target": "\ud800"}], "", "surrogates not .*'q'"),
+        ("p.jsonl.gz", [PAIR, {"prefix": "q", "target": "\ud800"}], "", "surrogates .*line 2"),
         ("p.jsonl.gz", [PAIR, PAIR], "", "line 2, only 1 prefixes with a target"),
         ("p.jsonl.gz", [PAIR, PAIR | {"prefix": "q"}], "--block_size=1", "no train pair fits"),
+        ("p.jsonl.gz", [PAIR, PAIR | {"prefix": "q"}], "--name=../up", "a plain folder name"),
         ("p.jsonl.gz", HUGE, "", "p.jsonl.gz, line 2: not readable as JSON .*4300 digits"),
     ],
 )
@@ -52,5 +53,5 @@ def test_bad_files_are_refused(name, content, flags, message, tmp_path, monkeypa
     module = BUILDERS[name[2:]]
     flag = "input" if module is text_file else "source"
     with pytest.raises(ValueError, match=message) as error:
-        module.main([f"--{flag}={name}", *flags.split(), "--name=set", "--out=out"])
+        module.main([f"--{flag}={name}", "--name=set", "--out=out", *flags.split()])
     assert "\n" not in str(error.value) and not list(tmp_path.glob("out/*"))

@@ -2,8 +2,6 @@
 
 import ast
 import inspect
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -68,13 +66,12 @@ def typed_settings() -> int:
 
 
 def modules_of_train() -> int:
-    code = (
-        "import sys, train; print(sum(1 for m in sys.modules.values()"
-        f" if (getattr(m, '__file__', '') or '').startswith({str(ROOT)!r} + '/')"
-        " and not m.__file__.endswith('__init__.py')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    return int(done.stdout)
+    from test_imports import FILES, imports
+
+    loaded = {"train"}
+    for _ in range(len(FILES)):
+        loaded |= {module for name in loaded for module in imports(name) & FILES.keys()}
+    return len(loaded)
 
 
 def tracked_results() -> int:
@@ -114,10 +111,10 @@ def table() -> list[tuple[str, float, float]]:
 
 # Rows above their budget, and where they stand. A row may only come down.
 REACHED = {
-    "Python, without tests": 12_460,
+    "Python, without tests": 12_450,
     "hf/": 1_390,
     "eval/": 3_630,
-    "tests": 10_960,
+    "tests": 10_820,
 }
 
 
@@ -125,14 +122,6 @@ REACHED = {
 def test_within_budget(what, today, limit):
     limit = max(limit, REACHED.get(what, 0))
     assert today <= limit, f"{what}: {today}, budget {limit}"
-
-
-def test_words_that_were_replaced_do_not_return():
-    """Write for readers whose first language is not English."""
-    odd = re.compile(r"\b(but for|whoever|what is said|so many)\b")
-    paths = [*ROOT_FILES, *ROOT.glob("infra/*.py"), ROOT / "README.md"]
-    found = {path.name: odd.findall(path.read_text()) for path in paths}
-    assert not any(found.values()), found
 
 
 if __name__ == "__main__":

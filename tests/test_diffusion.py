@@ -114,6 +114,11 @@ def network(scale: float = 2.0, **settings) -> Transformer:
     return model
 
 
+def gradient(model, value) -> dict[str, torch.Tensor]:
+    names, parameters = zip(*model.named_parameters())
+    return dict(zip(names, torch.autograd.grad(value, parameters, materialize_grads=True)))
+
+
 def rng_of(B: int) -> CounterRNG:
     return make_rng(0, torch.arange(B))
 
@@ -200,25 +205,21 @@ def test_each_pass_reads_the_answer_of_the_pass_before_after_a_clean_prefix(temp
 def test_no_gradient_crosses_from_the_second_pass_to_the_first(self_conditioning):
     """The gradient of L(1) + L(2) is L(1)'s plus that of L(2) on a fixed canvas and hint."""
     model, data = network(self_conditioning=self_conditioning), batch()
-    parameters = list(model.parameters())
-
-    def gradient(value):
-        return torch.autograd.grad(value, parameters, materialize_grads=True)
 
     def term(canvas, hint=None):
         logits = model(data.prefix, canvas, hint)[:, 1:]
         return logits, F.cross_entropy(logits.flatten(0, 1), data.target[:, 1:].flatten())
 
-    both = gradient(loss(model, data, LossConfig(), rng_of(4)))
+    both = gradient(model, loss(model, data, LossConfig(), rng_of(4)))
     canvas = corrupt(data.target, rng_of(4).uniform(RATE, 1)[0], model.cfg, rng_of(4))
     logits, first = term(canvas)
-    one = gradient(first)
+    one = gradient(model, first)
     logits = logits.detach()
     answer = F.pad(logits.argmax(-1), (1, 0), value=SEP)
     hint = F.pad(logits.softmax(-1) @ model.tok.weight.detach(), (0, 0, 1, 0))
-    two = gradient(term(answer, hint if self_conditioning else None)[1])
-    for whole, a, b in zip(both, one, two):
-        torch.testing.assert_close(whole, a + b)
+    two = gradient(model, term(answer, hint if self_conditioning else None)[1])
+    for name, whole in both.items():
+        torch.testing.assert_close(whole, one[name] + two[name])
 
 
 @pytest.mark.parametrize("settings", [{}, CACHED], ids=["joint", "cached"])
@@ -227,17 +228,16 @@ def test_terms_that_are_backpropagated_one_by_one_give_the_gradient_of_their_sum
     model, cfg = network(**settings), LossConfig(ar_loss_weight=0.5 if settings else 0.0)
     data = batch()
     data.prefix[1, 1:] = PAD
-    parameters = list(model.parameters())
     total = loss(model, data, cfg, rng_of(4))
-    expected = torch.autograd.grad(total, parameters, materialize_grads=True)
+    expected = gradient(model, total)
     terms = []
     for term in losses(model, data, cfg, rng_of(4), scale=0.5):
         term.backward()
         terms.append(term.item())
     assert sum(terms) == pytest.approx(0.5 * total.item())
-    for p, gradient in zip(parameters, expected):
+    for name, p in model.named_parameters():
         found = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.testing.assert_close(found, 0.5 * gradient)
+        torch.testing.assert_close(found, 0.5 * expected[name])
 
 
 def test_a_kept_ar_loss_adds_the_gradient_of_an_ar_model_with_these_weights():
@@ -245,11 +245,6 @@ def test_a_kept_ar_loss_adds_the_gradient_of_an_ar_model_with_these_weights():
     attention = dict(prefix_attention="bidirectional", target_attention="causal")
     ar = Transformer(ModelConfig(**SIZES | attention | dict(paradigm="ar"))).double()
     ar.load_state_dict(model.state_dict(), strict=False)
-
-    def gradient(module, value):
-        names, parameters = zip(*module.named_parameters())
-        grads = torch.autograd.grad(value, parameters, materialize_grads=True)
-        return dict(zip(names, grads))
 
     kept = gradient(model, loss(model, data, cfg, rng_of(4)))
     plain = gradient(model, loss(model, data, LossConfig(), rng_of(4)))

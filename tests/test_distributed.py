@@ -10,9 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import test_train
 import torch
 import torch.distributed as dist
-from processes import TINY, start
+from processes import start
 
 import train
 from infra.checkpoint import load
@@ -20,9 +21,8 @@ from infra.distributed import DistributedContext
 from model import Transformer
 
 ROOT = Path(__file__).parent.parent
-SHORT = [*TINY, "--max_steps=3", "--learning_rate=0.001", "--warmup_steps=2", "--eval_batches=1"]
-SHORT += ["--eval_interval=3", "--save_interval=100", "--sample_interval=3"]
-SHORT += ["--optimizer=adamw", "--schedule=constant"]
+SHORT = [*test_train.SHORT, "--max_steps=3", "--learning_rate=0.001", "--optimizer=adamw"]
+SHORT += ["--schedule=constant", "--eval_interval=3", "--sample_interval=3"]
 DIFFUSION = ["--paradigm=diffusion", "--target_attention=bidirectional"]
 CACHED = [*DIFFUSION, "--prefix_attention=bidirectional", "--self_conditioning"]
 WAYS = {
@@ -179,12 +179,6 @@ def test_an_error_of_one_process_ends_all(copy_set, tmp_path):
     assert "nowhere.pt: no such checkpoint" in first.output.read_text()
     assert "process 1 lost the others" in second.output.read_text()
     assert "Traceback" not in first.output.read_text() + second.output.read_text()
-
-
-def test_fsdp_needs_torchrun(copy_set, tmp_path):
-    argv = [*SHORT, f"--data={copy_set}", f"--out_dir={tmp_path / 'a'}", "--parallel=fsdp"]
-    with pytest.raises(ValueError, match="needs torchrun"):
-        train.main(argv)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The graders of docs/exercises pass the solutions and fail the handouts and near misses."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -26,12 +25,7 @@ NEAR_MISSES = [
     ("sampler", "output=output", "output=likeliest", "a given slot"),
     ("sampler", "(~state.editable, -math.inf)", "(~state.editable, 2.0)", "and is not counted"),
     ("noise", "right=True", "right=False", "at 0 and almost 1"),
-    (
-        "noise",
-        "torch.where(token == model_cfg.n_ordinary, model_cfg.pad_id, token)",
-        "token",
-        "pad",
-    ),
+    ("noise", "token == model_cfg.n_ordinary", "token == -1", "pad"),
     ("noise", "uniform.double() * cdf[-1]", "uniform.double() * (cdf[-1] - 1)", "each token"),
     ("mask_schedule", "(column - row) * T + row", "row * T + column", "short edges open first"),
     ("mask_schedule", "round(share * len(row))", "int(share * len(row) / 2)", "the bidirectional"),
@@ -59,13 +53,8 @@ def test_the_command_and_its_status(capsys):
     with pytest.raises(SystemExit) as end:
         main(["sampler"])
     assert end.value.code == 1 and capsys.readouterr().out.startswith("FAIL  margin runs: NotImpl")
-    wrong = [
-        ([], "sampler, noise"),
-        (["samplr"], "did you mean 'sampler'"),
-        (["bound", "x.py"], "x.py"),
-    ]
-    for argv, message in wrong:
-        with pytest.raises(ValueError, match=re.escape(message)):
+    for argv, message in (([], "sampler, noise"), (["samplr"], "did you"), (["bound", "x"], "x")):
+        with pytest.raises(ValueError, match=message):
             main(argv)
 
 

@@ -12,13 +12,7 @@ import autoregressive
 import diffusion
 from data.objectives import Batch
 from infra.device import autocast
-from infra.flops import (
-    estimate,
-    forward_flops,
-    memory,
-    out_of_memory_message,
-    train_flops,
-)
+from infra.flops import estimate, forward_flops, memory, out_of_memory_message, train_flops
 from infra.rng import make_rng
 from model import ModelConfig, build_model, meta_model, num_params
 
@@ -67,15 +61,24 @@ CASES = {
 }
 
 
-def flops_by_torch(settings: dict, backward: bool) -> int:
+def flops_by_torch(compute, model, batch) -> int:
     """Return the FLOPs of all matrix products for one row, by torch's own counter."""
-    model = build_model(ModelConfig(**TINY | settings))
-    prefix, target = torch.randint(20, (3, 7)), torch.randint(20, (3, 5))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        logits = model(prefix, target)
-        if backward:
-            logits.sum().backward()
-    return counter.get_total_flops() // 3
+        compute(model, batch)
+    return counter.get_total_flops() // len(batch.example)
+
+
+def batch_of(rows: int, prefix: int, target: int) -> Batch:
+    texts = torch.randint(20, (rows, prefix)), torch.randint(20, (rows, target))
+    return Batch(*texts, torch.arange(rows))
+
+
+def train(model, batch) -> None:
+    """Compute the gradients of a step."""
+    paradigm = diffusion if model.cfg.paradigm == "diffusion" else autoregressive
+    rng = make_rng(0, batch.example)
+    for term in paradigm.losses(model, batch, diffusion.LossConfig(), rng):
+        term.backward()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,28 +89,16 @@ def test_flops_equal_torchs_count(case):
     no backward. We count it all the same.
     """
     cfg = ModelConfig(**TINY | CASES[case])
-    assert flops_by_torch(CASES[case], False) == forward_flops(cfg, 7, 5)
+    model, batch = build_model(cfg), batch_of(3, 7, 5)
+    forward = flops_by_torch(lambda *_: model(batch.prefix, batch.target), model, batch)
+    assert forward == forward_flops(cfg, 7, 5)
     without_backward = 0
     if case in ("prefix LM", "cached"):
         without_backward = 2 * 2 * 7 * (16 * 16 + 3 * 16 * 24 + 2 * 7 * 16)
-    if cfg.paradigm == "diffusion":
-        with_ar = train_flops(cfg, 7, 5, 2, ar_weight=0.5)
-        assert with_ar == train_flops(cfg, 7, 5, unroll_steps=3)
-        step = flops_of_losses(cfg)
-    else:
-        step = flops_by_torch(CASES[case], True)
+    step = flops_by_torch(train, model, batch)
     assert train_flops(cfg, 7, 5, unroll_steps=2) == step + without_backward
-
-
-def flops_of_losses(cfg: ModelConfig) -> int:
-    """Return the FLOPs of both terms of the diffusion loss for one row, by torch's counter."""
-    model = build_model(cfg)
-    example = torch.arange(3)
-    batch = Batch(torch.randint(20, (3, 7)), torch.randint(20, (3, 5)), example)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        for term in diffusion.losses(model, batch, diffusion.LossConfig(), make_rng(0, example)):
-            term.backward()
-    return counter.get_total_flops() // 3
+    if cfg.paradigm == "diffusion":
+        assert train_flops(cfg, 7, 5, 2, ar_weight=0.5) == train_flops(cfg, 7, 5, unroll_steps=3)
 
 
 MEMORY = dict(n_layer=4, n_head=4, n_embd=64, vocab_size=600, n_ordinary=500, pad_id=500)
@@ -141,16 +132,12 @@ def test_the_memory_estimate_is_near_the_measured_peak(case):
     model_cfg = ModelConfig(**MEMORY | PEAKS[case])
     model = build_model(model_cfg).train()
     model.activation_checkpointing = case == "activation checkpointing"
-    prefix, target = torch.randint(0, 500, (8, 64)), torch.randint(0, 500, (8, 64))
-    batch = Batch(prefix, target, torch.arange(8))
-    paradigm = diffusion if model_cfg.paradigm == "diffusion" else autoregressive
+    batch = batch_of(8, 64, 64)
     dtype = "bfloat16" if case == "bfloat16" else "float32"
 
     def step():
-        rng = make_rng(0, batch.example)
         with autocast(torch.device("cpu"), dtype):
-            for term in paradigm.losses(model, batch, diffusion.LossConfig(), rng):
-                term.backward()
+            train(model, batch)
 
     step()  # gradients exist
     measured, params = peak_bytes(step), num_params(model)
@@ -181,7 +168,7 @@ def test_the_estimate_adds_up():
         block_size = 128
 
         def batch(self, seed, step, batch_size):
-            return Batch(torch.zeros(8, 30), torch.zeros(8, 64), torch.arange(8))
+            return batch_of(8, 30, 64)
 
     result = estimate(config(model_cfg), Dataset())
     flops = 10 * 8 * train_flops(model_cfg, 30, 64, unroll_steps=2)

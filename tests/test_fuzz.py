@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzzing import anything, error_of, repeat
+from fuzzing import anything, error_of, few_or_many, repeat
 from hypothesis import strategies as st
 from processes import TINY, make_copy_set
 
@@ -22,7 +22,6 @@ from configurator import all_fields
 from infra.checkpoint import load
 from infra.run_dir import Log
 
-FEW, MANY = 15, 1500
 SHORT = [*TINY, "--eval_interval=100", "--eval_batches=1", "--sample_interval=0", "--max_steps=1"]
 DIFFUSION = "--paradigm=diffusion --prefix_attention=joint --target_attention=bidirectional"
 NAMES = st.sampled_from(sorted(all_fields(train.TrainConfig)))
@@ -36,13 +35,13 @@ PLAIN = anything(SIZES.filter(lambda n: abs(n) < 2**63))
 
 
 def fuzz(test):
-    """The test with few cases, and with many, marked slow."""
+    """The test with few cases and with many."""
 
+    @few_or_many(15, 1500)
     def both(n, place):
         repeat(n, lambda data: test(place, data), st.data())
 
-    marks = [pytest.mark.slow, pytest.mark.long]
-    return pytest.mark.parametrize("n", [FEW, pytest.param(MANY, marks=marks)])(both)
+    return both
 
 
 class Place:

@@ -2,9 +2,8 @@
 
 import json
 
-import pytest
 from data_files import write
-from fuzzing import anything, error_of, repeat
+from fuzzing import anything, error_of, few_or_many, repeat
 from hypothesis import strategies as st
 
 from data import text_file
@@ -13,8 +12,7 @@ from data.objectives import ObjectiveConfig
 
 NAME = "--name=set"
 OBJECTIVES = ("auto", "prefix_lm", "span_corruption")
-more = pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.long])
-many = pytest.mark.parametrize("n", [40, more])
+both = few_or_many(40, 2000)
 
 
 def train_on(folder) -> None:
@@ -38,7 +36,7 @@ PIECE = st.text(max_size=20) | st.sampled_from(["\n", "\r\n", "\r", " " * 50, "w
 TEXT = st.lists(PIECE, max_size=12).map(lambda pieces: "\ufeff" + "".join(pieces))
 
 
-@many
+@both
 def test_what_is_built_opens_in_a_training(n, tmp_path):
     def check(content, target_length, block_size):
         path = write(tmp_path / ("a.txt" if isinstance(content, str) else "a.jsonl"), content)
@@ -50,7 +48,7 @@ def test_what_is_built_opens_in_a_training(n, tmp_path):
     repeat(2 * n, check, PAIRS | TEXT, *sizes)
 
 
-@many
+@both
 def test_lines_of_anything_are_refused_in_one_line(n, tmp_path):
     bad = ["[" * 100_000, '{"prefix": "\\ud800", "target": "b"}', "1" * 5000, '{"a"', "\x00"]
     line = st.dictionaries(st.sampled_from(["prefix", "target", "x"]), anything()).map(json.dumps)
@@ -64,7 +62,7 @@ def test_lines_of_anything_are_refused_in_one_line(n, tmp_path):
     repeat(n, check, st.lists(line, max_size=5))
 
 
-@many
+@both
 def test_damaged_data_sets_are_refused_in_one_line(n, tmp_path):
     """meta.json with anything in it, and files that were cut or overwritten."""
     pairs = [([97 + i], [98, 99]) for i in range(20)]

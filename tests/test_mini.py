@@ -1,11 +1,11 @@
-"""data/mini.py: correct languages, clean splits, exact scorers."""
+"""data/mini.py, data/toy.py: correct languages and strings, clean splits, exact scorers."""
 
 import re
 from collections import Counter
 
 import pytest
 
-from data import mini
+from data import mini, toy
 from data.loader import open_dataset
 from data.mini import TAGS, TASKS, english, examples, french
 
@@ -97,17 +97,41 @@ def test_the_mix_has_equal_shares(items):
             assert max(seen.values()) - min(seen.values()) <= 1
 
 
+STRINGS = {"copy": str, "reverse": lambda s: s[::-1], "sort": lambda s: "".join(sorted(s))}
+
+
+@pytest.mark.parametrize("name", STRINGS)
+def test_strings_are_copied_reversed_and_sorted(name):
+    for item in toy.examples(f"toy_{name}", "valid"):
+        assert item["target"] == STRINGS[name](item["prefix"])
+
+
+def test_held_out_strings_are_new_and_every_length_is_trained():
+    train, valid = toy.strings("train"), toy.strings("valid")
+    assert not set(train) & set(valid)
+    assert len(set(train)) == len(train) and len(valid) > 900
+    for part in (train, valid):
+        assert {len(s) for s in part} == set(range(1, toy.LONGEST + 1))
+
+
 FINGERPRINTS = {
     "mini": "6a780fe9309bbf66",
     "mini_translation": "33afc98c4369fef2",
     "mini_qa": "f315b8b36f3b2070",
     "mini_code": "76317bf98b6745e6",
+    "toy_copy": "d3de693e02474c16",
+    "toy_reverse": "0aa84a0156fdc3eb",
+    "toy_sort": "8f64189c7f83ebe8",
 }
 
 
 @pytest.mark.slow  # builds every set
 def test_the_sets_are_the_same_on_every_machine(tmp_path):
-    mini.main([f"--out={tmp_path}"])
-    sets = {name: open_dataset(tmp_path / name, "valid") for name in FINGERPRINTS}
-    assert {(s.target_length, s.block_size) for s in sets.values()} == {(41, 88)}
-    assert {name: s.fingerprint for name, s in sets.items()} == FINGERPRINTS
+    found = {}
+    for module, sizes in ((mini, (41, 88)), (toy, (12, 22))):
+        module.main([f"--out={tmp_path / module.__name__}"])
+        for folder in (tmp_path / module.__name__).iterdir():
+            data = open_dataset(folder, "valid")
+            assert (data.target_length, data.block_size) == sizes
+            found[folder.name] = data.fingerprint
+    assert found == FINGERPRINTS

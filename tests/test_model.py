@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from eval_models import tiny_model
 from memory import peak_bytes
 from torch import nn
 
@@ -34,13 +35,12 @@ ALL = [*PATTERNS, *WITH_ENCODER]
 
 
 def build(pattern: str = "gpt", **settings) -> Transformer:
-    torch.manual_seed(0)
     if pattern in WITH_ENCODER:
         settings["arch"] = "encoder_decoder"
     prefix, target, _ = PATTERNS[WITH_ENCODER.get(pattern, pattern)]
     paradigm = "diffusion" if target == "bidirectional" else "ar"
     attention = dict(prefix_attention=prefix, target_attention=target, paradigm=paradigm)
-    return build_model(ModelConfig(**TINY | attention | settings)).eval()
+    return tiny_model(**TINY | attention | settings)
 
 
 def ids(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,21 +1,20 @@
 """infra/optimizers.py: the learning rate by hand, which parameter goes where, Muon's update."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from eval_models import tiny_model
 
 from infra.optimizers import learning_rate_at, make_optimizers, set_learning_rate
-from model import ModelConfig, Transformer
+
+model = partial(tiny_model, n_layer=2, bias=True)
 
 
 def config(**changes):
     defaults = dict(optimizer="muon", learning_rate=1.0, weight_decay=0.3, warmup_steps=4)
     return SimpleNamespace(**defaults | dict(max_steps=14, schedule="linear") | changes)
-
-
-def model() -> Transformer:
-    return Transformer(ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, bias=True))
 
 
 @pytest.mark.parametrize(

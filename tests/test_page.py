@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +15,11 @@ from data.tokenizer import Tokenizer
 from extras.adapter import AdapterConfig, DraftModel
 from tests.browser import Browser
 from tests.eval_models import BYTES, CACHED, save_model, tiny_model
-from view import page as view_page
 from view.page import Track, write_page
 from view.record import TOP, UNKNOWN, Frame, Recorder
 
 AR = dict(block_size=40, target_length=13)
 DIFFUSION = AR | CACHED | dict(shift=True)
-TEMPLATE = (Path(view_page.__file__).parent / "page.html").read_text(encoding="utf-8")
 # Tokens that would end a script, start a comment, hide, reverse the text, or are half a letter.
 NASTY = ["</script><script>alert(1)</script>", "<!--", "&lt;", "\u202e", "\n", '"', "\\"]
 NASTY += ["a", "b", "\u2028"]

@@ -112,7 +112,6 @@ def test_the_prompt_comes_from_a_flag_a_file_or_stdin(tmp_path, monkeypatch, cap
         ("ar", "--prompt=" + "a" * 13, "the prompt has 13 tokens, the model reads at most 12"),
         ("ar", "--prompt=a\udcff", "surrogate"),
         ("ar", "--prompt=a --prompt_file=b", "not both"),
-        ("ar", "--prompt=a --device=gpu", "device must be one of"),
         ("diffusion", "--infill=a[[x]]", r"\[\[x\]\] is not a number of slots"),
         ("diffusion", "--infill=a", "no slot is free"),
         ("diffusion", "--infill=ab[[10]]", "12 slots, 1 more than the model has"),

@@ -102,18 +102,3 @@ def test_99_percent_fit_by_default_and_the_rest_is_counted(tmp_path, capsys):
     assert data.meta["left_out"] == counts
     assert (data.meta["command"], data.meta["note"]) == ("python -m data.x --a", "free")
     assert "  valid left out: 2 empty, 2 too long" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "cfg, valid, message",
-    [
-        ({}, example("p", ""), "no valid pair fits"),
-        ({}, example("p", "\ud800", where="f, line 7"), "surrogates not allowed.*f, line 7"),
-        ({"name": "../up"}, example("p", "t"), "plain folder name"),
-    ],
-)
-def test_a_set_that_no_training_can_use_is_not_written(tmp_path, cfg, valid, message):
-    cfg = SetConfig(**{"name": "s", "out": str(tmp_path)} | cfg)
-    with pytest.raises(ValueError, match=message):
-        write_set(cfg, {"train": [example("p", "t")], "valid": [valid]}, ["data.x"])
-    assert not list(tmp_path.iterdir())

@@ -20,7 +20,6 @@ from infra.flops import train_flops
 from model import ModelConfig
 from train import main
 
-ROOT = Path(__file__).parent.parent
 SHORT = [*TINY, "--max_steps=6", "--learning_rate=0.01", "--warmup_steps=2", "--eval_batches=1"]
 SHORT += ["--eval_interval=100", "--save_interval=100", "--sample_interval=0"]
 DIFFUSION = ["--paradigm=diffusion", "--prefix_attention=joint", "--target_attention=bidirectional"]
@@ -285,6 +284,7 @@ def sources(copy_set, tmp_path_factory):
         ("--grad_accum_steps=3", "batch_size 4 must be a multiple of grad_accum"),
         ("--anneal_steps=3", "anneal_steps needs target_attention=bidirectional"),
         ("--parallel=fsdp", "fsdp needs optimizer=adamw"),
+        ("--parallel=fsdp --optimizer=adamw", "fsdp needs torchrun"),
         ("--init_from=ckpt.pt --n_layer=2", "cannot set n_layer=2: .* has n_layer=1; convert it"),
         ("--init_from=ckpt.pt --paradigm=diffusion", "paradigm=ar; convert it with python ar2diff"),
         ("--init_from=ckpt.pt --anneal_steps=5", "is an AR model, anneal_steps needs a diffusion"),
