@@ -182,7 +182,7 @@ def digest(model: nn.Module) -> str:
 
 def save_adapter(path: Path, model: DraftModel, weights: str) -> None:
     """Write the adapter alone, as safetensors. weights: the digest of the frozen network."""
-    from hf import require as package
+    from hf import optional as package
 
     about = {"weights": weights, "adapter": asdict(model.adapter), "drafts": model.drafts}
     tensors = {name: t.cpu().contiguous() for name, t in model.adapter_tensors().items()}
@@ -195,7 +195,7 @@ def load_adapter(path: str | Path, model: Transformer) -> DraftModel:
 
     Raises ValueError if the file is missing, damaged, or of other weights.
     """
-    from hf import require as package
+    from hf import optional as package
 
     path = Path(path)
     path = path / FILE if path.is_dir() else path

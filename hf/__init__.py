@@ -3,14 +3,15 @@
 Only functions of the core may import this package: it needs packages that requirements.txt lacks.
 """
 
+import contextlib
 import importlib
 import json
 from pathlib import Path
 
-LFS_POINTER = b"version https://git-lfs"
+import configurator
 
 
-def require(package: str):
+def optional(package: str):
     """Import an optional package. Raises ValueError with the pip command if it is missing."""
     try:
         return importlib.import_module(package)
@@ -19,36 +20,35 @@ def require(package: str):
         raise ValueError(f"the package {name} is missing; run: pip install {name}") from None
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+@contextlib.contextmanager
+def explained(problem: str):
+    """Make one line of whatever another package raises: ValueError(problem: reason)."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{problem}: {configurator.one_line(error)[:160]}") from None
 
 
 def refuse_lfs_pointer(path: Path) -> None:
     """Raise ValueError if git cloned only the pointer to a large file."""
+    pointer = b"version https://git-lfs"
     with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            remedy = f"run `git lfs pull` in {path.parent}"
-            raise ValueError(f"{path}: a git-LFS pointer, not the file; {remedy}")
+        fault = f"{path.name}: a git-LFS pointer; run `git lfs pull` in its folder"
+        configurator.require(file.read(len(pointer)) != pointer, fault)
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file. Raises ValueError, with the path, if it is none."""
-    try:
-        refuse_lfs_pointer(path)
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; a Hugging Face folder has one") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    """Return the text of a UTF-8 file of a Hugging Face folder."""
+    with explained(f"{path.name} of a Hugging Face folder"):
+        text = path.read_text(encoding="utf-8")
+    refuse_lfs_pointer(path)
+    return text
 
 
 def read_json(path: Path) -> dict:
     """Return the JSON object of a file. Raises ValueError if there is none."""
     text = read_text(path)
-    try:
+    with explained(f"{path.name}: no JSON object"):
         found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({first_line(error)})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}")
+        configurator.require(isinstance(found, dict), f"got {type(found).__name__}")
     return found

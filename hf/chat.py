@@ -1,14 +1,14 @@
 """Chat: render the model's own chat template and encode it with its special tokens."""
 
 import datetime
+import functools
 import json
 import re
 from pathlib import Path
 
-from hf import first_line, read_json, read_text, require
+from configurator import require
+from hf import explained, optional, read_json, read_text
 from hf.tokenizer import HFTokenizer, load_backend
-
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def folder_info(folder: Path, config: dict) -> dict:
@@ -16,14 +16,12 @@ def folder_info(folder: Path, config: dict) -> dict:
     names = ("tokenizer_config.json", "generation_config.json")
     paths = [folder / name for name in names]
     settings, generation = (read_json(path) if path.is_file() else {} for path in paths)
-    tokens = {name: settings[name] for name in ROLES if settings.get(name)}
+    tokens = {n: t for n, t in settings.items() if n.endswith("_token") and type(t) in (str, dict)}
     template = settings.get("chat_template")
-    try:
-        tokens = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
+    with explained(f"{paths[0].name}: a special token or a template lacks its text"):
+        tokens = {name: t["content"] if type(t) is dict else t for name, t in tokens.items()}
         if isinstance(template, list):  # several, each with a name
             template = {part["name"]: part["template"] for part in template}.get("default")
-    except (KeyError, TypeError):
-        raise ValueError(f"{paths[0]}: a special token or a template lacks its text") from None
     if (folder / "chat_template.jinja").is_file():
         template = read_text(folder / "chat_template.jinja")
     ends = generation.get("eos_token_id", config.get("eos_token_id"))
@@ -50,27 +48,17 @@ def end_ids(tokenizer: HFTokenizer) -> list[int]:
 def render(tokenizer: HFTokenizer, messages: list[dict]) -> str:
     """Return the text of a conversation by the model's template, run in jinja2's sandbox."""
     template = getattr(tokenizer, "info", {}).get("chat_template")
-    if not template or not isinstance(template, str):
-        raise ValueError("this model has no chat template; leave out --chat")
-    jinja2 = require("jinja2")
-    sandbox = require("jinja2.sandbox").ImmutableSandboxedEnvironment
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    # {% generation %} marks the answer for training. Here it only shows its content.
-    template = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", template)
-    template = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", template)
+    require(template and type(template) is str, "this model has no chat template; leave out --chat")
+    sandbox = optional("jinja2.sandbox").ImmutableSandboxedEnvironment
     loops = ["jinja2.ext.loopcontrols"]
     environment = sandbox(trim_blocks=True, lstrip_blocks=True, extensions=loops)
     # jinja2's own filter writes JSON for HTML, which transformers does not.
-    environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
-        value, ensure_ascii=ensure_ascii, **options
-    )
-    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = functools.partial(require, False)
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    # {% generation %} marks the answer for training. Here it only shows its content.
+    template = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", template)
+    template = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", template)
     values = tokenizer.info.get("special_tokens", {}) | {"messages": messages, "tools": None}
-    try:
+    with explained("the model's chat template fails"):
         return environment.from_string(template).render(add_generation_prompt=True, **values)
-    except Exception as error:  # the template is a program, and it may be wrong in any way
-        raise ValueError(f"the model's chat template fails: {first_line(error)}") from None

@@ -1,54 +1,48 @@
-"""What ar2diff.py does with other people's weights: import, check on a text, export."""
+"""What ar2diff.py does with other people's weights: import, check on a text, export.
 
+Read back with load_hf, an export is the same model, bit for bit. Layers that a conversion added are
+left out. So are the rows of the reserved ids if they are still as the import made them: the export
+of an untouched import has the tensors and the tokenizer of its source.
+"""
+
+import json
+import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from configurator import require
 from data.objectives import Batch
-from data.tokenizer import Tokenizer, get_tokenizer
-from hf.export import export_folder
-from hf.load import load_hf, resolve_source
+from data.tokenizer import ALPHABET, BYTE_LEVEL, FILE, Tokenizer, get_tokenizer, reserved_tokens
+from hf import explained, optional
+from hf.layouts import FAMILIES, Family, write_settings
+from hf.load import KEPT, fill_reserved, load_hf, resolve_source, row_counts
+from hf.tokenizer import extend
 from infra.checkpoint import load
-from model import ModelConfig, split_prompt
+from model import NEW_MODULES, ModelConfig, split_prompt
 
 # The text that --check reads if none is given.
-TEXT = (
-    "The harbour was quiet in the early morning. Two boats lay at the quay, and on one of them a "
-    "man in a blue coat was mending a net. He did not look up when the bell of the old church "
-    "began to ring. Later, he said, there would be wind from the west, and by noon all the boats "
-    "would be back. The children knew it too; they had already gone down to the beach with "
-    "baskets, to wait for the fish and to hear the news from the other side of the bay. "
-)
+TEXT = "The harbour was quiet. Two boats lay at the quay, and a man in a blue coat mended a net. "
 
 
 def import_source(name: str, block_size: int, target_length: int):
     """Read weights and print what was found. Returns (model, tokenizer, "", name, path)."""
     path = resolve_source(name)
-    if path is None:
-        raise ValueError(f"{name}: no .pt file, Hugging Face folder, hub name or GGUF file")
-    model, tokenizer, notes = load_hf(path, block_size, target_length)
+    model, tokenizer = load_hf(path, block_size, target_length)
     dtype = str(model.tok.weight.dtype).removeprefix("torch.")
     size = f"{sum(p.numel() for p in model.parameters()):,} weights, {dtype}"
     lengths = f"block_size {model.cfg.block_size}, target_length {model.cfg.target_length}"
     print(f"{name}: {size} | {lengths} | {tokenizer.name}")
-    print_notes(notes)
     return model, tokenizer, "", name, path
-
-
-def print_notes(notes: list[str]) -> None:
-    for note in notes:
-        print(f"note: {note}")
 
 
 def text_batch(text: str, tokenizer: Tokenizer, cfg: ModelConfig) -> Batch:
     """Cut two rows from a text, at its start and its middle, repeated to fill the targets."""
-    numbers = " ".join(str(7 * i % cfg.n_ordinary) for i in range(50))
-    default = numbers if tokenizer.name.startswith("ids-") else TEXT
-    ids = tokenizer.encode(text or default)
+    ids = tokenizer.encode(text or TEXT)
     T = cfg.target_length
     P = min(32, cfg.block_size - T)
-    if not ids:
-        raise ValueError("--check needs a text, but the tokenizer makes nothing of --prompt")
+    require(ids, "--check needs a text, but the tokenizer makes nothing of --prompt")
     starts = (0, len(ids) // 2)
     rows = torch.tensor([(ids[start:] + ids * (P + T))[: P + T - 1] for start in starts])
     prefix, first = split_prompt(rows[:, :P], cfg)
@@ -56,11 +50,103 @@ def text_batch(text: str, tokenizer: Tokenizer, cfg: ModelConfig) -> Batch:
 
 
 def export(source: str, folder: Path, overwrite: bool) -> None:
-    """Write the weights of a checkpoint as a Hugging Face folder."""
-    if resolve_source(source) is not None:
-        raise ValueError(f"{source} is not one of our checkpoints; --export needs one")
+    """Write the AR weights of a checkpoint as a Hugging Face folder, whole or not at all.
+
+    Raises ValueError if no family fits or if the folder exists.
+    """
+    save_file = optional("safetensors.torch").save_file
     state = load(source)
     tokenizer = get_tokenizer(state["tokenizer"], Path(source).parent)
-    notes = export_folder(folder, state, tokenizer, overwrite)
+    m = ModelConfig(**state["model_config"])
+    free = not folder.exists() or (overwrite and (folder / "config.json").is_file())
+    require(free, f"{folder} exists; use another --export, or --overwrite an older export")
+    skipped = (*NEW_MODULES, "head") if m.tie_weights else NEW_MODULES
+    weights = {n: t for n, t in state["model"].items() if n.split(".")[0] not in skipped}
+    rows = _rows_without_reserved(weights, m)
+    config = _config(weights, tokenizer, m, rows)
+    files = _tokenizer_files(tokenizer, m, rows) | {"config.json": config}
+    tensors = _their_tensors(weights, FAMILIES[config["model_type"]], m, rows)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with explained(f"{folder}: not written"):
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            new = Path(scratch, "new")
+            new.mkdir()
+            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+            (new / "model.safetensors").chmod(0o644)  # the package writes 0o600
+            for name, content in files.items():
+                text = json.dumps(content, indent=None if name == FILE else 2, ensure_ascii=False)
+                (new / name).write_text(text + "\n", encoding="utf-8")
+            if folder.exists():
+                folder.rename(Path(scratch, "old"))  # a folder with files cannot be replaced
+            new.rename(folder)
     print(f"{folder}: {source} step {state['step']} as a Hugging Face folder")
-    print_notes(notes)
+    if FILE not in files:
+        print(f"note: no {FILE} is written; the tokenizer of this model is {tokenizer.name}")
+    if m.prefix_attention != "causal" or m.target_attention != "causal":
+        left_out = [name for name in NEW_MODULES if f"{name}.weight" in state["model"]]
+        print(f"note: other programs read it left to right; left out: {', '.join(left_out) or '-'}")
+
+
+def _rows_without_reserved(weights: dict[str, Tensor], m: ModelConfig) -> int:
+    """Return the rows of the embedding to export: all, unless the reserved ones are untouched."""
+    if m.sep_id >= 0:
+        return m.vocab_size
+    rows = m.n_ordinary
+    for name in weights.keys() & {"tok.weight", "head.weight"}:
+        expected = weights[name].clone()
+        fill_reserved(expected, m.n_ordinary, m)
+        same = torch.isclose(weights[name].float(), expected.float(), rtol=1e-5, atol=1e-8).all(1)
+        if not same[[m.pad_id, m.mask_id]].all():
+            return m.vocab_size
+        rows = max([rows, *(1 + (~same).nonzero().flatten()).tolist()])
+    return rows
+
+
+def _their_tensors(weights: dict, family: Family, m: ModelConfig, rows: int) -> dict[str, Tensor]:
+    """Return the tensors under their names. Views if the layout allows it."""
+    found = {}
+    for name, tensor in weights.items():
+        if name in ("tok.weight", "head.weight"):
+            tensor = tensor[:rows]
+        names = family.names(name)
+        parts = tensor.split(row_counts(len(tensor), len(names), m))
+        if family.is_transposed(name, tensor.dim()):
+            parts = [part.T for part in parts]
+        found |= {theirs: part.contiguous() for theirs, part in zip(names, parts)}
+    return found
+
+
+def _config(weights: dict, tokenizer: Tokenizer, m: ModelConfig, rows: int) -> dict:
+    """Return the config.json. What the families do not have is under "ar2diff"."""
+    kept = {name: getattr(m, name) for name in (*KEPT, "target_length")}
+    kept |= {"tokenizer": tokenizer.name, "info": getattr(tokenizer, "info", {})}
+    kept["prefix_attention"] = m.prefix_attention if m.paradigm == "ar" else "causal"
+    eos = m.eos_id if m.eos_id >= 0 else None
+    end = eos if rows < m.vocab_size else m.pad_id  # pad ends a text of ours
+    dtype = str(weights["tok.weight"].dtype).removeprefix("torch.")
+    common = dict(vocab_size=rows, torch_dtype=dtype, ar2diff=kept)
+    common |= dict(bos_token_id=None, eos_token_id=end, pad_token_id=end)
+    return write_settings(m) | common
+
+
+def _tokenizer_files(tokenizer: Tokenizer, m: ModelConfig, rows: int) -> dict[str, dict]:
+    """Return tokenizer.json and tokenizer_config.json; nothing for token ids and for gpt2."""
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": m.block_size}
+    if tokenizer.name == "bytes":
+        vocab = {character: byte for byte, character in enumerate(ALPHABET)}
+        added = reserved_tokens(tokenizer.n_ordinary, tokenizer.vocab_size)
+        found = {"version": "1.0", "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+        found |= {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL, "added_tokens": added}
+    elif tokenizer.file:
+        found = json.loads(extend(tokenizer.file))
+    else:
+        return {}
+    info = found.pop("ar2diff", {})
+    about |= info.get("special_tokens", {})
+    about |= {name: value for name, value in info.items() if name == "chat_template"}
+    if rows == m.vocab_size:
+        about |= {f"{name}_token": f"<|ar2diff_{name}|>" for name in ("pad", "sep", "mask")}
+        about["eos_token"] = about["pad_token"]
+    else:
+        found["added_tokens"] = [t for t in found["added_tokens"] if t["id"] < m.n_ordinary]
+    return {FILE: found, "tokenizer_config.json": about}

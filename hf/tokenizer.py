@@ -8,9 +8,9 @@ Supported are byte-pair encodings of bytes, of two kinds:
 The file that we keep is the source's file with our reserved tokens after its last id
 (<|ar2diff_pad|>, ...) and with one more entry, "ar2diff", for chats (hf/chat.py).
 
-decode(encode(text)) == text for every text. Four rules of the source are therefore ignored, except
-in a chat: a space before the first word, NFC normalisation, BPE dropout, and added tokens that
-remove the spaces next to them. A text with a byte that has no token is refused.
+decode(encode(text)) == text, or the text is refused. Four rules of the source are therefore
+ignored, except in a chat: a space before the first word, NFC normalisation, BPE dropout, and added
+tokens that remove the spaces next to them.
 """
 
 import copy
@@ -18,139 +18,97 @@ import itertools
 import json
 import os
 
+from configurator import require
 from data.tokenizer import ALPHABET, Tokenizer, padded_size, reserved_tokens
-from hf import LFS_POINTER, first_line, require
+from hf import explained, optional
 
 SPACE = "▁"  # how byte-fallback vocabularies write a space
 PAD = "<|ar2diff_pad|>"
 MAX_ID = 1 << 24
 BYTE_FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
+PROBE = " A  probe: nai\u0308ve, don't WON'T,\n\ttwo \r\n\n   1234.5  "
 
 
 class HFTokenizer(Tokenizer):
     """The tokenizer of a tokenizer.json.
 
-    bos_ids: the ids that the source puts before every text. info: what a chat needs.
-    sep_id is -1: slot 0 of a target is the last token of the prompt.
+    bos_ids: the ids that the source puts before every text. special_ids: no text is encoded to
+    them. info: what a chat needs. sep_id is -1: slot 0 of a target is the last token of the prompt.
     """
 
     def __init__(self, name: str, text: str):
         found = json.loads(extend(text))
         self.info = found.pop("ar2diff", {})
         self.source = found
-        splitters = _parts(found.get("pre_tokenizer"))
+        splitters = _parts(found, "pre_tokenizer")
         self.byte_level = any(part.get("type") == "ByteLevel" for part in splitters)
         model = found["model"]
+        kind = model.get("type", "BPE")
         fallback = model.get("byte_fallback") and model["vocab"].keys() >= set(BYTE_FALLBACK)
-        if model.get("type", "BPE") != "BPE" or not (self.byte_level or fallback):
-            raise ValueError(
-                f"this {model.get('type')} tokenizer is not supported; supported: byte-level BPE, "
-                "and BPE with byte_fallback and the tokens <0x00> to <0xFF>"
-            )
-        for part in [*_parts(found.get("normalizer")), *splitters]:
-            spaces = part.get("pattern") == {"String": " "} and part.get("content") == SPACE
-            replaces = part.get("type") == "Replace" and not spaces
-            if replaces or part.get("behavior") == "Removed":
-                fault = f"it replaces or removes {part.get('pattern')}"
-                raise ValueError(f"this tokenizer changes text: {fault}")
-        single = ALPHABET if self.byte_level else BYTE_FALLBACK
-        self._no_token = {i for i, token in enumerate(single) if token not in model["vocab"]}
+        supported = "byte-level BPE, or BPE with byte_fallback and the tokens <0x00> to <0xFF>"
+        fault = f"this {kind} tokenizer is not supported; supported: {supported}"
+        require(kind == "BPE" and (self.byte_level or fallback), fault)
         self._backend = load_backend(_lossless(found))
         self._backend.encode_special_tokens = True
-        vocab_size = 1 + max(token["id"] for token in found["added_tokens"])
-        super().__init__(name, _pieces(found, self.byte_level), vocab_size, self._encode, text)
+        for token in found["added_tokens"]:
+            known = self._backend.token_to_id(token["content"]) == token["id"]
+            require(known, f"the added token {token['content']!r} gets no id {token['id']}")
+        pieces = _pieces(found, self.byte_level)
+        n_ordinary = self._backend.token_to_id(PAD)
+        super().__init__(name, pieces[:n_ordinary], len(pieces), self._encode, text)
         self.sep_id = -1
-        both = self._backend.encode("a")
-        leading = itertools.takewhile(lambda pair: pair[1], zip(both.ids, both.special_tokens_mask))
-        self.bos_ids = [i for i, _ in leading]
-        self._check_round_trip()
+        self.special_ids = [t["id"] for t in found["added_tokens"] if t.get("special")]
+        whole = self._backend.encode("a")
+        self.bos_ids = whole.ids[: whole.special_tokens_mask.index(0)]
+        self.encode(PROBE)
 
     def _encode(self, text: str) -> list[int]:
-        lost = self._no_token.intersection(text.encode())
-        if lost:
-            character = next(c for c in text if lost.intersection(c.encode()))
-            problem = f"has no token for {character!r}; remove it from the text"
-            raise ValueError(f"tokenizer {self.name!r} {problem}")
         # Byte fallback would decode the character "▁" as a space, so it is encoded as bytes.
         parts = [text] if self.byte_level else text.split(SPACE)
         ids = [self._backend.encode(part, add_special_tokens=False).ids for part in parts]
         for i in range(1, len(ids)):
             ids[i] = [self._backend.token_to_id(BYTE_FALLBACK[b]) for b in SPACE.encode()] + ids[i]
-        return list(itertools.chain(*ids))
-
-    def _check_round_trip(self) -> None:
-        """Raise ValueError if a probe changes: every byte of UTF-8, spaces, every added token."""
-        codes = [*range(0x800), *range(0x800, 0xD800, 0x400), *range(0xE000, 0x110000, 0x1000)]
-        readable = [c for c in map(chr, codes) if not self._no_token.intersection(c.encode())]
-        probes = [
-            "".join(readable),
-            " A  probe: nai\u0308ve, don't WON'T,\n\ttwo \r\n\n   1234.5  ",
-        ]
-        for token in (t for t in self.source["added_tokens"] if t["id"] < self.n_ordinary):
-            content = token["content"]
-            if self._backend.token_to_id(content) != token["id"]:
-                raise ValueError(f"the added token {content!r} does not have the id {token['id']}")
-            probes.append(f"a {content}b  {content}\n {content}")
-        for probe in probes:
-            back = self.decode(self.encode(probe))
-            if back != probe:
-                i = len(os.path.commonprefix([probe, back]))
-                fault = f"{probe[i : i + 20]!r} comes back as {back[i : i + 20]!r}"
-                raise ValueError(f"this tokenizer changes text: {fault}")
-
-
-def parse(text: str) -> dict:
-    """Return the JSON of a byte-pair tokenizer. Raises ValueError if the text is not one."""
-    try:
-        found = json.loads(text)
-        added = found.setdefault("added_tokens", [])
-        ids = [*found["model"]["vocab"].values(), *(token["id"] for token in added)]
-        good = all(type(i) is int and 0 <= i < MAX_ID for i in ids) and type(added) is list
-        good = good and all(type(token["content"]) is str for token in added)
-        _lossless(found)  # fails if another part has the wrong type
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        good = False
-    if text.startswith(LFS_POINTER.decode()):
-        raise ValueError("a git-LFS pointer, not the file; run `git lfs pull`")
-    if not good:
-        raise ValueError("not the JSON of a byte-pair tokenizer")
-    return found
+        ids = list(itertools.chain(*ids))
+        if b"".join(map(self.pieces.__getitem__, ids)) != text.encode():
+            back = self.decode(ids)
+            i = len(os.path.commonprefix([text, back]))
+            problem = f"changes text: {text[i : i + 20]!r} comes back as {back[i : i + 20]!r}"
+            remedy = "remove it from the text, or use another tokenizer"
+            raise ValueError(f"tokenizer {self.name!r} {problem}; {remedy}")
+        return ids
 
 
 def extend(text: str, rows: int = 0, info: dict | None = None) -> str:
-    """Return the tokenizer.json with reserved tokens, at least up to `rows` ids, and with info."""
-    found = parse(text)
-    if not any(token["content"] == PAD for token in found["added_tokens"]):
-        n = n_ids(found)
-        found["added_tokens"] = found["added_tokens"] + reserved_tokens(n, padded_size(n, rows))
+    """Return the tokenizer.json with reserved tokens, at least up to `rows` ids, and with info.
+
+    Raises ValueError if the text is not the JSON of a byte-pair tokenizer.
+    """
+    with explained("not the JSON of a byte-pair tokenizer"):
+        found = json.loads(text)
+        added = found.setdefault("added_tokens", [])
+        ids = [*found["model"]["vocab"].values(), *(token["id"] for token in added)]
+        require(all(type(i) is int and 0 <= i < MAX_ID for i in ids), "an id is no small number")
+        require(all(type(token["content"]) is str for token in added), "a token has no text")
+        _lossless(found)  # fails if another part has the wrong type
+    if all(token["content"] != PAD for token in added):
+        n = 1 + max(ids, default=-1)
+        found["added_tokens"] = added + reserved_tokens(n, padded_size(n, rows))
     if info:
         found["ar2diff"] = info
     return json.dumps(found, ensure_ascii=False)
 
 
-def n_ids(found: dict) -> int:
-    """Return the number of ids without our reserved ones. Some below it may be unused."""
-    added = {token["content"]: token["id"] for token in found["added_tokens"]}
-    ids = [*found["model"]["vocab"].values(), *added.values()]
-    return added.get(PAD, 1 + max(ids, default=-1))
-
-
 def load_backend(found: dict):
     """Return the tokenizers.Tokenizer of this JSON. Raises ValueError if the package refuses it."""
-    tokenizers = require("tokenizers")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(found))
-    except Exception as error:  # the package raises plain Exception
-        reason = f"the package tokenizers cannot read it ({first_line(error)})"
-        raise ValueError(reason) from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    tokenizers = optional("tokenizers")
+    with explained("the package tokenizers cannot read it"):
+        whole = {"truncation": None, "padding": None}
+        return tokenizers.Tokenizer.from_str(json.dumps(found | whole))
 
 
-def _parts(component: dict | None) -> list[dict]:
-    """Return the members of a normalizer or pre-tokenizer: itself, unless it is a sequence."""
-    component = component or {}
+def _parts(found: dict, name: str) -> list[dict]:
+    """Return the members of the normalizer or pre-tokenizer: itself, unless it is a sequence."""
+    component = found.get(name) or {}
     return component.get("normalizers") or component.get("pretokenizers") or [component]
 
 
@@ -158,33 +116,27 @@ def _lossless(found: dict) -> dict:
     """Return the JSON without the four rules that change a text (see the top of this file)."""
     model = found["model"] | {"dropout": None}
     found = copy.deepcopy(found | {"model": {}}) | {"model": model}
-    normalizers = _parts(found.get("normalizer"))
+    normalizers = _parts(found, "normalizer")
     kept = [part for part in normalizers if part.get("type") not in (None, "Prepend", "NFC")]
     found["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
-    for part in _parts(found.get("pre_tokenizer")):
-        if part.get("type") == "Metaspace":
-            part["prepend_scheme"] = "never"
-            part.pop("add_prefix_space", None)
-        if part.get("type") == "ByteLevel":
-            part["add_prefix_space"] = False
+    for part in _parts(found, "pre_tokenizer"):
+        if part.get("type") in ("ByteLevel", "Metaspace"):
+            part |= {"add_prefix_space": False, "prepend_scheme": "never"}
     for token in found["added_tokens"]:
         token["lstrip"] = token["rstrip"] = False
     return found
 
 
 def _pieces(found: dict, byte_level: bool) -> list[bytes]:
-    """Return the bytes of each ordinary id; b"" for an id that is not used."""
+    """Return the bytes of each id; b"" for an id that is not used."""
     single = ALPHABET if byte_level else BYTE_FALLBACK
     byte_of = {token: bytes([byte]) for byte, token in enumerate(single)}
-    pieces = [b""] * n_ids(found)
+    pieces = [b""] * (1 + max(token["id"] for token in found["added_tokens"]))
     for token, i in found["model"]["vocab"].items():
-        if byte_level and byte_of.keys() >= set(token):
-            pieces[i] = b"".join(byte_of[character] for character in token)
-        elif byte_level:
-            pieces[i] = token.encode()
-        else:
-            pieces[i] = byte_of.get(token, token.replace(SPACE, " ").encode())
+        units = token if byte_level else [token]
+        spelled = token if byte_level else token.replace(SPACE, " ")
+        known = byte_of.keys() >= set(units)
+        pieces[i] = b"".join(map(byte_of.get, units)) if known else spelled.encode()
     for token in found["added_tokens"]:
-        if token["id"] < len(pieces):
-            pieces[token["id"]] = token["content"].encode()
+        pieces[token["id"]] = token["content"].encode()
     return pieces

@@ -37,18 +37,11 @@ def byte_fallback(metaspace: bool = False, bos: bool = False) -> dict:
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     normalizers = [{"type": "Prepend", "prepend": "▁"}, spaces]
     splitter = dict(type="Metaspace", replacement="▁", prepend_scheme="first", split=False)
-    decoders = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-    ]
     found = {
         "version": "1.0",
         "added_tokens": [{"id": i, "content": c} | FLAGS for c, i in list(vocab.items())[:3]],
         "normalizer": None if metaspace else {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": splitter if metaspace else None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
         "model": dict(type="BPE", unk_token="<unk>", fuse_unk=True, byte_fallback=True, vocab=vocab)
         | {"merges": [["t", "h"], ["th", "e"], ["▁", "the"]]},
     }
