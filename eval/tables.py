@@ -287,15 +287,17 @@ def real_table(lines: Lines) -> str:
 
 
 def real_task_table(task: str, lines: Lines) -> str:
-    """Return every row of a task: its metrics, the calls, the 95% interval of the first seed."""
+    """Return every row of a task that has run: its metrics, the calls, the 95% interval of the first seed."""
     columns = [column for column in task_columns(lines, "real") if column.task == task]
     columns.append(columns[0]._replace(title="network calls", metric="calls_per_sample"))
     metric = columns[0].metric
     body = []
     for row in real.TASKS[task].rows(1):
-        line = lines.get(f"real_1_{task}_{plain(row)}", {})
-        ends = [SCALED.get(metric, 100) * end for end in line.get(f"{metric}_interval", [])]
-        interval = " to ".join(f"{end:.1f}" for end in ends) or "-"
+        line = lines.get(f"real_1_{task}_{plain(row)}")
+        if line is None:
+            continue
+        ends = [SCALED.get(metric, 100) * end for end in line[f"{metric}_interval"]]
+        interval = " to ".join(f"{end:.1f}" for end in ends)
         body.append([row, *(cell(column, row) for column in columns), interval])
     heads = ["row", *(column.title for column in columns), "95% interval, seed 1"]
     return markdown(heads, body)
