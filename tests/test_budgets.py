@@ -113,7 +113,7 @@ def table() -> list[tuple[str, float, float]]:
 REACHED = {
     "Python, without tests": 12_450,
     "eval/": 3_630,
-    "tests": 10_820,
+    "tests": 10_875,
 }
 
 
