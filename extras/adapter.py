@@ -132,12 +132,8 @@ class RowCache(KVCache):
         super().__init__(len(cache.k))
         self.lengths = lengths  # (B,)
         self.reserve = cache.length + room
-
-        def widen(buffer):
-            return None if buffer is None else F.pad(buffer, (0, 0, 0, room))
-
-        self.k = list(map(widen, cache.k))
-        self.v = list(map(widen, cache.v))
+        self.k = [k if k is None else F.pad(k, (0, 0, 0, room)) for k in cache.k]
+        self.v = [v if v is None else F.pad(v, (0, 0, 0, room)) for v in cache.v]
 
     def start(self, among: Tensor) -> Tensor:
         """Return which slots T new tokens attend to, (B, 1, T, S). among (T, T): each other."""
@@ -152,15 +148,13 @@ class RowCache(KVCache):
 
     def extend(self, layer: int, k: Tensor, v: Tensor):
         """Write k, v (B, H, T, D). Return the keys and values of all slots."""
-        return self._put(self.k, layer, k), self._put(self.v, layer, v)
-
-    def _put(self, buffers: list, layer: int, new: Tensor) -> Tensor:
-        B, H, _, D = new.shape
-        if buffers[layer] is None:  # no prefix
-            buffers[layer] = new.new_zeros(B, H, self.reserve, D)
-        index = self.slots[:, None, :, None].expand_as(new)
-        buffers[layer].scatter_(2, index, new)
-        return buffers[layer][:, :, : self.length]
+        B, H, _, D = k.shape
+        index = self.slots[:, None, :, None].expand_as(k)
+        for buffers, new in ((self.k, k), (self.v, v)):
+            if buffers[layer] is None:  # no prefix
+                buffers[layer] = new.new_zeros(B, H, self.reserve, D)
+            buffers[layer].scatter_(2, index, new)
+        return self.k[layer][:, :, : self.length], self.v[layer][:, :, : self.length]
 
 
 def check_model(model: Transformer, path: str) -> None:

@@ -275,8 +275,6 @@ def train(model: DraftModel, cfg: DraftConfig, weights: str, stop) -> dict:
     optimizers = make_optimizers(model, cfg)
     first = restore(out / STATE, model, optimizers)
     log = run_dir.Log(out / "log.jsonl", first)
-    if first == 0:
-        show(log, {"step": 0} | evaluate(model, valid_set, cfg), cfg)
     places = ((cfg.seed, step, cfg.batch_size) for step in range(first, cfg.max_steps))
     start = time.perf_counter()
     for step, batch in enumerate(prefetch(train_set.batch, places, where), start=first):
@@ -298,7 +296,8 @@ def train(model: DraftModel, cfg: DraftConfig, weights: str, stop) -> dict:
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             save_adapter(out / FILE, model, weights)
             write_atomically(out / STATE, lambda file, state=state: torch.save(state, file))
-        show(log, entry, cfg)
+            print(progress(entry, cfg.max_steps), flush=True)
+        log.write(entry)
         if stop.requested:
             break
     if not stop.requested:
@@ -337,15 +336,11 @@ def restore(path: Path, model: DraftModel, optimizers: list) -> int:
     return state["step"]
 
 
-def show(log: run_dir.Log, entry: dict, cfg: DraftConfig) -> None:
-    log.write(entry)
-    if "accepted" in entry:
-        shares = " ".join(f"{share:.2f}" for share in entry["accepted"])
-        loss = f" | loss {entry['loss']:.3f}" if "loss" in entry else ""
-        left = f" | {entry['minutes_left']:.1f} min left" if "loss" in entry else ""
-        calls = f"{entry['tokens_per_call'][-1]:.2f} tokens a call"
-        where = f"step {entry['step']} of {cfg.max_steps}"
-        print(f"{where}{loss} | held-out accepted {shares} | {calls}{left}", flush=True)
+def progress(entry: dict, max_steps: int) -> str:
+    shares = " ".join(f"{share:.2f}" for share in entry["accepted"])
+    calls = f"{entry['tokens_per_call'][-1]:.2f} tokens a call"
+    rest = f"loss {entry['loss']:.3f} | {entry['minutes_left']:.1f} min left"
+    return f"step {entry['step']} of {max_steps} | held-out accepted {shares} | {calls} | {rest}"
 
 
 def main(argv: list[str]) -> dict:

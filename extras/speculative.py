@@ -45,53 +45,55 @@ def generate(
     A greedy text may differ if two tokens are equally likely up to rounding. score: see there.
     on_step: called with (step, tokens and drafts (B, T - 1), logits (B, T - 1, V), rows).
     """
-    model_cfg = model.cfg
+    pad = model.cfg.pad_id
     K = cfg.draft_tokens or model.drafts
-    B = len(prefix)
-    S = model_cfg.target_length - 1
-    rows = torch.arange(B, device=prefix.device)
-    slot = torch.arange(S, device=prefix.device)
+    S = model.cfg.target_length - 1
+    rows = torch.arange(len(prefix), device=prefix.device)
+    index = torch.arange(K + 1, device=prefix.device)
     rng = make_rng(seed, rows if example is None else example)
-    banned = banned_token_ids(model_cfg, prefix.device)
-    prefix, token = split_prompt(prefix, model_cfg)
+    banned = banned_token_ids(model.cfg, prefix.device)
+    prefix, chain = split_prompt(prefix, model.cfg)  # (B, C) the last token, then the drafts
     cache = model.encode(prefix, room=S + (K + 1) ** 2)
-    chain = token  # (B, C) the last token, then the drafts
     q: Tensor | None = None  # (B, C - 1, V) what the drafts were drawn from
-    tokens = prefix.new_full((B, S), model_cfg.pad_id)
+    tokens = prefix.new_full((len(prefix), S + K + 1), pad)
     length = torch.zeros_like(rows)
     calls = torch.zeros_like(rows)
-    loss = torch.zeros(B, device=prefix.device)
+    loss = torch.zeros(len(rows), device=rows.device)
     active = torch.ones_like(rows, dtype=torch.bool)
     for turn in range(S):
         C = chain.shape[1]
-        turn_rng = rng.fold_in(turn)
         every = read_round(model, cache, chain, K)  # (B, C + C K, V)
         logits = every[:, :C].float().index_fill(-1, banned, -math.inf)
-        verified, n = verify(chain[:, 1:], q, logits, cfg, turn_rng)
-        n = torch.minimum(n, S - length)
-        n = torch.minimum(n, up_to_pad(verified, model_cfg.pad_id)) * active
-        accepted = torch.arange(C, device=rows.device) < n[:, None]  # (B, C)
+        verified, n = verify(chain[:, 1:], q, logits, cfg, rng.fold_in(turn))  # (B, C), (B,)
+        place = length[:, None] + index[:C]  # (B, C) their slots
+        is_pad = (verified == pad).long()
+        accepted = (index[:C] < n[:, None]) & (is_pad.cumsum(1) == is_pad)  # up to the first pad
+        accepted &= (place < S) & active[:, None]
+        verified = torch.where(accepted, verified, pad)
+        tokens = tokens.scatter(1, place, verified)
         loss += (token_nll(logits, verified) * accepted).sum(1)
-        place = slot - length[:, None]  # (B, S) of each slot in the chain
-        new = (place >= 0) & (place < n[:, None])
-        tokens = torch.where(new, verified.gather(1, place.clamp(0, C - 1)), tokens)
+        n = accepted.sum(1)
         length = length + n
         cache.lengths = cache.lengths + n
         calls += active
         last = (n - 1).clamp(min=0)[:, None]  # (B, 1)
         token = verified.gather(1, last)
-        ended = (token[:, 0] == model_cfg.pad_id) | (length == S)
-        place = C + last * K + torch.arange(K, device=rows.device)  # (B, K) masks after it
-        masks = every[rows[:, None], place].float()  # (B, K, V)
-        drafts, q = draw(masks.index_fill(-1, banned, -math.inf), cfg, turn_rng)
+        masks = every[rows[:, None], C + last * K + index[:K]].float()  # (B, K, V) after it
+        masks = masks.index_fill(-1, banned, -math.inf)
+        drafts, q = draw(masks, cfg, rng.fold_in(turn))
+        ended = (token[:, 0] == pad) | (length == S)
         if on_step is not None:
-            shown = torch.where(active, rows, -1)
-            report(on_step, turn + 1, (tokens, length, drafts), (logits, n), shown)
+            shown = drafts.masked_fill(ended[:, None], pad)
+            canvas = tokens.scatter(1, length[:, None] + index[:K], shown)
+            known = logits.masked_fill(~accepted[..., None], 0.0)
+            seen = known.new_zeros(*tokens.shape, known.shape[-1])
+            seen.scatter_(1, place[..., None].expand_as(known), known)
+            on_step(turn + 1, canvas[:, :S], seen[:, :S], torch.where(active, rows, -1))
         chain = torch.cat([token, drafts], dim=1)
         active = active & ~ended
         if not active.any():
             break
-    return GenerateOutput(tokens, loss / length, calls)
+    return GenerateOutput(tokens[:, :S], loss / length, calls)
 
 
 def open_draft(model: Transformer, cfg: SamplerConfig, path: str) -> DraftModel:
@@ -132,12 +134,6 @@ def read_round(model: DraftModel, cache, chain: Tensor, K: int) -> Tensor:
     position = cache.lengths[:, None] + offset  # (B, W)
     hidden = model.read(tokens, number, position, cache.start(edges), cache)
     return model.network.head(hidden)
-
-
-def up_to_pad(tokens: Tensor, pad_id: int) -> Tensor:
-    """Return the number of tokens (B,) up to the first pad, and with it."""
-    before = F.pad((tokens == pad_id).long(), (1, -1)).cumsum(1)
-    return (before == 0).sum(1)
 
 
 def draw(logits: Tensor, cfg: SamplerConfig, rng: CounterRNG) -> tuple[Tensor, Tensor | None]:
@@ -186,18 +182,3 @@ def probabilities(logits: Tensor, cfg: SamplerConfig) -> Tensor:
         keep[..., cfg.top_k :] = False
     p = torch.zeros_like(p).scatter(-1, order, ordered * keep)
     return p / p.sum(-1, keepdim=True)
-
-
-def report(on_step: Callable, step: int, text: tuple, check: tuple, rows: Tensor) -> None:
-    """Show the text with its drafts, and the logits of the slots that this call verified."""
-    tokens, length, drafts = text
-    logits, n = check
-    B, S = tokens.shape
-    slot = torch.arange(S, device=rows.device)
-    place = slot - length[:, None] - 1  # the token after the text is not drafted
-    drafted = (place >= 0) & (place < drafts.shape[1])
-    canvas = torch.where(drafted, drafts.gather(1, place.clamp(0, drafts.shape[1] - 1)), tokens)
-    place = slot - (length - n)[:, None]
-    seen = (place >= 0) & (place < n[:, None])
-    index = place.clamp(0, logits.shape[1] - 1)[..., None].expand(-1, -1, logits.shape[-1])
-    on_step(step, canvas, torch.where(seen[..., None], logits.gather(1, index), 0.0), rows)

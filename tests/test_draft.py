@@ -177,12 +177,13 @@ def test_training_lowers_the_loss_and_gives_the_same_text_in_fewer_calls(place, 
     """With the demonstration model."""
     (place / "fr.txt").write_text("\n".join(f"fr {english(n)}" for n in range(0, 1999, 33)))
     argv = [f"--init_from={DEMO}", "--prompts=fr.txt", "--rank=8", "--masks=2", "--batch_size=8"]
-    argv += ["--max_steps=40", "--eval_interval=20", "--learning_rate=5e-3", "--out_dir=o"]
+    argv += ["--max_steps=39", "--eval_interval=3", "--learning_rate=5e-3", "--out_dir=o"]
     last = draft.main([*argv, "--device=cpu"])
     entries = log(place / "o")
-    assert last["loss"] < 0.6 * entries[1]["loss"]
-    assert last["tokens_per_call"][1] > entries[0]["tokens_per_call"][1] + 0.3
-    assert last["accepted"][0] > entries[0]["accepted"][0] + 0.2
+    early = entries[2]
+    assert last["loss"] < 0.6 * early["loss"]
+    assert last["tokens_per_call"][1] > early["tokens_per_call"][1] + 0.3
+    assert last["accepted"][0] > early["accepted"][0] + 0.2
     printed = capsys.readouterr().out
     for part in ("61 of 61 answers", "held-out accepted", "min left", "0 drafts: 1.00 tokens"):
         assert part in printed
@@ -223,7 +224,7 @@ def test_json_lines_and_a_text_and_samples(place):
     assert same(tensors(place / "a"), tensors(place / "b"))
     (place / "t.txt").write_text("to be or not to be, that is the question. " * 9)
     last = draft.main([*FLAGS, "--text=t.txt", "--out_dir=c", "--max_steps=4"])
-    assert last["loss"] < log(place / "c")[1]["loss"] and not (place / "c/answers.jsonl").exists()
+    assert last["loss"] < log(place / "c")[0]["loss"] and not (place / "c/answers.jsonl").exists()
     train("d", "--answers=45", "--temperature=1.0", "--max_steps=1")
     lines = (place / "d" / "answers.jsonl").read_text().splitlines()
     pairs = [json.loads(line) for line in lines]

@@ -47,10 +47,19 @@ def test_right_drafts_add_a_token_for_each_mask_and_one_more(monkeypatch, masks,
 
         return draw
 
+    shown = []
+
+    def watch(*step):
+        shown.append(step)
+
     for error, expected in ((0, calls), (1, S)):
         monkeypatch.setattr(speculative, "draw", drawn(error))
-        found = generate(drafter(model, masks), prefix, SamplerConfig())
+        shown.clear()
+        found = generate(drafter(model, masks), prefix, SamplerConfig(), on_step=watch)
         assert torch.equal(found.tokens, text) and found.calls.tolist() == [expected]
+        _, canvas, logits, _ = shown[0]
+        assert canvas[0, 0] == text[0, 0] == logits[0, 0].argmax() and (logits[:, 1:] == 0).all()
+        assert torch.equal(canvas[0, 1 : masks + 1], (text[0, 1 : masks + 1] + error) % ORDINARY)
 
 
 def test_the_layout_is_that_of_its_picture():
