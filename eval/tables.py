@@ -240,6 +240,8 @@ def speed_table(results: Path, decode: bool) -> str:
     lines = speed.read_lines(results / "speed.jsonl")
     wanted = ("decode",) if decode else ("train", "unroll", "loop")
     lines = [line for line in lines if line["what"] in wanted]
+    if not decode:
+        lines += speed.read_lines(results / "speed_smollm2.jsonl")
     if not lines:
         return "(not measured yet)"
     table = speed.decode_table(lines) if decode else speed.lines_table(lines)
