@@ -2,10 +2,11 @@
 
     python train.py config/ar2diff_1_ar.py                        # pretrain
     python ar2diff.py --init_from=out/ar2diff_1_ar/ckpt.pt        # convert
-    python train.py config/ar2diff_2_adapt.py --max_steps=300     # continue
-    python train.py config/ar2diff_2_adapt.py --init_from=resume  # go on
+    python train.py config/ar2diff_2_adapt.py                     # adapt
+    python train.py config/ar2diff_2_adapt.py --init_from=resume  # after a stop
 
-Random numbers are functions of (seed, step, example): a resumed run is the same.
+Random numbers are functions of (seed, step, example). So the same command plus
+--init_from=resume gives the undisturbed run, on one CPU bit for bit.
 """
 
 import collections
@@ -49,7 +50,7 @@ class TrainConfig:
     loss: diffusion.LossConfig = group(diffusion.LossConfig)
     objective: ObjectiveConfig = group(ObjectiveConfig)
     data: str = variable("out/data/mini", "data set", path=True)
-    init_from: str = variable("scratch", "or resume or a checkpoint", path=True)
+    init_from: str = variable("scratch", "scratch, a checkpoint, or (flag only) resume", path=True)
     out_dir: str = variable("out/run", "checkpoints, log", path=True)
     overwrite: bool = variable(False, "replace a run")
     estimate: bool = variable(False, "print memory and time")
@@ -104,15 +105,19 @@ class Run:
         self.environment = run_dir.environment(ctx.device, ctx.world_size)
         self.first_step = 0
         self.best_loss = math.inf
-        self.converted_from = cfg.init_from
 
     def restore(self, state: dict) -> None:
         self.ctx.load_full_state(self.model, self.optimizers, state)
         self.first_step = state["step"]
-        self.best_loss = state["best_loss"]
-        self.converted_from = state["converted_from"]
         before = state["train_config"] | state["environment"]
-        if note := run_dir.rounding_note(before, flatten(self.cfg) | self.environment):
+        now = flatten(self.cfg) | self.environment
+        if before.get("eval_batches") == now["eval_batches"]:  # else not comparable
+            self.best_loss = state["best_loss"]
+        steps = before.get("max_steps")
+        if steps != now["max_steps"] and now["schedule"] != "constant":
+            change = f"max_steps {steps} -> {now['max_steps']}"
+            print(f"{change} also changes the {now['schedule']} decay of the learning rate")
+        if note := run_dir.rounding_note(before, now):
             print(note)
 
     def checkpoint(self, name: str, step: int, keep_last: int = 1) -> None:
@@ -122,7 +127,6 @@ class Run:
         state["environment"] = self.environment
         state["fingerprint"] = self.train_set.fingerprint
         state["best_loss"] = self.best_loss
-        state["converted_from"] = self.converted_from
         if self.ctx.is_main:
             tokenizer = self.train_set.tokenizer_name
             path = self.out / name
@@ -201,12 +205,12 @@ def train_step(run: Run, batches, step: int) -> dict:
     torch.manual_seed(cfg.seed + step + (ctx.rank << 40))  # dropout
     learning_rate = learning_rate_at(step, cfg)
     set_learning_rate(run.optimizers, learning_rate)
-    passes = (cfg.loss.unroll_steps, cfg.loss.ar_loss_weight)
-    diffuses = cfg.model.paradigm == "diffusion"
-    # A last term of value 0 carries the gradients into a cached prefix.
-    cached = diffuses and cfg.model.prefix_attention != "joint"
-    n = passes[0] + (passes[1] > 0) + cached if diffuses else 1
-    terms = [0.0] * n
+    n_passes = cfg.loss.unroll_steps
+    ar_weight = cfg.loss.ar_loss_weight
+    n_terms = 1
+    if cfg.model.paradigm == "diffusion":
+        n_terms = n_passes + (ar_weight > 0)
+    terms = [0.0] * n_terms
     tokens = 0
     n_flops = 0
     for micro in range(cfg.grad_accum_steps):
@@ -214,25 +218,28 @@ def train_step(run: Run, batches, step: int) -> dict:
         P = batch.prefix.shape[1]
         B, T = batch.target.shape
         backward(run, batch, step, terms, micro + 1 == cfg.grad_accum_steps)
-        tokens += ctx.world_size * B * (P + T)
-        n_flops += ctx.world_size * B * flops.train_flops(cfg.model, P, T, *passes)
+        tokens += B * (P + T)
+        n_flops += B * flops.train_flops(cfg.model, P, T, n_passes, ar_weight)
     ctx.average_gradients(run.model)
     norm = ctx.clip_gradients(run.model, cfg.grad_clip)
-    terms = list(ctx.mean(dict(enumerate(terms))).values())[: n - cached]
+    counts = {"tokens": tokens, "flops": n_flops}  # of this process
+    means = ctx.mean(counts | dict(enumerate(terms)))
+    counts = {name: round(means[name] * ctx.world_size) for name in counts}
+    terms = [means[k] for k in range(n_terms)]
     loss = sum(terms)
-    problem = f"loss {loss}, gradient norm {norm} at step {step}"
-    remedy = "try a lower --learning_rate or --dtype=float32"
-    good = f"{run.out / 'ckpt.pt'} holds the last good step"
-    require(math.isfinite(loss + norm), f"{problem}: {remedy}; {good}")
+    problem = f"loss {loss}, gradient norm {norm} at step {step + 1}"
+    remedy = "start over with --overwrite and a lower --learning_rate"
+    saved = f"{run.out / 'ckpt.pt'} holds the last saved step"
+    require(math.isfinite(loss + norm), f"{problem}; {remedy}; {saved}")
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     entry = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": learning_rate}
-    return entry | {"terms": terms, "tokens": tokens, "flops": n_flops}
+    return entry | {"terms": terms} | counts
 
 
 def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
-    """Add the gradients of a micro-batch, and its terms to terms."""
+    """Add the gradients of a micro-batch, and its loss terms to `terms`."""
     cfg = run.cfg
     rng = make_rng(cfg.seed, batch.example, step)
     edges = extra_edges(batch, step, cfg)
@@ -241,13 +248,14 @@ def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
         with device.autocast(run.ctx.device, cfg.dtype):
             losses = run.paradigm.losses(run.model, batch, cfg.loss, rng, **options)
             for k, term in enumerate(losses):
-                run.ctx.set_gradient_sync(run.model, is_last and k + 1 == len(terms))
+                run.ctx.set_gradient_sync(run.model, is_last and k + 1 >= len(terms))
                 term.backward()  # frees the graph
-                terms[k] += term.detach()
+                if k < len(terms):  # one more, of value 0, may train a cached prefix
+                    terms[k] += term.detach()
     except (RuntimeError, MemoryError) as error:
         if not flops.is_out_of_memory(error):
             raise
-        message = flops.out_of_memory_message(cfg, step, batch.prefix.shape[1])
+        message = flops.out_of_memory_message(cfg, step + 1, batch.prefix.shape[1])
         raise ValueError(message) from None
 
 
@@ -266,18 +274,18 @@ def extra_edges(batch, step: int, cfg: TrainConfig) -> Tensor | None:
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict:
-    """Return the validation loss, nats per slot; L(1) over RATES."""
+    """Return the mean validation loss, nats per slot. Diffusion: L(1) over RATES."""
     cfg = run.cfg
     ctx = run.ctx
     model = run.model
     model.eval()
     sums = collections.Counter()
     with device.autocast(ctx.device, cfg.dtype):
-        for step in range(cfg.eval_batches):
+        for i in range(cfg.eval_batches):
             rows = ctx.local_rows(cfg.batch_size)
-            batch = run.valid_set.batch(0, step, cfg.batch_size, rows)
+            batch = run.valid_set.batch(0, i, cfg.batch_size, rows)
             batch = type(batch)(*(part.to(ctx.device) for part in batch))
-            rng = make_rng(0, batch.example, step)
+            rng = make_rng(0, batch.example, i)
             if cfg.model.paradigm == "ar":
                 sums["val_loss"] += float(autoregressive.loss(model, batch, cfg.loss, rng))
             else:
@@ -295,9 +303,12 @@ def evaluate(run: Run) -> dict:
 
 def main(argv: list[str]) -> dict:
     """Train. Returns the last log entry, or the estimate."""
-    resume = "--init_from=resume" in argv  # or the source in a file
-    argv = [arg for arg in argv if arg != "--init_from=resume"]
+    flag = "--init_from=resume"
+    resume = flag in argv
+    argv = [arg for arg in argv if arg != flag]  # so that a file's init_from stays the source
     given = configurator.read_settings((TrainConfig,), argv)
+    in_file = given.get("init_from") == "resume"
+    require(not in_file, f"a config file cannot set init_from='resume'; give the flag {flag}")
     out = Path(given.get("out_dir", "out/run")).expanduser()
     estimate_only = given.get("estimate", False)
     with init_distributed(given.get("device", "auto")) as ctx:

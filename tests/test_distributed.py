@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,11 +70,14 @@ SLOW = [pytest.param(way, marks=() if way == "joint" else pytest.mark.slow) for 
 
 @pytest.mark.parametrize("way", SLOW)
 def test_ddp_and_fsdp_train_what_one_process_trains(way, run, tmp_path):
-    one = run(1, *WAYS[way], out="one")
+    one = run(1, *WAYS[way], "--grad_accum_steps=2", out="one")
     for parallel, accum in (("ddp", 2), ("fsdp", 1), ("fsdp", 2)):
         flags = [f"--parallel={parallel}", f"--grad_accum_steps={accum}"]
         two = run(2, *WAYS[way], *flags, out=f"{parallel}_{accum}")
         assert_same_training(one, two)
+    logs = [(tmp_path / out / "log.jsonl").read_text() for out in ("one", "fsdp_1")]
+    counts = [re.findall(r'"(?:tokens|flops)": \d+', log) for log in logs]
+    assert counts[0] == counts[1] and len(counts[0]) == 6  # the same rows per micro-batch
     assert (tmp_path / "output_0").read_text().count(" sample: ") == 1
     assert (tmp_path / "output_1").read_text() == ""  # only rank 0 prints
 

@@ -177,6 +177,17 @@ def test_best_pt_has_the_lowest_validation_loss_of_all_parts(run, monkeypatch, t
         assert (state["step"], state["best_loss"]) == best and last["best_loss"] == best[1]
 
 
+def test_changes_that_make_a_resumed_run_differ(run, monkeypatch, capsys):
+    """Another end of the decay is said. Losses over other batches are not comparable."""
+    values = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(values)})
+    changes = ("--max_steps=2", "--max_steps=4", "--eval_batches=2")
+    best = [run(change, "--init_from=resume")[0]["best_loss"] for change in changes]
+    assert best == [1.0, 1.0, 2.0]
+    out = capsys.readouterr().out
+    assert "max_steps 2 -> 4 also changes the linear decay" in out and "4 -> 6" in out
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_stops(number, run, monkeypatch, tmp_path, capsys):
     before = signal.getsignal(number)
@@ -192,7 +203,7 @@ def test_a_signal_finishes_the_step_saves_and_stops(number, run, monkeypatch, tm
 def test_nan_stops_the_run_and_spares_the_checkpoint(case, run, monkeypatch, tmp_path):
     module = autoregressive if case == "ar" else diffusion
     at_step(monkeypatch, module, 3, lambda: float("nan"))
-    with pytest.raises(ValueError, match=r"loss nan.* at step 3: .* holds the last good step"):
+    with pytest.raises(ValueError, match="loss nan.* step 4; .*--overwrite.* the last saved step"):
         run(*CASES[case], "--save_interval=1")
     state = load(tmp_path / "a" / "ckpt.pt")
     assert state["step"] == 3 and all(value.isfinite().all() for value in state["model"].values())
@@ -238,7 +249,8 @@ def test_a_run_starts_from_the_weights_of_another(run, tmp_path):
     path = tmp_path / "source" / "ckpt.pt"
     start = [f"--init_from={path}", "--init_from=resume", "--dropout=0.5", "--learning_rate=0"]
     state, _ = run(*start, out="next")
-    assert same(state["model"], source["model"]) and state["converted_from"] == str(path)
+    assert same(state["model"], source["model"])
+    assert state["train_config"]["init_from"] == str(path)
     assert state["model_config"] == source["model_config"] | {"dropout": 0.5}
 
 
@@ -272,6 +284,7 @@ def sources(copy_set, tmp_path_factory):
     main([*SHORT, f"--data={copy_set}", f"--out_dir={folder}", "--max_steps=1"])
     torch.save(load(folder / "ckpt.pt") | {"tokenizer": "gpt2"}, folder / "gpt2.pt")
     make_copy_set(folder / "longer", target_length=10)
+    (folder / "resume.py").write_text("init_from = 'resume'")
     return folder
 
 
@@ -290,6 +303,7 @@ def sources(copy_set, tmp_path_factory):
         ("--init_from=ckpt.pt --anneal_steps=5", "is an AR model, anneal_steps needs a diffusion"),
         ("--init_from=ckpt.pt --data=longer", "needs 15 tokens, .* block_size is 11"),
         ("--init_from=gpt2.pt", "trained with tokenizer 'gpt2', .*'bytes'"),
+        ("resume.py", "cannot set init_from='resume'; give the flag --init_from=resume"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_first_step(
