@@ -117,15 +117,17 @@ class ModelConfig:
 
 
 def rope_table(cfg: ModelConfig) -> Tensor:
-    """Return cos and sin (2, block_size, D) of RoPE (arXiv 2104.09864)."""
+    """Return cos and sin (2, block_size, D) of RoPE (arXiv 2104.09864, section 3.4)."""
     D = cfg.head_size
-    frequency = cfg.rope_base ** (-torch.arange(0, D, 2).float() / D)
+    # Never on the meta device: its arithmetic takes seconds to load.
+    pair = torch.arange(0, D, 2, device="cpu").float()
+    frequency = cfg.rope_base ** (-pair / D)
     if cfg.rope_factor != 1:  # as in Llama 3's published code
         turns = cfg.rope_trained_length * frequency / (2 * math.pi)
         width = cfg.rope_fast_turns - cfg.rope_slow_turns
         kept = ((turns - cfg.rope_slow_turns) / width).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / cfg.rope_factor)
-    position = torch.arange(cfg.block_size).float()
+    position = torch.arange(cfg.block_size, device="cpu").float()
     angle = torch.outer(position, frequency).repeat(1, 2)
     return torch.stack([angle.cos(), angle.sin()])
 
@@ -529,6 +531,4 @@ def model_from_state_dict(cfg: ModelConfig, weights: dict) -> Transformer:
         raise ValueError(f"the weights do not fit: {reason}") from None
     if cfg.tie_weights:
         model.head.weight = model.tok.weight
-    if cfg.position == "rope":
-        model.rope = rope_table(cfg).to(first.device)
-    return model.eval()
+    return model.to(first.device).eval()
