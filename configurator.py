@@ -17,7 +17,6 @@ from collections.abc import Callable
 # Settings of earlier versions.
 RENAMED = {
     "anneal_form": "mask_schedule",
-    "ar_weight": "ar_loss_weight",
     "gradient_checkpointing": "activation_checkpointing",
     "plan": "estimate",
     "ramp_from": "temperature_start",

@@ -57,7 +57,6 @@ class LossConfig:
     unroll_steps: int = setting(2, "passes; paper: 2", minimum=1, maximum=16)
     unroll_temperature: float = setting(0.0, "0: pass 2 reads the argmax")
     full_noise_prob: float = setting(0.0, "rows of pure noise", maximum=1)
-    ar_loss_weight: float = setting(0.0, "keep the AR loss too")
 
     def __post_init__(self):
         validate(self)
@@ -96,8 +95,8 @@ def loss_terms(model, cache, batch, cfg, rng, rate=None, extra_edges=None):
     unscored = (0, 1) if model_cfg.shift else (1, 0)
     expected = F.pad(target[:, 1:], unscored, value=-100)
     for k in range(cfg.unroll_steps):
-        hints = (False, self_cond, None, extra_edges)
-        logits = model.decode(cache.fork(), canvas, *hints)  # (B, T, V)
+        hints = {"self_cond": self_cond, "extra_edges": extra_edges}
+        logits = model.decode(cache.fork(), canvas, **hints)  # (B, T, V)
         if k + 1 < cfg.unroll_steps:  # before the loss overwrites the logits
             with torch.no_grad():
                 aligned = align_logits(logits, model_cfg.shift)  # (B, T - 1, V)
@@ -110,15 +109,6 @@ def loss_terms(model, cache, batch, cfg, rng, rate=None, extra_edges=None):
         term = cross_entropy_in_place(logits, expected)
         del logits  # the next pass allocates as many
         yield term
-    if cfg.ar_loss_weight:
-        yield cfg.ar_loss_weight * causal_loss(model, cache, target)
-
-
-def causal_loss(model, cache, target: Tensor) -> Tensor:
-    """Return the AR loss of these weights, nats per slot."""
-    logits = model.decode(cache.fork(), target, attention="causal")  # (B, T, V)
-    expected = F.pad(target[:, 1:], (0, 1), value=-100)
-    return cross_entropy_in_place(logits, expected)
 
 
 def loss(model, batch, cfg, rng: CounterRNG) -> Tensor:

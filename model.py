@@ -368,13 +368,12 @@ class Transformer(nn.Module):
             cache.valid = valid
         return cache
 
-    def decode(self, cache, target, append=False, self_cond=None, attention=None, extra_edges=None):
+    def decode(self, cache, target, append=False, self_cond=None, extra_edges=None):
         """Return logits (B, T, V) for target (B, T). append: cache it too.
 
         self_cond (B, T, C): expected embedding of the last prediction.
-        attention: instead of cfg.target_attention.
         """
-        kind = attention or self.cfg.target_attention
+        kind = self.cfg.target_attention
         if cache.prefix is not None:
             require(not append, "prefix_attention=joint has no cache to append to")
             prefix = cache.prefix
@@ -394,13 +393,13 @@ class Transformer(nn.Module):
         x = self.embed(tokens, P, self_cond)  # (B, P + T, C)
         return self.head(self._read(x, None, kind, valid, extra_edges)[:, P:])
 
-    def forward(self, prefix, target, self_cond=None, attention=None, extra_edges=None):
+    def forward(self, prefix, target, self_cond=None, extra_edges=None):
         """Return decode(encode(prefix), target), in one pass if possible."""
-        if self.cfg.single_pass and not attention and extra_edges is None:
+        if self.cfg.single_pass and extra_edges is None:
             kind = self.cfg.target_attention
             return self._decode_joint(prefix, target, self_cond, kind)
         cache = self.encode(prefix)
-        return self.decode(cache, target, False, self_cond, attention, extra_edges)
+        return self.decode(cache, target, False, self_cond, extra_edges)
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
         """Return the mean embedding (..., C) of logits (..., V)."""

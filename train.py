@@ -87,8 +87,7 @@ class TrainConfig:
         needs(flat, "compile", activation_checkpointing=False)
         needs(flat, "parallel=fsdp", optimizer="adamw")
         needs(flat, "anneal_steps", target_attention="bidirectional")
-        needs(flat, "ar_loss_weight", paradigm="diffusion")
-        needs(flat, "prefix_attention=joint", ar_loss_weight=0, mask_schedule="random")
+        needs(flat, "prefix_attention=joint", mask_schedule="random")
 
 
 class Run:
@@ -205,12 +204,9 @@ def train_step(run: Run, batches, step: int) -> dict:
     torch.manual_seed(cfg.seed + step + (ctx.rank << 40))  # dropout
     learning_rate = learning_rate_at(step, cfg)
     set_learning_rate(run.optimizers, learning_rate)
-    n_passes = cfg.loss.unroll_steps
-    ar_weight = cfg.loss.ar_loss_weight
-    n_terms = 1
-    if cfg.model.paradigm == "diffusion":
-        n_terms = n_passes + (ar_weight > 0)
-    terms = [0.0] * n_terms
+    diffuses = cfg.model.paradigm == "diffusion"
+    n_passes = cfg.loss.unroll_steps if diffuses else 1
+    terms = [0.0] * n_passes
     tokens = 0
     n_flops = 0
     for micro in range(cfg.grad_accum_steps):
@@ -219,13 +215,13 @@ def train_step(run: Run, batches, step: int) -> dict:
         B, T = batch.target.shape
         backward(run, batch, step, terms, micro + 1 == cfg.grad_accum_steps)
         tokens += B * (P + T)
-        n_flops += B * flops.train_flops(cfg.model, P, T, n_passes, ar_weight)
+        n_flops += B * flops.train_flops(cfg.model, P, T, n_passes)
     ctx.average_gradients(run.model)
     norm = ctx.clip_gradients(run.model, cfg.grad_clip)
     counts = {"tokens": tokens, "flops": n_flops}  # of this process
     means = ctx.mean(counts | dict(enumerate(terms)))
     counts = {name: round(means[name] * ctx.world_size) for name in counts}
-    terms = [means[k] for k in range(n_terms)]
+    terms = [means[k] for k in range(n_passes)]
     loss = sum(terms)
     problem = f"loss {loss}, gradient norm {norm} at step {step + 1}"
     remedy = "start over with --overwrite and a lower --learning_rate"
@@ -290,15 +286,10 @@ def evaluate(run: Run) -> dict:
                 sums["val_loss"] += float(autoregressive.loss(model, batch, cfg.loss, rng))
             else:
                 sums.update(diffusion.loss_by_rate(model, batch, rng, RATES))
-            if cfg.loss.ar_loss_weight:
-                cache = model.encode(batch.prefix)
-                sums["ar"] += float(diffusion.causal_loss(model, cache, batch.target))
     means = ctx.mean({name: total / cfg.eval_batches for name, total in sums.items()})
     if cfg.model.paradigm == "ar":
         return means
-    ar = {"val_ar_loss": means.pop("ar")} if "ar" in means else {}
-    val_loss = sum(means.values()) / len(means)
-    return {"val_loss": val_loss, "val_loss_by_rate": means} | ar
+    return {"val_loss": sum(means.values()) / len(means), "val_loss_by_rate": means}
 
 
 def main(argv: list[str]) -> dict:

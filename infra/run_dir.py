@@ -139,10 +139,9 @@ class Log:
         """Return the progress line of an evaluation."""
         by_rate = entry.get("val_loss_by_rate", {})
         rates = "".join(f" {rate}:{value:.3f}" for rate, value in by_rate.items())
-        ar = f" | AR {entry['val_ar_loss']:.4f}" if "val_ar_loss" in entry else ""
         terms = " + ".join(f"{term:.4f}" for term in entry["terms"])
         losses = f"loss {terms} | val {'L(1) ' * bool(rates)}{entry['val_loss']:.4f}"
-        return f"step {entry['step']:6d} | {losses}{rates}{ar}"
+        return f"step {entry['step']:6d} | {losses}{rates}"
 
 
 def _open_board(folder: Path, first_step: int):

@@ -30,8 +30,6 @@ WAYS = {
     "ar": [],
     "joint": [*DIFFUSION, "--prefix_attention=joint", "--self_conditioning", "--shift"],
     "cached": CACHED,
-    # The last term does not use the layer for self-conditioning.
-    "with AR loss": [*CACHED, "--prefix_attention=causal", "--ar_loss_weight=0.5"],
     "annealed": [*CACHED, "--prefix_attention=causal", "--anneal_steps=3"],
     "encoder-decoder": [*CACHED, "--arch=encoder_decoder"],
 }
@@ -134,7 +132,7 @@ def test_gradients_are_exchanged_once_per_step(run, tmp_path):
 @pytest.mark.parametrize("prefix", ["causal", "bidirectional"])
 def test_a_prefix_read_once_gets_the_gradients_of_one_read_for_every_pass(prefix, run, tmp_path):
     """Two processes with two micro-batches each; in the oracle, one process has all rows."""
-    flags = [*CACHED, f"--prefix_attention={prefix}", "--ar_loss_weight=0.5", "--batch_size=8"]
+    flags = [*CACHED, f"--prefix_attention={prefix}", "--batch_size=8"]
     flags += ["--n_layer=2", "--max_steps=1", "--sample_interval=0"]
 
     def keep_gradients():
