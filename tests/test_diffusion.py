@@ -443,8 +443,7 @@ def test_entropy_bound_keeps_the_slots_of_a_worked_example(bound, kept):
     p = torch.tensor([0.5, 0.0114, 0.0, 0.0161])
     logits = torch.full((1, 4, V), -math.inf)
     logits[0, :, 5], logits[0, :, 6] = (1 - p).log(), p.log()
-    ramp = dict(temperature_start=1.0, temperature_end=1.0)
-    canvas = one_step("entropy_bound", logits, entropy_bound=bound, **ramp)
+    canvas = one_step("entropy_bound", 0.8 * logits, entropy_bound=bound)  # temperature 0.8
     assert (canvas[0] != MASK).nonzero()[:, 0].tolist() == kept
 
 
