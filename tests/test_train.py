@@ -294,15 +294,15 @@ def sources(copy_set, tmp_path_factory):
         ("--block_size=8", "needs 11 tokens, the model's block_size is 8"),
         ("--data=nowhere", "nowhere: no such data set.*mini"),
         ("--grad_accum_steps=3", "batch_size 4 must be a multiple of grad_accum"),
-        ("--anneal_steps=3", "anneal_steps needs target_attention=bidirectional"),
+        ("--anneal_steps=3", "anneal_steps needs paradigm=diffusion, got ar"),
         ("--parallel=fsdp", "fsdp needs optimizer=adamw"),
         ("--parallel=fsdp --optimizer=adamw", "fsdp needs torchrun"),
         ("--init_from=ckpt.pt --n_layer=2", "cannot set n_layer=2: .* has n_layer=1; convert it"),
         ("--init_from=ckpt.pt --paradigm=diffusion", "paradigm=ar; convert it with python ar2diff"),
-        ("--init_from=ckpt.pt --anneal_steps=5", "is an AR model, anneal_steps needs a diffusion"),
+        ("--init_from=ckpt.pt --anneal_steps=5", "anneal_steps needs paradigm=diffusion"),
         ("--init_from=ckpt.pt --data=longer", "needs 15 tokens, .* block_size is 11"),
         ("--init_from=gpt2.pt", "trained with tokenizer 'gpt2', .*'bytes'"),
-        ("resume.py", "cannot set init_from='resume'; give the flag --init_from=resume"),
+        ("resume.py", "init_from='resume' in a file; use the flag --init_from=resume"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_first_step(
