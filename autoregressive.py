@@ -21,8 +21,7 @@ class SamplerConfig:
     top_k: int = setting(0, "keep the k most likely; 0: all")
     top_p: float = setting(1.0, "keep this probability", above=0, maximum=1)
 
-    def __post_init__(self):
-        validate(self)
+    __post_init__ = validate
 
 
 def losses(model, batch, cfg, rng, extra_edges=None, scale=1.0):
@@ -76,19 +75,13 @@ def generate(model, prefix, cfg, seed=0, example=None, on_step=None):
 
 def draw_next(logits: Tensor, cfg, rng: CounterRNG) -> Tensor:
     """Draw a token (B,) from logits (B, V); top-p: arXiv 1904.09751."""
-    if cfg.temperature == 0:
-        return logits.argmax(-1)
+    if cfg.temperature > 0 and (cfg.top_k or cfg.top_p < 1):
+        ordered, order = logits.sort(-1, descending=True)
+        probs = (ordered / cfg.temperature).softmax(-1)  # (B, V)
+        keep = probs.cumsum(-1) - probs < cfg.top_p
+        if cfg.top_k:
+            keep[:, cfg.top_k :] = False
+        keep = torch.zeros_like(keep).scatter(-1, order, keep)
+        logits = logits.masked_fill(~keep, -math.inf)
     uniform, _ = rng.uniform(SAMPLE, 1)  # (B, 1)
-    if not cfg.top_k and cfg.top_p == 1:
-        return draw_tokens(logits[:, None], cfg.temperature, uniform)[:, 0]
-    probs = (logits / cfg.temperature).softmax(-1)  # (B, V)
-    probs, order = probs.sort(-1, descending=True)
-    before = probs.cumsum(-1) - probs  # of all more likely tokens
-    keep = before < cfg.top_p
-    if cfg.top_k:
-        keep[:, cfg.top_k :] = False
-    cdf = (probs * keep).cumsum(-1)
-    pick = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
-    # Rounding may put the number beyond the last kept token.
-    pick = torch.minimum(pick, keep.sum(-1, keepdim=True) - 1)
-    return order.gather(1, pick)[:, 0]
+    return draw_tokens(logits[:, None], cfg.temperature, uniform)[:, 0]

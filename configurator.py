@@ -2,8 +2,8 @@
 
     python train.py config/toy_copy_ar.py --learning_rate=1e-3 --compile
 
-Later arguments win. A config file holds plain assignments. A mistake stops the
-run with one line.
+Later arguments win. A config file holds plain assignments.
+A mistake stops the run with one line.
 """
 
 import dataclasses
@@ -14,44 +14,32 @@ import runpy
 import sys
 from collections.abc import Callable
 
-# Settings of earlier versions.
-RENAMED = {
-    "anneal_form": "mask_schedule",
-    "ar_weight": "ar_loss_weight",
-    "gradient_checkpointing": "activation_checkpointing",
-    "plan": "estimate",
-    "ramp_from": "temperature_start",
-    "ramp_to": "temperature_end",
-    "resume": "init_from=resume",
-    "settle_entropy": "stop_entropy",
-}
-REMOVED = (
-    "beta1 beta2 block_length bucket keep lookahead max_new_tokens mean_span "
-    "min_lr_ratio muon_lr_ratio patience rate_exponent self_conditioning_prob span_density"
-).split()
 BOOLEANS = {None: True, "true": True, "1": True, "false": False, "0": False}
 
 
 def setting(default, help: str, choices: tuple = (), **limits):
-    """A field with limits: minimum (default 0), maximum, above, zero_ok.
+    """Return a dataclass field that validate() checks.
 
-    path: expand a leading ~. hidden: not typed. may_change: by a resumed run.
+    limits: minimum (default 0), maximum, above; zero_ok: or 0.
+    Marks: path (~ is expanded), hidden (not settable by users),
+    may_change (by a resumed run).
     """
     metadata = {"help": help, "choices": choices} | limits
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def group(cls: type):
+    """Return a field that holds another dataclass."""
     return dataclasses.field(default_factory=cls, metadata={"group": cls})
 
 
 def all_fields(*classes: type) -> dict[str, dataclasses.Field]:
+    """Return all settings by name, those of groups too."""
     found = {}
     for cls in classes:
         for field in dataclasses.fields(cls):
             inner = field.metadata.get("group")
-            new = all_fields(inner) if inner else {field.name: field}
-            found |= new | found  # the first wins
+            found |= all_fields(inner) if inner else {field.name: field}
     return found
 
 
@@ -62,27 +50,29 @@ def require(holds, message: str) -> None:
 
 
 def needs(settings: dict, reason: str, **wanted) -> None:
-    """Check what a setting (`name` or `name=value`) needs."""
+    """Check what a setting, `name` or `name=value`, needs."""
     name, _, value = reason.partition("=")
-    if str(settings[name]) == value if value else settings[name]:
-        for other, value in wanted.items():
-            got = settings[other]
-            require(got == value, f"{reason} needs {other}={value}, got {got}")
+    applies = str(settings[name]) == value if value else settings[name]
+    for other, value in wanted.items():
+        got = settings[other]
+        holds = not applies or got == value
+        require(holds, f"{reason} needs {other}={value}, got {got}")
 
 
 def validate(cfg) -> None:
-    """Check all values. Raises ValueError with name and value."""
+    """Check all values. ValueError names setting and value."""
     for field in dataclasses.fields(cfg):
         if "group" in field.metadata:
             continue
-        value = _typed(getattr(cfg, field.name), field)
+        value = _check_type(getattr(cfg, field.name), field)
         _check_limits(value, field)
         if field.metadata.get("path"):
             value = os.path.expanduser(value)
         setattr(cfg, field.name, value)
 
 
-def _typed(value, field):
+def _check_type(value, field):
+    # An int is accepted for a float, and returned as one.
     kind = type(field.default)
     if kind is float and type(value) is int:
         value = float(value)
@@ -115,11 +105,12 @@ def _check_limits(value, field) -> None:
 
 
 def configure(cls: type, argv: list[str]):
+    """Return a `cls` from config files and flags."""
     return build(cls, read_settings((cls,), argv))
 
 
 def build(cls: type, values: dict):
-    """Build a `cls` from a flat dict. Other names are ignored."""
+    """Return a `cls` from a flat dict. Ignore other names."""
     parts = {}
     for field in dataclasses.fields(cls):
         if "group" in field.metadata:
@@ -130,6 +121,7 @@ def build(cls: type, values: dict):
 
 
 def flatten(cfg) -> dict:
+    """Return all settings as one dict, those of groups too."""
     flat = {}
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
@@ -138,16 +130,20 @@ def flatten(cfg) -> dict:
 
 
 def from_stored(cls: type, stored: dict, source: str):
+    """Return a `cls` from the settings in a checkpoint."""
     fields = all_fields(cls)
     for name in stored:
-        known = name in fields
-        require(known, f"{source}: unknown setting {name!r}{suggest(name, fields)}")
+        message = f"{source}: unknown setting {name!r}{suggest(name, fields)}"
+        require(name in fields, message)
     return build(cls, stored)
 
 
 def read_settings(classes, argv: list[str]) -> dict:
-    """Read argv as a flat dict. validate() checks the limits."""
-    fields = typed_fields(*classes)
+    """Return what files and flags set, as a flat dict.
+
+    Types are checked here, limits when a class is built.
+    """
+    fields = user_fields(*classes)
     values = {}
     for arg in argv:
         if arg.startswith("--"):
@@ -156,11 +152,12 @@ def read_settings(classes, argv: list[str]) -> dict:
             values[name] = _parse(text if equals else None, field, arg)
         else:
             for name, value in _read_file(arg).items():
-                values[name] = _typed(value, _known_field(name, fields, arg))
+                values[name] = _check_type(value, _known_field(name, fields, arg))
     return values
 
 
-def typed_fields(*classes: type) -> dict[str, dataclasses.Field]:
+def user_fields(*classes: type) -> dict[str, dataclasses.Field]:
+    """Return the settings that are not hidden."""
     fields = all_fields(*classes)
     return {name: f for name, f in fields.items() if not f.metadata.get("hidden")}
 
@@ -168,10 +165,6 @@ def typed_fields(*classes: type) -> dict[str, dataclasses.Field]:
 def _known_field(name: str, fields: dict, arg: str) -> dataclasses.Field:
     if name in fields:
         return fields[name]
-    if name in RENAMED:
-        raise ValueError(f"{arg}: {name!r} is now --{RENAMED[name]}")
-    if name in REMOVED:
-        raise ValueError(f"{arg}: the setting {name!r} was removed; drop it")
     hint = suggest(name, fields, "; see --help")
     raise ValueError(f"{arg}: unknown setting {name!r}{hint}")
 
@@ -210,6 +203,7 @@ def refuse_changes(given: dict, fixed: dict, context, hint="drop the setting", a
 
 
 def describe(cfg) -> str:
+    """Return the flags that differ from the defaults."""
     fields = all_fields(type(cfg))
     flat = flatten(cfg).items()
     changed = [f"--{k}={v}" for k, v in flat if v != fields[k].default]
@@ -225,17 +219,24 @@ def suggest(name: str, known, otherwise="") -> str:
 
 
 def help_text(*classes: type) -> str:
+    """Return a line for each setting of each class."""
     lines = []
-    for name, field in typed_fields(*classes).items():
-        choices = " | ".join(field.metadata["choices"])
-        choices = f" ({choices})" if choices else ""
-        default = f"--{name}={field.default}"
-        lines.append(f"  {default:<40} {field.metadata['help']}{choices}")
+    for cls in classes:
+        if cls is not classes[0]:
+            lines.append(cls.__doc__.splitlines()[0])
+        for name, field in user_fields(cls).items():
+            choices = " | ".join(field.metadata["choices"])
+            choices = f" ({choices})" if choices else ""
+            default = f"--{name}={field.default}"
+            lines.append(f"  {default:<40} {field.metadata['help']}{choices}")
     return "\n".join(lines)
 
 
 def run(main: Callable[[list[str]], object], *classes: type) -> None:
-    """Call main(sys.argv[1:]). --help lists the classes."""
+    """Call main(sys.argv[1:]). Bad input: one line and status 2.
+
+    --help prints the docstring of main's module and the classes.
+    """
     from view.streams import secure_streams
 
     secure_streams()

@@ -1,14 +1,14 @@
 """Text diffusion: noise, loss, samplers. Compare it with autoregressive.py.
 
-Training corrupts the target and predicts the clean text. The model then reads its
-own prediction and predicts again: AR2Diff's loss (arXiv 2401.17181, section 3),
-after SUNDAE (arXiv 2112.06749). Generation starts from noise, the canvas, and
-rewrites it a few times. Text and pads are alike: the model decides the length.
+Training corrupts the target and predicts the clean text. The model
+then reads its own prediction and predicts again. This is the loss of
+AR2Diff (arXiv 2401.17181, section 3), after SUNDAE (arXiv 2112.06749).
+Generation starts from a canvas of noise and rewrites it a few times.
+Pads are tokens like others, so the model decides the length.
 """
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,11 @@ from model import split_prompt
 
 # Noise
 def sample_noise(uniform: Tensor, model_cfg) -> Tensor:
-    """Map numbers in [0, 1) to noise: any text token or pad, or mask_id."""
+    """Map numbers in [0, 1) to tokens of the same shape.
+
+    noise=uniform: an ordinary token or pad (arXiv 2112.06749).
+    noise=mask: mask_id (arXiv 2107.03006).
+    """
     if model_cfg.noise == "mask":
         return torch.full(uniform.shape, model_cfg.mask_id, device=uniform.device)
     skip_eos = model_cfg.eos_id >= 0  # no text contains it
@@ -52,35 +56,45 @@ def corrupt(target: Tensor, rate: Tensor, model_cfg, rng) -> Tensor:
 # Loss
 @dataclass
 class LossConfig:
-    """The loss. The kind of noise is a setting of the model."""
+    """The diffusion loss. The kind of noise is a setting of the model."""
 
     unroll_steps: int = setting(2, "passes; paper: 2", minimum=1, maximum=16)
-    unroll_temperature: float = setting(0.0, "0: pass 2 reads the argmax")
-    full_noise_prob: float = setting(0.0, "rows of pure noise", maximum=1)
-    ar_loss_weight: float = setting(0.0, "keep the AR loss too")
+    unroll_temperature: float = setting(0.0, "0: the next pass reads the argmax")
+    full_noise_prob: float = setting(0.0, "share of rows that are all noise", maximum=1)
 
-    def __post_init__(self):
-        validate(self)
+    __post_init__ = validate
 
 
 def draw_rate(cfg: LossConfig, rng: CounterRNG) -> Tensor:
-    rate, kind = rng.uniform(RATE, 1)  # (B, 1)
-    return torch.where(kind < cfg.full_noise_prob, 1.0, rate)
+    """Draw a corruption rate per row (B, 1), uniform in [0, 1).
+
+    With probability full_noise_prob it is 1.
+    """
+    rate, chance = rng.uniform(RATE, 1)  # (B, 1)
+    return torch.where(chance < cfg.full_noise_prob, 1.0, rate)
 
 
 def align_logits(logits: Tensor, shift: bool) -> Tensor:
-    """Return logits (B, T - 1, V) of slots 1 .. T - 1."""
+    """Return logits (B, T - 1, V) of slots 1 .. T - 1, out of (B, T, V).
+
+    Position i - 1 predicts slot i, as in AR models, or i without shift.
+    """
     return logits[:, :-1] if shift else logits[:, 1:]
 
 
 def losses(model, batch, cfg, rng, rate=None, extra_edges=None, scale=1.0):
-    """Yield L(1), L(2), ..., times scale. Call backward() on each at once."""
+    """Yield L(1), L(2), .., times scale, nats per slot.
+
+    Call backward() on each term before asking for the next. The prefix
+    is read once. So a last term, of value 0, carries the gradients of
+    all terms into it (docs/method.md). rate (B, 1): not a drawn one.
+    """
     cache = model.encode(batch.prefix, reserve=batch.target.shape[1])
     detached, pairs = cache.detach()
     for term in loss_terms(model, detached, batch, cfg, rng, rate, extra_edges):
         yield term * scale
     pairs = [pair for pair in pairs if pair[1].grad is not None]
-    if pairs:  # a term of value 0 carries all gradients into the prefix
+    if pairs:
         carried = sum((read * leaf.grad).sum() for read, leaf in pairs)
         yield carried - carried.detach()
 
@@ -96,8 +110,8 @@ def loss_terms(model, cache, batch, cfg, rng, rate=None, extra_edges=None):
     unscored = (0, 1) if model_cfg.shift else (1, 0)
     expected = F.pad(target[:, 1:], unscored, value=-100)
     for k in range(cfg.unroll_steps):
-        hints = (False, self_cond, None, extra_edges)
-        logits = model.decode(cache.fork(), canvas, *hints)  # (B, T, V)
+        hints = {"self_cond": self_cond, "extra_edges": extra_edges}
+        logits = model.decode(cache.fork(), canvas, **hints)  # (B, T, V)
         if k + 1 < cfg.unroll_steps:  # before the loss overwrites the logits
             with torch.no_grad():
                 aligned = align_logits(logits, model_cfg.shift)  # (B, T - 1, V)
@@ -110,26 +124,17 @@ def loss_terms(model, cache, batch, cfg, rng, rate=None, extra_edges=None):
         term = cross_entropy_in_place(logits, expected)
         del logits  # the next pass allocates as many
         yield term
-    if cfg.ar_loss_weight:
-        yield cfg.ar_loss_weight * causal_loss(model, cache, target)
-
-
-def causal_loss(model, cache, target: Tensor) -> Tensor:
-    """Return the AR loss of these weights, nats per slot."""
-    logits = model.decode(cache.fork(), target, attention="causal")  # (B, T, V)
-    expected = F.pad(target[:, 1:], (0, 1), value=-100)
-    return cross_entropy_in_place(logits, expected)
 
 
 def loss(model, batch, cfg, rng: CounterRNG) -> Tensor:
-    """Return L(1) + L(2), a plain sum, nats per slot."""
+    """Return L(1) + L(2), nats per slot, with one graph."""
     cache = model.encode(batch.prefix)
     return sum(loss_terms(model, cache, batch, cfg, rng))
 
 
 @torch.no_grad()
 def loss_by_rate(model, batch, rng: CounterRNG, rates) -> dict[str, float]:
-    """Return L(1), nats per slot, at fixed corruption rates."""
+    """Return {rate: L(1)}, nats per slot, at fixed corruption rates."""
     cfg = LossConfig(unroll_steps=1)
     cache = model.encode(batch.prefix, reserve=batch.target.shape[1])
     found = {}
@@ -140,28 +145,26 @@ def loss_by_rate(model, batch, rng: CounterRNG, rates) -> dict[str, float]:
     return found
 
 
-SOFTMAX_CHUNK = 1 << 24  # logits per softmax, to bound its memory
-
-
 def expected_embedding(model, logits: Tensor) -> Tensor:
     """Return the mean embedding (B, T, C) of logits (B, T - 1, V)."""
-    rows = max(1, SOFTMAX_CHUNK // logits[0].numel())
+    rows = max(1, 2**24 // logits[0].numel())  # bounds the memory
     parts = [model.expected_embedding(part) for part in logits.split(rows)]
     return F.pad(torch.cat(parts), (0, 0, 1, 0))  # slot 0: zeros
 
 
-# Samplers: one step each. denoise() runs them.
+# Samplers. Each is one step: it reads logits (R, S, V) of the slots, the state and
+# the number of the step, and returns the next state. denoise() runs them.
 
 
 class SamplerState(NamedTuple):
-    """What a sampler reads and returns: R rows, S slots."""
+    """R canvases of S slots between two steps."""
 
-    canvas: Tensor  # (R, S) the tokens that the network reads next
+    canvas: Tensor  # (R, S) what the network reads next
     output: Tensor  # (R, S) the text, if the row stopped now
-    scored: Tensor  # (R, S) the tokens whose mean NLL is the row's score
+    scored: Tensor  # (R, S) tokens whose mean NLL is the score
     aux: Tensor  # (R, S) float, for the sampler's own use
-    converged: Tensor  # (R,) bool: another step would change nothing
-    editable: Tensor  # (R, S) bool, False: given (infilling)
+    converged: Tensor  # (R,) bool: no step would change it
+    editable: Tensor  # (R, S) bool; False: given (infilling)
 
 
 def resample(logits, state, step, cfg, rng, model_cfg):
@@ -170,10 +173,12 @@ def resample(logits, state, step, cfg, rng, model_cfg):
     drawn = draw_tokens(logits, cfg.temperature, rng.uniform(SAMPLE, S)[0])
     chosen = rng.uniform(SELECT, S)[0] < cfg.update_fraction
     canvas = torch.where(chosen & state.editable, drawn, state.canvas)
-    converged = _unchanged(drawn, state) & (cfg.temperature == 0)
-    output = _replace_masks(canvas, drawn, model_cfg)
-    scored = _replace_masks(state.canvas, drawn, model_cfg)
-    return SamplerState(canvas, output, scored, state.aux, converged, state.editable)
+    return state._replace(
+        canvas=canvas,
+        output=_replace_masks(canvas, drawn, model_cfg),
+        scored=_replace_masks(state.canvas, drawn, model_cfg),
+        converged=_unchanged(drawn, state) & (cfg.temperature == 0),
+    )
 
 
 def argmax_unrolled(logits, state, step, cfg, rng, model_cfg):
@@ -187,19 +192,23 @@ def argmax_unrolled(logits, state, step, cfg, rng, model_cfg):
         before = state.aux.masked_fill(~chosen, math.inf)
         chosen = chosen & (_rank(-before) < n)
     canvas = torch.where(chosen, drawn, state.canvas)
-    scored = _replace_masks(state.canvas, drawn, model_cfg)
-    converged = _unchanged(drawn, state)
-    return SamplerState(canvas, canvas, scored, confidences, converged, state.editable)
+    return state._replace(
+        canvas=canvas,
+        output=canvas,
+        scored=_replace_masks(state.canvas, drawn, model_cfg),
+        aux=confidences,
+        converged=_unchanged(drawn, state),
+    )
 
 
 def confidence(logits, state, step, cfg, rng, model_cfg):
-    """Keep the most confident slots, more each step."""
+    """Keep the most confident slots, more each step (arXiv 2202.04200)."""
     uniform, _ = rng.uniform(SAMPLE, logits.shape[1])
     drawn = draw_tokens(logits, cfg.temperature, uniform)
     nll = token_nll(logits, drawn).masked_fill(~state.editable, math.inf)  # (R, S)
     n = (state.editable.sum(1, keepdim=True) * (step + 1) / cfg.steps).ceil()
     kept = _rank(-nll) < n
-    # Pads are confident first, so early answers may be stable but empty.
+    # The model is sure of pads first, so an early answer may be stable but empty.
     late = step + 1 >= cfg.steps / 2
     stop = entropy(logits) if late and cfg.stop_entropy > 0 else None
     return _keep_or_renoise(logits, state, kept, drawn, stop, cfg, rng, model_cfg)
@@ -208,11 +217,10 @@ def confidence(logits, state, step, cfg, rng, model_cfg):
 def entropy_bound(logits, state, step, cfg, rng, model_cfg):
     """Keep slots of low entropy, up to a bound of its sum (DiffusionGemma)."""
     progress = step / max(cfg.steps - 1, 1)
-    fall = cfg.temperature_start - cfg.temperature_end
-    temperature = cfg.temperature_start - fall * progress
+    temperature = 0.8 - 0.4 * progress
     uniform, _ = rng.uniform(SAMPLE, logits.shape[1])
     drawn = draw_tokens(logits, temperature, uniform)
-    entropies = entropy(logits, max(temperature, 1e-6))  # (R, S)
+    entropies = entropy(logits, temperature)  # (R, S)
     ordered, order = entropies.masked_fill(~state.editable, math.inf).sort(1)
     within = ordered.cumsum(1) - ordered <= cfg.entropy_bound
     kept = torch.zeros_like(state.editable).scatter(1, order, within)
@@ -222,7 +230,6 @@ def entropy_bound(logits, state, step, cfg, rng, model_cfg):
 
 STEPS = (resample, argmax_unrolled, confidence, entropy_bound)
 SAMPLERS = {step.__name__: step for step in STEPS}
-temperature_setting = partial(setting, minimum=1e-3, zero_ok=True)
 
 
 @dataclass
@@ -230,17 +237,14 @@ class SamplerConfig:
     """How a canvas becomes text."""
 
     sampler: str = setting("resample", "paper: resample", tuple(SAMPLERS))
-    steps: int = setting(10, "network calls", minimum=1)
-    temperature: float = temperature_setting(0.2, "resample, confidence")
+    steps: int = setting(10, "most network calls", minimum=1)
+    temperature: float = setting(0.2, "0: the argmax", minimum=1e-3, zero_ok=True)
     update_fraction: float = setting(1.0, "slots redrawn per step", above=0, maximum=1)
     candidates: int = setting(1, "canvases per prompt", minimum=1)
-    temperature_start: float = temperature_setting(0.8, "of entropy_bound")
-    temperature_end: float = temperature_setting(0.4, "of entropy_bound")
     entropy_bound: float = setting(0.1, "nats accepted per step")
-    stop_entropy: float = setting(0.005, "nats per slot to stop")
+    stop_entropy: float = setting(0.005, "nats per slot to stop; 0: never")
 
-    def __post_init__(self):
-        validate(self)
+    __post_init__ = validate
 
 
 def _unchanged(drawn: Tensor, state: SamplerState) -> Tensor:
@@ -253,7 +257,7 @@ def _replace_masks(tokens: Tensor, drawn: Tensor, model_cfg) -> Tensor:
 
 
 def _keep_or_renoise(logits, state, kept, drawn, entropies, cfg, rng, model_cfg):
-    """Kept slots get their drawn token, the others noise."""
+    """Kept slots (R, S) get their drawn token, the others noise."""
     noise = sample_noise(rng.uniform(RENOISE, kept.shape[1])[0], model_cfg)
     canvas = torch.where(kept, drawn, noise)
     canvas = torch.where(state.editable, canvas, state.canvas)
@@ -264,7 +268,13 @@ def _keep_or_renoise(logits, state, kept, drawn, entropies, cfg, rng, model_cfg)
         mean_entropy = entropies.masked_fill(~state.editable, 0.0).sum(1) / n
         repeats = (output == state.aux.long()).all(1)
         converged = repeats & (mean_entropy < cfg.stop_entropy)
-    return SamplerState(canvas, output, output, output.float(), converged, state.editable)
+    return state._replace(
+        canvas=canvas,
+        output=output,
+        scored=output,
+        aux=output.float(),
+        converged=converged,
+    )
 
 
 def _rank(score: Tensor) -> Tensor:
@@ -275,9 +285,11 @@ def _rank(score: Tensor) -> Tensor:
 # Generation
 @torch.no_grad()
 def generate(model, prefix, cfg, seed=0, example=None, on_step=None, given=None):
-    """Denoise canvases per prefix (B, P) and keep the best (section 4.2).
+    """Generate a target for each prompt (B, P): a GenerateOutput.
 
-    example (B,): keys of the draws. given (B, T - 1): fixed tokens or -1.
+    The best of cfg.candidates canvases is kept (section 4.2).
+    example (B,): the rows' keys of random numbers. on_step: see denoise.
+    given (B, T - 1): fixed tokens, -1 for free slots.
     """
     model_cfg = model.cfg
     B = len(prefix)
@@ -300,10 +312,11 @@ def generate(model, prefix, cfg, seed=0, example=None, on_step=None, given=None)
 
 @torch.no_grad()
 def denoise(model, cache, start, length, cfg, rng, on_step=None, given=None):
-    """Rewrite R canvases in up to cfg.steps calls; freeze converged rows.
+    """Rewrite R canvases in up to cfg.steps calls. Freeze converged rows.
 
     start (R, 1): slot 0. on_step: called with (step, canvas (R, S),
-    logits (R, S, V), rows (R,): -1 if frozen); first with step 0 and None.
+    logits (R, S, V), rows (R,): -1 if frozen), at first with step 0
+    and no logits.
     """
     model_cfg = model.cfg
     step_fn = SAMPLERS[cfg.sampler]
@@ -341,6 +354,7 @@ def denoise(model, cache, start, length, cfg, rng, on_step=None, given=None):
 
 
 def initial_state(length: int, rng, model_cfg, given) -> SamplerState:
+    """Return canvases of noise and given tokens."""
     canvas = sample_noise(rng.uniform(CANVAS, length)[0], model_cfg)  # (R, S)
     editable = torch.ones_like(canvas, dtype=torch.bool)
     if given is not None:

@@ -1,7 +1,8 @@
-"""The network: a decoder-only Transformer, its attention masks, its KV cache.
+"""The network: a Transformer, its attention masks, its KV cache.
 
-Autoregressive and diffusion models differ in two settings, `prefix_attention` and
-`target_attention`. `encode` reads the prefix, `decode` a target, `forward` both.
+AR and diffusion models differ in two settings, `prefix_attention`
+and `target_attention`. `encode` reads the prefix, `decode` a
+target, `forward` both.
 """
 
 import copy
@@ -19,39 +20,39 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import needs, require, setting, validate
 
-# The only layers that a diffusion model may add to its AR source. They start at zero.
+# Layers that a diffusion model adds to its AR source. They start at zero.
 NEW_MODULES = ("self_cond_proj",)
 PREFIXES = ("causal", "bidirectional", "joint")
-internal = partial(setting, hidden=True)  # it cannot be typed
+internal = partial(setting, hidden=True)  # not settable by users
 
 
 @dataclass
 class ModelConfig:
     """All that fixes what the network computes. In each checkpoint."""
 
-    paradigm: str = setting("ar", "the loss and the decoding", ("ar", "diffusion"))
+    paradigm: str = setting("ar", "how a target is generated", ("ar", "diffusion"))
     arch: str = setting("decoder_only", "see extras/", ("decoder_only", "encoder_decoder"))
-    n_layer: int = setting(4, "blocks (per half)", minimum=1, maximum=1000)
-    n_head: int = setting(4, "attention heads", minimum=1)
-    n_embd: int = setting(128, "width", minimum=1)
-    n_hidden: int = setting(0, "of the MLP; 0: 8/3 or 4 n_embd")
-    block_size: int = setting(0, "tokens; 0: from the data")
-    target_length: int = setting(0, "0: from the data")
+    n_layer: int = setting(4, "blocks, in each stack", minimum=1, maximum=1000)
+    n_head: int = setting(4, "attention heads per block", minimum=1)
+    n_embd: int = setting(128, "width of the hidden states", minimum=1)
+    n_hidden: int = setting(0, "width of the MLP; 0: 8/3 or 4 n_embd")
+    block_size: int = setting(0, "most tokens; 0: from the data")
+    target_length: int = setting(0, "with slot 0; 0: from the data")
     dropout: float = setting(0.0, "share set to 0", maximum=0.99)
     tie_weights: bool = setting(True, "output layer = embedding")
     prefix_attention: str = setting("causal", "joint: reads the target", PREFIXES)
-    target_attention: str = setting("causal", "in the target", ("causal", "bidirectional"))
-    noise: str = setting("uniform", "paper: uniform", ("uniform", "mask"))
+    target_attention: str = setting("causal", "inside the target", ("causal", "bidirectional"))
+    noise: str = setting("uniform", "uniform: any token", ("uniform", "mask"))
     shift: bool = setting(False, "position i - 1 predicts slot i")
     self_conditioning: bool = setting(False, "read the last prediction")
 
     # Set by the tokenizer.
-    vocab_size: int = internal(288, "rows of tok", minimum=1)
+    vocab_size: int = internal(288, "rows of the embedding", minimum=1)
     n_ordinary: int = internal(256, "ids below it are text", minimum=1)
     pad_id: int = internal(256, "ends a text")
     sep_id: int = internal(257, "slot 0; -1: of the prompt", minimum=-1)
-    mask_id: int = internal(258, "of noise='mask'")
-    eos_id: int = internal(-1, "imports; -1: none", minimum=-1)
+    mask_id: int = internal(258, "for noise=mask")
+    eos_id: int = internal(-1, "of imports; -1: none", minimum=-1)
 
     # Set by hf/ for imported weights.
     n_kv_head: int = internal(0, "0: n_head")
@@ -61,13 +62,13 @@ class ModelConfig:
     activation: str = internal("swiglu", "of the MLP", ("swiglu", "gelu", "gelu_tanh"))
     position: str = internal("rope", "encoding", ("rope", "learned"))
     qk_norm: bool = internal(False, "arXiv 2302.05442")
-    bias: bool = internal(False, "of all layers")
-    qkv_bias: bool = internal(False, "of q, k, v: Qwen 2")
+    bias: bool = internal(False, "in all layers")
+    qkv_bias: bool = internal(False, "in q, k, v only: Qwen 2")
     rope_base: float = internal(10000.0, "of the frequencies", above=0)
     rope_factor: float = internal(1.0, "slow pairs turn slower", above=0)
     rope_slow_turns: float = internal(1.0, "fewer are slow")
     rope_fast_turns: float = internal(4.0, "more are fast", above=0)
-    rope_trained_length: int = internal(8192, "before scaling", minimum=1)
+    rope_trained_length: int = internal(8192, "turns are counted in", minimum=1)
 
     def __post_init__(self):
         validate(self)
@@ -76,6 +77,7 @@ class ModelConfig:
         V = self.vocab_size
         slow = self.rope_slow_turns
         fast = self.rope_fast_turns
+        eos = self.eos_id
         top = max(self.pad_id, self.sep_id, self.mask_id, self.n_ordinary - 1)
         even = self.position != "rope" or self.head_size % 2 == 0
         whole = self.head_dim or self.n_embd % H == 0
@@ -84,7 +86,6 @@ class ModelConfig:
         require(H % G == 0, f"n_head {H} must be a multiple of n_kv_head {G}")
         require(slow < fast, f"rope_slow_turns {slow} must be below {fast}")
         require(top < V, f"token id {top} must be below vocab_size {V}")
-        eos = self.eos_id
         require(eos < self.n_ordinary, f"eos_id {eos} must be an ordinary id")
         flat = vars(self)
         needs(flat, "prefix_attention=joint", target_attention="bidirectional")
@@ -103,10 +104,9 @@ class ModelConfig:
 
     @property
     def hidden_size(self) -> int:
-        hidden = 4 * self.n_embd
-        if self.activation == "swiglu":
-            hidden = 32 * math.ceil(self.n_embd / 12)
-        return self.n_hidden or hidden
+        gated = self.activation == "swiglu"
+        default = 32 * math.ceil(self.n_embd / 12) if gated else 4 * self.n_embd
+        return self.n_hidden or default
 
     @property
     def single_pass(self) -> bool:
@@ -119,13 +119,15 @@ class ModelConfig:
 def rope_table(cfg: ModelConfig) -> Tensor:
     """Return cos and sin (2, block_size, D) of RoPE (arXiv 2104.09864)."""
     D = cfg.head_size
-    frequency = cfg.rope_base ** (-torch.arange(0, D, 2).float() / D)
+    # Never on the meta device: its arithmetic takes seconds to load.
+    pair = torch.arange(0, D, 2, device="cpu").float()
+    frequency = cfg.rope_base ** (-pair / D)
     if cfg.rope_factor != 1:  # as in Llama 3's published code
         turns = cfg.rope_trained_length * frequency / (2 * math.pi)
         width = cfg.rope_fast_turns - cfg.rope_slow_turns
         kept = ((turns - cfg.rope_slow_turns) / width).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / cfg.rope_factor)
-    position = torch.arange(cfg.block_size).float()
+    position = torch.arange(cfg.block_size, device="cpu").float()
     angle = torch.outer(position, frequency).repeat(1, 2)
     return torch.stack([angle.cos(), angle.sin()])
 
@@ -140,20 +142,23 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 def attention_mask(kind, past: Tensor, new: Tensor, extra_edges=None):
     """Return which keys T new tokens attend to: (B, 1, T, S + T) bool.
 
-    past (B, S) and new (B, T) are False for padding, which attends to itself only.
-    Two settings give five patterns: rows attend to columns, p: prefix, t: target.
+    kind: of the attention among new tokens. They see all S past ones.
+    past (B, S) and new (B, T) are False for padding, which attends to
+    itself only. extra_edges (T, T) bool: open besides the causal ones.
 
-    prefix causal   bidirectional  joint          bidirectional  causal
-    target causal   causal         bidirectional  bidirectional  bidirectional
-         p p t t t  p p t t t      p p t t t      p p t t t      p p t t t
-    p    x . . . .  x x . . .      x x x x x      x x . . .      x . . . .
-    p    x x . . .  x x . . .      x x x x x      x x . . .      x x . . .
-    t    x x x . .  x x x . .      x x x x x      x x x x x      x x x x x
-    t    x x x x .  x x x x .      x x x x x      x x x x x      x x x x x
-    t    x x x x x  x x x x x      x x x x x      x x x x x      x x x x x
-         GPT        prefix LM      AR2Diff        cached prefix  AR-readable
+    The two settings give five patterns. Rows attend to columns.
+    p: prefix, t: target, bidir.: bidirectional.
 
-    extra_edges (T, T) bool: open in addition to the causal ones.
+    prefix   causal   bidir.   joint    bidir.   causal
+    target   causal   causal   bidir.   bidir.   bidir.
+             ppttt    ppttt    ppttt    ppttt    ppttt
+    p        x....    xx...    xxxxx    xx...    x....
+    p        xx...    xx...    xxxxx    xx...    xx...
+    t        xxx..    xxx..    xxxxx    xxxxx    xxxxx
+    t        xxxx.    xxxx.    xxxxx    xxxxx    xxxxx
+    t        xxxxx    xxxxx    xxxxx    xxxxx    xxxxx
+             GPT      prefix   AR2Diff  cached   AR-
+                      LM                prefix   readable
     """
     B, S = past.shape
     T = new.shape[1]
@@ -169,7 +174,10 @@ def attention_mask(kind, past: Tensor, new: Tensor, extra_edges=None):
 
 
 def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Split a prompt (B, P): prefix and slot 0 (B, 1), sep_id or the last token."""
+    """Split a prompt (B, P): prefix, slot 0 (B, 1).
+
+    Slot 0 is sep_id or, without one, the last token.
+    """
     if cfg.sep_id >= 0 or not prompt.shape[1]:
         first = cfg.sep_id if cfg.sep_id >= 0 else cfg.pad_id
         return prompt, torch.full((len(prompt), 1), first, device=prompt.device)
@@ -185,7 +193,8 @@ class KVCache:
     def __init__(self, n_layer: int, reserve: int = 0):
         self.k: list[Tensor | None] = [None] * n_layer
         self.v: list[Tensor | None] = [None] * n_layer
-        self.length = 0  # later ones are overwritten: a canvas is not kept
+        # What lies beyond `length` is overwritten by the next decode.
+        self.length = 0
         self.reserve = reserve
         self.valid: Tensor | None = None  # (B, length), False: padding
         self.prefix: Tensor | None = None  # (B, P) ids, if joint
@@ -212,6 +221,7 @@ class KVCache:
         return buffer, buffer[:, :, :end]
 
     def map(self, change: Callable) -> "KVCache":
+        """Return a cache of change(tensor) of all tensors."""
         other = copy.copy(self)
         other.k = [None if k is None else change(k) for k in self.k]
         other.v = [None if v is None else change(v) for v in self.v]
@@ -222,6 +232,7 @@ class KVCache:
         return self.map(lambda tensor: tensor)
 
     def select(self, index: Tensor) -> "KVCache":
+        """Return the cache of these rows."""
         other = self.map(lambda tensor: tensor[index])
         other.valid = None if self.valid is None else self.valid[index]
         other.prefix = None if self.prefix is None else self.prefix[index]
@@ -234,6 +245,7 @@ class KVCache:
         return other, [pair for pair in pairs if pair[0] is not None]
 
     def append_valid(self, tokens: Tensor) -> None:
+        """Keep what was written for tokens (B, T), without pads."""
         self.length += tokens.shape[1]
         if self.valid is not None:
             self.valid = F.pad(self.valid, (0, tokens.shape[1]), value=True)
@@ -257,12 +269,15 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(cfg: ModelConfig) -> nn.Module:
+    """Return a new norm of the kind that cfg names."""
     if cfg.norm == "layernorm":
         return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
     return RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
 
 
 class Attention(nn.Module):
+    """Attention of T tokens to themselves and to a cache."""
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
@@ -296,6 +311,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202) or GELU."""
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.gated = cfg.activation == "swiglu"
@@ -312,6 +329,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm layer: attention, then MLP."""
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.norm1 = make_norm(cfg)
@@ -353,11 +372,15 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def encode(self, prefix: Tensor, reserve: int = 0) -> KVCache:
-        """Read the prefix (B, P). reserve: room for later tokens."""
+        """Read the prefix (B, P). reserve: room for later tokens.
+
+        With prefix_attention=joint the prefix attends to the target. So it is only
+        stored here, and read by decode.
+        """
         P = prefix.shape[1]
         cache = KVCache(len(self.blocks), P + reserve)
         if self.cfg.prefix_attention == "joint":
-            cache.prefix = prefix  # it attends to the target, so wait
+            cache.prefix = prefix
         elif P:
             kind = self.cfg.prefix_attention
             valid = find_padding(prefix, self.cfg)
@@ -366,24 +389,29 @@ class Transformer(nn.Module):
             cache.valid = valid
         return cache
 
-    def decode(self, cache, target, append=False, self_cond=None, attention=None, extra_edges=None):
-        """Return logits (B, T, V) for target (B, T). append: cache it too.
+    def decode(
+        self,
+        cache: KVCache,
+        target: Tensor,
+        append: bool = False,
+        self_cond: Tensor | None = None,
+        extra_edges: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits (B, T, V) of the target (B, T) after a prefix.
 
+        append: keep the target in the cache, to decode token by token.
         self_cond (B, T, C): expected embedding of the last prediction.
-        attention: instead of cfg.target_attention.
+        extra_edges: see attention_mask.
         """
-        kind = attention or self.cfg.target_attention
-        if cache.prefix is not None:
-            require(not append, "prefix_attention=joint has no cache to append to")
-            prefix = cache.prefix
-            return self._decode_joint(prefix, target, self_cond, kind, extra_edges)
-        x = self.embed(target, 0, self_cond)  # (B, T, C)
-        x = self._read(x, cache, kind, None, extra_edges)
-        if append:
-            cache.append_valid(target)
-        return self.head(x)
-
-    def _decode_joint(self, prefix, target, self_cond, kind, extra_edges=None):
+        kind = self.cfg.target_attention
+        prefix = cache.prefix
+        if prefix is None:
+            x = self.embed(target, 0, self_cond)  # (B, T, C)
+            x = self._read(x, cache, kind, None, extra_edges)
+            if append:
+                cache.append_valid(target)
+            return self.head(x)
+        require(not append, "prefix_attention=joint has no cache to append to")
         P = prefix.shape[1]
         valid = find_padding(prefix, self.cfg)
         if valid is not None:
@@ -392,20 +420,18 @@ class Transformer(nn.Module):
         x = self.embed(tokens, P, self_cond)  # (B, P + T, C)
         return self.head(self._read(x, None, kind, valid, extra_edges)[:, P:])
 
-    def forward(self, prefix, target, self_cond=None, attention=None, extra_edges=None):
+    def forward(self, prefix, target, self_cond=None, extra_edges=None) -> Tensor:
         """Return decode(encode(prefix), target), in one pass if possible."""
-        if self.cfg.single_pass and not attention and extra_edges is None:
-            kind = self.cfg.target_attention
-            return self._decode_joint(prefix, target, self_cond, kind)
-        cache = self.encode(prefix)
-        return self.decode(cache, target, False, self_cond, attention, extra_edges)
+        if self.cfg.single_pass and extra_edges is None:
+            cache = KVCache(0)
+            cache.prefix = prefix
+        else:
+            cache = self.encode(prefix)
+        return self.decode(cache, target, False, self_cond, extra_edges)
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
         """Return the mean embedding (..., C) of logits (..., V)."""
         return logits.softmax(-1).to(self.tok.weight.dtype) @ self.tok.weight
-
-    def compile_blocks(self) -> None:
-        self.run_blocks = torch.compile(self.run_blocks)
 
     def embed(self, tokens: Tensor, P: int, self_cond: Tensor | None) -> Tensor:
         """Return embeddings (B, P + T, C), with self_cond (B, T, C)."""
@@ -454,18 +480,20 @@ class Transformer(nn.Module):
         return self.drop(x), rope, mask, False
 
     def run_blocks(self, x, rope, mask, causal, cache):
+        """Return the last hidden states (B, T, C)."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         if recompute:  # the caller's cache moves on before the backward pass
             cache = copy.copy(cache)
         for layer, block in enumerate(self.blocks):
             args = (x, rope, mask, causal, cache, layer)
-            if recompute:  # keep only the input of each block (arXiv 1604.06174)
+            if recompute:  # keep only its input (arXiv 1604.06174)
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
                 x = block(*args)
         return self.norm(x)
 
     def init_weights(self):
+        """Draw all weights anew."""
         std = 0.5 * self.cfg.n_embd**-0.5  # GPT-2: 0.02
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -493,6 +521,7 @@ def num_params(model: nn.Module) -> int:
 
 
 def build_model(cfg: ModelConfig) -> Transformer:
+    """Return a network with random weights."""
     if cfg.arch == "encoder_decoder":
         from extras.encoder_decoder import EncoderDecoder
 
@@ -529,6 +558,4 @@ def model_from_state_dict(cfg: ModelConfig, weights: dict) -> Transformer:
         raise ValueError(f"the weights do not fit: {reason}") from None
     if cfg.tie_weights:
         model.head.weight = model.tok.weight
-    if cfg.position == "rope":
-        model.rope = rope_table(cfg).to(first.device)
-    return model.eval()
+    return model.to(first.device).eval()

@@ -2,7 +2,7 @@
 
     python sample.py                                       # a demonstration
     python sample.py --init_from=out/run/ckpt.pt --prompt=hello
-    echo hello | python sample.py --init_from=out/run/ckpt.pt > answer.txt
+    python sample.py --init_from=out/run/ckpt.pt < prompt.txt > answer.txt
     python sample.py --prompt="forty-two" --show           # or --html=page.html
     python sample.py --infill="quarante-[[6]]"             # 6 free slots
 
@@ -42,28 +42,27 @@ class SampleConfig:
     """What to generate. The settings of the samplers come with it."""
 
     init_from: str = setting(str(DEMO / "diffusion.pt"), "checkpoint", path=True)
-    prompt: str = setting("", "the text to continue")
-    prompt_file: str = setting("", "or a UTF-8 file; - is stdin", path=True)
-    chat: bool = setting(False, "use the chat template")
+    prompt: str = setting("", "the text to continue; default: stdin")
+    chat: bool = setting(False, "use the chat template of the model")
     infill: str = setting("", "a target with [[n]] for n free slots")
-    num_samples: int = setting(1, "of the same prompt", minimum=1)
-    seed: int = setting(1337, "of all draws", maximum=2**62)
+    num_samples: int = setting(1, "texts for the prompt", minimum=1)
+    seed: int = setting(1337, "of all random numbers", maximum=2**62)
     device: str = setting("auto", "auto, cpu, cuda, mps")
     dtype: str = setting("float32", "of autocast", ("float32", "bfloat16"))
-    show: bool = setting(False, "draw a sample in the terminal")
+    show: bool = setting(False, "draw a text in the terminal")
     pause: float = setting(0.1, "seconds per step", maximum=60)
-    html: str = setting("", "a page that plays a sample", path=True)
-    beside: str = setting("", "ar, or another checkpoint", path=True)
+    html: str = setting("", "page that plays a text", path=True)
+    beside: str = setting("", "ar, or a second checkpoint", path=True)
 
     def __post_init__(self):
         validate(self)
-        both = self.show and self.html
-        require(not both, f"use --show or --html={self.html}, not both")
-        alone = self.beside and not self.html
-        require(not alone, f"--beside={self.beside} needs --html=FILE")
+        require(not (self.show and self.html), "use --show or --html, not both")
+        require(self.html or not self.beside, "--beside needs --html=FILE")
 
 
 class Decoder(NamedTuple):
+    """A model, and how it generates."""
+
     model: Transformer
     tokenizer: Tokenizer
     module: object  # it has generate
@@ -72,6 +71,7 @@ class Decoder(NamedTuple):
 
 
 def open_decoder(path: str, given: dict, device: torch.device) -> Decoder:
+    """Load a checkpoint; `given` has its sampler's settings."""
     model, tokenizer, _ = load_model(path, device)
     model, module, sampler = choose_sampler(model, given, path)
     template = None
@@ -83,7 +83,7 @@ def open_decoder(path: str, given: dict, device: torch.device) -> Decoder:
 
 
 def choose_sampler(model: Transformer, given: dict, path: str) -> tuple:
-    """Return the model, the module that generates, and its settings."""
+    """Return the model, the module that generates, its settings."""
     model_cfg = model.cfg
     module = PARADIGMS[model_cfg.paradigm]
     name = given.get("sampler", "resample")
@@ -113,6 +113,7 @@ def choose_sampler(model: Transformer, given: dict, path: str) -> tuple:
 
 
 def sampler_configs() -> list[type]:
+    """Return the settings of all that generates."""
     modules = [diffusion, autoregressive]
     for name in ("speculative", "diffusion_gemma"):
         with suppress(ImportError):  # extras/ may be deleted
@@ -121,6 +122,7 @@ def sampler_configs() -> list[type]:
 
 
 def main(argv: list[str]) -> None:
+    """Print samples; write or draw what is asked for."""
     from view.samples import print_samples
 
     classes = (SampleConfig, *sampler_configs(), ModelConfig)
@@ -128,28 +130,20 @@ def main(argv: list[str]) -> None:
     cfg = build(SampleConfig, given)
     text = read_prompt(cfg, given)
     decoder = open_decoder(cfg.init_from, given, pick_device(cfg.device))
-    decoders = [decoder]
+    others = []
     watch = nullcontext()
     if cfg.show or cfg.html:
         from view import watch as view
 
         watch = view.watch_for(decoder, cfg)
-    if cfg.html:
-        decoders += view.open_beside(decoder, cfg, given, DEMO, open_decoder)
-    for each in decoders:
+        others = view.open_beside(decoder, cfg, given, DEMO, open_decoder)
+    for each in (decoder, *others):
         encode_prompt(text, each, cfg.chat)  # raises if it does not fit
-    greedy = not hasattr(decoder.sampler, "steps") and decoder.sampler.temperature == 0
-    if greedy and cfg.num_samples > 1:
-        print("temperature 0 is greedy: all samples are equal", file=sys.stderr)
     out, seconds = generate(decoder, text, cfg, watch)
     print_samples(decoder, out, seconds, cfg.chat)
     if cfg.html:
-        tracks = [view.track_of(decoder, watch, out)]
-        for other in decoders[1:]:
-            watch = view.watch_for(other, cfg)
-            out, _ = generate(other, text, cfg, watch)
-            tracks.append(view.track_of(other, watch, out))
-        view.write(cfg, text, tracks, DEMO)
+        first = view.track_of(decoder, watch, out)
+        view.write(cfg, text, first, others, generate, DEMO)
 
 
 def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple:
@@ -174,27 +168,21 @@ def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple:
 
 
 def read_prompt(cfg: SampleConfig, given: dict) -> str:
-    """Return the prompt: as given, of a file or stdin, or an example."""
+    """Return --prompt, else what is piped in, else an example."""
     text = cfg.prompt
-    path = cfg.prompt_file
-    require(not (text and path), f"use --prompt or --prompt_file={path}, not both")
-    asked = given.keys() & {"prompt", "prompt_file", "infill"}
+    asked = given.keys() & {"prompt", "infill"}
     if not asked and sys.stdin is not None and not sys.stdin.isatty():
-        path = "-"
-    if path:
-        stdin = path == "-"
-        raw = sys.stdin.buffer.read() if stdin else Path(path).read_bytes()
         # The one newline at the end of a file or pipe is dropped.
-        text = normalize_text(raw, "stdin" if stdin else path).removesuffix("\n")
+        text = normalize_text(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
     if not text and not asked and "init_from" not in given:
         print(f"no prompt given, so {DEMO_PROMPT!r} is used", file=sys.stderr)
         return DEMO_PROMPT
-    ways = "use --prompt=TEXT, --prompt_file=PATH or stdin"
-    require(text or cfg.infill, f"the prompt is empty; {ways}")
+    require(text or cfg.infill, "the prompt is empty; use --prompt=TEXT or stdin")
     return text
 
 
 def encode_prompt(text: str, decoder: Decoder, chat: bool) -> list[int]:
+    """Return the token ids, if the model can read them all."""
     if chat:
         from hf.chat import chat_ids
 

@@ -2,10 +2,11 @@
 
     python train.py config/ar2diff_1_ar.py                        # pretrain
     python ar2diff.py --init_from=out/ar2diff_1_ar/ckpt.pt        # convert
-    python train.py config/ar2diff_2_adapt.py --max_steps=300     # continue
-    python train.py config/ar2diff_2_adapt.py --init_from=resume  # go on
+    python train.py config/ar2diff_2_adapt.py                     # adapt
+    python train.py config/ar2diff_2_adapt.py --init_from=resume  # after a stop
 
-Random numbers are functions of (seed, step, example): a resumed run is the same.
+Random numbers are functions of (seed, step, example). So the same command plus
+--init_from=resume gives the undisturbed run, on one CPU bit for bit.
 """
 
 import collections
@@ -13,6 +14,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -33,11 +35,12 @@ from infra import checkpoint, device, flops, run_dir
 from infra.distributed import DistributedContext, init_distributed
 from infra.optimizers import learning_rate_at, make_optimizers, set_learning_rate
 from infra.rng import make_rng
-from model import ModelConfig, Transformer, build_model, num_params
+from model import ModelConfig, Transformer, build_model, model_from_state_dict, num_params
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
-RATES = [0.1, 0.3, 0.5, 0.7, 0.9]  # corruption rates of the validation loss
+RATES = [0.1, 0.3, 0.5, 0.7, 0.9]  # of corruption, in the validation loss
 KEEP_LAST = 2  # ckpt.pt and ckpt.1.pt
+RESUME = "--init_from=resume"
 variable = partial(setting, may_change=True)  # a resumed run may change it
 
 
@@ -48,34 +51,34 @@ class TrainConfig:
     model: ModelConfig = group(ModelConfig)
     loss: diffusion.LossConfig = group(diffusion.LossConfig)
     objective: ObjectiveConfig = group(ObjectiveConfig)
-    data: str = variable("out/data/mini", "data set", path=True)
-    init_from: str = variable("scratch", "or resume or a checkpoint", path=True)
-    out_dir: str = variable("out/run", "checkpoints, log", path=True)
-    overwrite: bool = variable(False, "replace a run")
-    estimate: bool = variable(False, "print memory and time")
+    data: str = variable("out/data/mini", "the data set", path=True)
+    init_from: str = variable("scratch", "or a checkpoint; as a flag: resume", path=True)
+    out_dir: str = variable("out/run", "for checkpoints and log", path=True)
+    overwrite: bool = variable(False, "replace the run in out_dir")
+    estimate: bool = variable(False, "only print memory and time")
     max_steps: int = variable(1000, "optimizer steps", minimum=1)
     batch_size: int = setting(32, "sequences per step", minimum=1)
-    grad_accum_steps: int = variable(1, "micro-batches", minimum=1)
-    optimizer: str = setting("muon", "muon: of matrices", ("muon", "adamw"))
-    learning_rate: float = setting(1.5e-3, "AdamW's; Muon: 5 times", maximum=1e3)
-    warmup_steps: int = setting(20, "steps")
-    schedule: str = setting("linear", "after warm-up", ("constant", "linear", "cosine"))
+    grad_accum_steps: int = variable(1, "micro-batches per step", minimum=1)
+    optimizer: str = setting("muon", "muon: for matrices", ("muon", "adamw"))
+    learning_rate: float = setting(1.5e-3, "highest; of Muon: 5 times", maximum=1e3)
+    warmup_steps: int = setting(20, "steps of rising learning rate")
+    schedule: str = setting("linear", "learning rate", ("constant", "linear", "cosine"))
     weight_decay: float = setting(0.1, "of matrices", maximum=10)
-    grad_clip: float = setting(1.0, "largest norm; 0: no clipping")
-    anneal_steps: int = setting(0, "open the mask; 0: at once")
-    mask_schedule: str = setting("random", "how it opens", ("random", "blocks"))
-    seed: int = setting(1337, "of all draws", maximum=2**62)
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: any")
+    anneal_steps: int = setting(0, "steps until the mask is open")
+    mask_schedule: str = setting("random", "how the mask opens", ("random", "blocks"))
+    seed: int = setting(1337, "of all random numbers", maximum=2**62)
     device: str = variable("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = variable("float32", "autocast", ("float32", "bfloat16", "auto"))
-    compile: bool = variable(False, "torch.compile")
-    activation_checkpointing: bool = variable(False, "less memory")
-    parallel: str = variable("ddp", "under torchrun", ("ddp", "fsdp"))
-    log_interval: int = variable(20, "steps per report", minimum=1)
+    dtype: str = variable("float32", "of autocast", ("float32", "bfloat16", "auto"))
+    compile: bool = variable(False, "use torch.compile")
+    activation_checkpointing: bool = variable(False, "less memory, more time")
+    parallel: str = variable("ddp", "how torchrun shares work", ("ddp", "fsdp"))
+    log_interval: int = variable(20, "steps per speed report", minimum=1)
     eval_interval: int = variable(200, "steps per evaluation", minimum=1)
     eval_batches: int = variable(8, "batches per evaluation", minimum=1)
-    sample_interval: int = variable(200, "0: no samples")
+    sample_interval: int = variable(200, "steps per sample; 0: none")
     save_interval: int = variable(200, "steps per checkpoint", minimum=1)
-    tensorboard: bool = variable(False, "log there too")
+    tensorboard: bool = variable(False, "write its event files too")
 
     def __post_init__(self):
         validate(self)
@@ -85,12 +88,13 @@ class TrainConfig:
         require(enough, f"self_conditioning needs unroll_steps=2, got {passes}")
         needs(flat, "compile", activation_checkpointing=False)
         needs(flat, "parallel=fsdp", optimizer="adamw")
-        needs(flat, "anneal_steps", target_attention="bidirectional")
-        needs(flat, "ar_loss_weight", paradigm="diffusion")
-        needs(flat, "prefix_attention=joint", ar_loss_weight=0, mask_schedule="random")
+        needs(flat, "anneal_steps", paradigm="diffusion", target_attention="bidirectional")
+        needs(flat, "prefix_attention=joint", mask_schedule="random")
 
 
 class Run:
+    """A training: settings, model, data, optimizers, folder."""
+
     def __init__(self, ctx: DistributedContext, cfg: TrainConfig, model):
         self.ctx = ctx
         self.cfg = cfg
@@ -104,15 +108,20 @@ class Run:
         self.environment = run_dir.environment(ctx.device, ctx.world_size)
         self.first_step = 0
         self.best_loss = math.inf
-        self.converted_from = cfg.init_from
 
     def restore(self, state: dict) -> None:
+        """Continue from a checkpoint. Print what makes the run differ."""
         self.ctx.load_full_state(self.model, self.optimizers, state)
         self.first_step = state["step"]
-        self.best_loss = state["best_loss"]
-        self.converted_from = state["converted_from"]
-        before = state["train_config"] | state["environment"]
-        if note := run_dir.rounding_note(before, flatten(self.cfg) | self.environment):
+        old = state["train_config"] | state["environment"]
+        new = flatten(self.cfg) | self.environment
+        if old.get("eval_batches") == new["eval_batches"]:
+            self.best_loss = state["best_loss"]  # else it cannot be compared
+        steps = old.get("max_steps")
+        if steps != new["max_steps"] and new["schedule"] != "constant":
+            print(f"max_steps {steps} -> {new['max_steps']}", end=" ")
+            print(f"also changes the {new['schedule']} decay of the learning rate")
+        if note := run_dir.rounding_note(old, new):
             print(note)
 
     def checkpoint(self, name: str, step: int, keep_last: int = 1) -> None:
@@ -122,30 +131,22 @@ class Run:
         state["environment"] = self.environment
         state["fingerprint"] = self.train_set.fingerprint
         state["best_loss"] = self.best_loss
-        state["converted_from"] = self.converted_from
         if self.ctx.is_main:
             tokenizer = self.train_set.tokenizer_name
             path = self.out / name
             checkpoint.save(path, self.model, step, tokenizer, keep_last, **state)
         self.ctx.barrier()
 
-    def batch_places(self):
-        cfg = self.cfg
-        for step in range(self.first_step, cfg.max_steps):
-            for micro in range(cfg.grad_accum_steps):
-                rows = self.ctx.local_rows(cfg.batch_size, cfg.grad_accum_steps, micro)
-                yield cfg.seed, step, cfg.batch_size, rows
-
 
 def train(run: Run) -> dict:
-    """The loop. Returns the last log entry."""
+    """Train to max_steps. Returns the last log entry."""
     from view.samples import sample_line
 
     cfg = run.cfg
     ctx = run.ctx
     log = run_dir.Log(run.out / "log.jsonl", run.first_step, ctx.is_main, cfg.tensorboard)
     peak_flops = device.measured_flops(ctx.device, cfg.dtype) * ctx.world_size
-    batches = prefetch(run.train_set.batch, run.batch_places(), ctx.device)
+    batches = prefetch(run.train_set.batch, batch_places(run), ctx.device)
     if run.first_step == 0:
         if ctx.is_main:
             run_dir.clear(run.out)
@@ -167,8 +168,7 @@ def train(run: Run) -> dict:
                 entry["seconds"] = round(seconds, 3)
                 entry["tokens_per_s"] = round(work["tokens"] / seconds)
                 entry["mfu"] = round(work["flops"] / seconds / peak_flops, 3)
-                speed = f"{entry['tokens_per_s']:,} tokens/s"
-                bar.set_postfix_str(f"loss {entry['loss']:.3f}, {speed}")
+                bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['tokens_per_s']:,} tokens/s")
             if done % cfg.eval_interval == 0 or is_last:
                 entry |= evaluate(run)
                 tqdm.write(log.line(entry))
@@ -186,53 +186,59 @@ def train(run: Run) -> dict:
                 work.clear()
                 since = time.perf_counter()
             if stopping and not is_last:
-                name = signal.Signals(stopping).name
-                text = f"stopped by {name} at step {done}; use --init_from=resume"
-                tqdm.write(text, sys.stderr)
+                text = f"stopped by {signal.Signals(stopping).name} at step {done}"
+                tqdm.write(f"{text}; use {RESUME}", sys.stderr)
                 sys.exit(128 + stopping)
     return log.last
 
 
+def batch_places(run: Run) -> Iterator[tuple]:
+    """Yield the arguments of dataset.batch for each micro-batch."""
+    cfg = run.cfg
+    for step in range(run.first_step, cfg.max_steps):
+        for micro in range(cfg.grad_accum_steps):
+            rows = run.ctx.local_rows(cfg.batch_size, cfg.grad_accum_steps, micro)
+            yield cfg.seed, step, cfg.batch_size, rows
+
+
 def train_step(run: Run, batches, step: int) -> dict:
-    """One optimizer step. Returns its log entry."""
+    """Take an optimizer step. Returns its log entry. Raises on NaN."""
     cfg = run.cfg
     ctx = run.ctx
     run.model.train()
     torch.manual_seed(cfg.seed + step + (ctx.rank << 40))  # dropout
     learning_rate = learning_rate_at(step, cfg)
     set_learning_rate(run.optimizers, learning_rate)
-    passes = (cfg.loss.unroll_steps, cfg.loss.ar_loss_weight)
     diffuses = cfg.model.paradigm == "diffusion"
-    # A last term of value 0 carries the gradients into a cached prefix.
-    cached = diffuses and cfg.model.prefix_attention != "joint"
-    n = passes[0] + (passes[1] > 0) + cached if diffuses else 1
-    terms = [0.0] * n
-    tokens = 0
-    n_flops = 0
+    n_passes = cfg.loss.unroll_steps if diffuses else 1
+    terms = [0.0] * n_passes
+    counts = collections.Counter()
     for micro in range(cfg.grad_accum_steps):
         batch = next(batches)
         P = batch.prefix.shape[1]
         B, T = batch.target.shape
         backward(run, batch, step, terms, micro + 1 == cfg.grad_accum_steps)
-        tokens += ctx.world_size * B * (P + T)
-        n_flops += ctx.world_size * B * flops.train_flops(cfg.model, P, T, *passes)
+        cost = flops.train_flops(cfg.model, P, T, n_passes)
+        counts.update(tokens=B * (P + T), flops=B * cost)
     ctx.average_gradients(run.model)
     norm = ctx.clip_gradients(run.model, cfg.grad_clip)
-    terms = list(ctx.mean(dict(enumerate(terms))).values())[: n - cached]
+    means = ctx.mean(dict(enumerate(terms)) | counts)
+    terms = [means[k] for k in range(n_passes)]
+    counts = {name: round(means[name] * ctx.world_size) for name in counts}
     loss = sum(terms)
-    problem = f"loss {loss}, gradient norm {norm} at step {step}"
-    remedy = "try a lower --learning_rate or --dtype=float32"
-    good = f"{run.out / 'ckpt.pt'} holds the last good step"
-    require(math.isfinite(loss + norm), f"{problem}: {remedy}; {good}")
+    problem = f"loss {loss}, gradient norm {norm} at step {step + 1}"
+    remedy = "start over with --overwrite and a lower --learning_rate"
+    saved = f"{run.out / 'ckpt.pt'} holds the last saved step"
+    require(math.isfinite(loss + norm), f"{problem}; {remedy}; {saved}")
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    entry = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": learning_rate}
-    return entry | {"terms": terms, "tokens": tokens, "flops": n_flops}
+    entry = {"step": step + 1, "loss": loss, "grad_norm": norm}
+    return entry | {"lr": learning_rate, "terms": terms} | counts
 
 
 def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
-    """Add the gradients of a micro-batch, and its terms to terms."""
+    """Add the gradients of a micro-batch, and its loss terms to `terms`."""
     cfg = run.cfg
     rng = make_rng(cfg.seed, batch.example, step)
     edges = extra_edges(batch, step, cfg)
@@ -241,17 +247,19 @@ def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
         with device.autocast(run.ctx.device, cfg.dtype):
             losses = run.paradigm.losses(run.model, batch, cfg.loss, rng, **options)
             for k, term in enumerate(losses):
-                run.ctx.set_gradient_sync(run.model, is_last and k + 1 == len(terms))
+                run.ctx.set_gradient_sync(run.model, is_last and k + 1 >= len(terms))
                 term.backward()  # frees the graph
-                terms[k] += term.detach()
+                if k < len(terms):  # the last one has value 0 (diffusion.losses)
+                    terms[k] += term.detach()
     except (RuntimeError, MemoryError) as error:
         if not flops.is_out_of_memory(error):
             raise
-        message = flops.out_of_memory_message(cfg, step, batch.prefix.shape[1])
+        message = flops.out_of_memory_message(cfg, step + 1, batch.prefix.shape[1])
         raise ValueError(message) from None
 
 
 def extra_edges(batch, step: int, cfg: TrainConfig) -> Tensor | None:
+    """Return the open edges (T, T) of this step, or None: all."""
     if step >= cfg.anneal_steps:
         return None
     if cfg.mask_schedule == "blocks":
@@ -266,38 +274,40 @@ def extra_edges(batch, step: int, cfg: TrainConfig) -> Tensor | None:
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict:
-    """Return the validation loss, nats per slot; L(1) over RATES."""
+    """Return the mean validation loss, nats per slot.
+
+    Diffusion: L(1), also at each corruption rate of RATES.
+    """
     cfg = run.cfg
     ctx = run.ctx
     model = run.model
     model.eval()
     sums = collections.Counter()
+    rows = ctx.local_rows(cfg.batch_size)
+    places = [(0, i, cfg.batch_size, rows) for i in range(cfg.eval_batches)]
+    batches = prefetch(run.valid_set.batch, places, ctx.device)
     with device.autocast(ctx.device, cfg.dtype):
-        for step in range(cfg.eval_batches):
-            rows = ctx.local_rows(cfg.batch_size)
-            batch = run.valid_set.batch(0, step, cfg.batch_size, rows)
-            batch = type(batch)(*(part.to(ctx.device) for part in batch))
-            rng = make_rng(0, batch.example, step)
+        for i, batch in enumerate(batches):
+            rng = make_rng(0, batch.example, i)
             if cfg.model.paradigm == "ar":
                 sums["val_loss"] += float(autoregressive.loss(model, batch, cfg.loss, rng))
             else:
                 sums.update(diffusion.loss_by_rate(model, batch, rng, RATES))
-            if cfg.loss.ar_loss_weight:
-                cache = model.encode(batch.prefix)
-                sums["ar"] += float(diffusion.causal_loss(model, cache, batch.target))
-    means = ctx.mean({name: total / cfg.eval_batches for name, total in sums.items()})
+    means = {name: total / cfg.eval_batches for name, total in sums.items()}
+    means = ctx.mean(means)
     if cfg.model.paradigm == "ar":
         return means
-    ar = {"val_ar_loss": means.pop("ar")} if "ar" in means else {}
-    val_loss = sum(means.values()) / len(means)
-    return {"val_loss": val_loss, "val_loss_by_rate": means} | ar
+    return {"val_loss": sum(means.values()) / len(means), "val_loss_by_rate": means}
 
 
 def main(argv: list[str]) -> dict:
     """Train. Returns the last log entry, or the estimate."""
-    resume = "--init_from=resume" in argv  # or the source in a file
-    argv = [arg for arg in argv if arg != "--init_from=resume"]
+    resume = RESUME in argv
+    # Removed, so that a file's init_from remains the source.
+    argv = [arg for arg in argv if arg != RESUME]
     given = configurator.read_settings((TrainConfig,), argv)
+    in_file = given.get("init_from") == "resume"
+    require(not in_file, f"init_from='resume' in a file; use the flag {RESUME}")
     out = Path(given.get("out_dir", "out/run")).expanduser()
     estimate_only = given.get("estimate", False)
     with init_distributed(given.get("device", "auto")) as ctx:
@@ -314,10 +324,10 @@ def main(argv: list[str]) -> dict:
 
 
 def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
+    """Build or restore the run and train it."""
     device.disable_malloc_trim()
-    fast_bf16 = device.has_fast_bf16(ctx.device)
     if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if fast_bf16 else "float32"
+        cfg.dtype = "bfloat16" if device.has_fast_bf16(ctx.device) else "float32"
     run = Run(ctx, cfg, init_model(cfg, weights))
     if state is not None:
         run.restore(state)
@@ -326,8 +336,6 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
         return run_dir.Log(run.out / "log.jsonl", run.first_step, ctx.is_main).last
     print(f"{num_params(run.model):,} parameters | {ctx.device} {cfg.dtype}", end=" | ")
     print(f"{cfg.data} {len(run.train_set):,} | {configurator.describe(cfg)}")
-    if cfg.dtype == "bfloat16" and not fast_bf16:
-        print("bfloat16 is slow on this processor; use --dtype=float32")
     run.model.activation_checkpointing = cfg.activation_checkpointing
     if cfg.compile:
         device.compile_or_explain(run.model)
@@ -343,15 +351,16 @@ def prepare(given: dict, out: Path, resume: bool, world_size: int):
     given = {name: v for name, v in given.items() if v or name not in from_data}
     found = run_dir.checkpoints(out)
     wanted = resume or given.get("overwrite") or given.get("estimate")
-    ways = "continue with --init_from=resume, start over with --overwrite"
-    require(wanted or not found, f"{out} already holds a run; {ways}, or choose another --out_dir")
+    free = wanted or not found
+    ways = "--init_from=resume, --overwrite or another --out_dir"
+    require(free, f"{out} already holds a run; use {ways}")
     state = None
     data = TrainConfig.data
     if resume and found:
         path, state = run_dir.latest_checkpoint(out)
         names = {"train_config", "optimizer", "best_loss", "fingerprint", "environment"}
         missing = ", ".join(sorted(names - state.keys()))
-        remedy = f"start from its weights: --init_from={path} and another --out_dir"
+        remedy = f"use --init_from={path} and another --out_dir"
         require(not missing, f"{path} cannot be resumed, it has no {missing}; {remedy}")
         data = state["train_config"].get("data", data)
         print(f"resuming {path} at step {state['step']}")
@@ -372,19 +381,20 @@ def prepare(given: dict, out: Path, resume: bool, world_size: int):
 
 
 def resumed_config(given: dict, state: dict, train_set, path: Path) -> TrainConfig:
+    """Return the stored settings, with changes that are allowed."""
     stored = state["train_config"]
     fields = configurator.all_fields(TrainConfig)
     allowed = [k for k, field in fields.items() if field.metadata.get("may_change")]
     reason = f"{path} was trained with"
     configurator.refuse_changes(given, stored, reason, allowed=allowed)
-    remedy = "restore it, or name the right folder with --data"
+    remedy = "name the right one with --data"
     same = state["fingerprint"] == train_set.fingerprint
     require(same, f"{train_set.folder} differs from the data of {path}; {remedy}")
-    given = {"overwrite": False, "estimate": False} | given
     return configurator.from_stored(TrainConfig, stored | given, str(path))
 
 
 def new_config(given: dict, train_set) -> tuple[TrainConfig, dict | None]:
+    """Return the settings of a new run, and its first weights."""
     tokenizer = get_tokenizer(train_set.tokenizer_name)
     ids = ("vocab_size", "n_ordinary", "pad_id", "sep_id", "mask_id")
     fixed = {name: getattr(tokenizer, name) for name in ids}
@@ -415,25 +425,21 @@ def model_of_checkpoint(given: dict, source: str, train_set) -> tuple:
     problem = f"{source} was trained with tokenizer {theirs!r}, the data have {ours!r}"
     require(theirs == ours, f"{problem}; build the data with --tokenizer={theirs}")
     hint = "convert it with python ar2diff.py, or drop the setting"
-    anneals = given.get("anneal_steps") and stored["paradigm"] == "ar"
-    problem = f"{source} is an AR model, anneal_steps needs a diffusion model"
-    require(not anneals, f"{problem}; {hint}")
     configurator.refuse_changes(given, stored, f"{source} has", hint, allowed=["dropout"])
     dropout = given.get("dropout", stored["dropout"])
     return state["model"], stored | {"dropout": dropout}
 
 
 def init_model(cfg: TrainConfig, weights: dict | None) -> Transformer:
+    """Return the network with these weights, or with random ones."""
+    if weights is not None:
+        return model_from_state_dict(cfg.model, weights).float()
     try:
         model = build_model(cfg.model)
-        if weights is None:
-            torch.manual_seed(cfg.seed)
-            model.init_weights()
-        else:
-            model.load_state_dict(weights)
     except (RuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[-1].strip()[:120]
-        raise ValueError(f"the model cannot be built: {reason}") from None
+        raise ValueError(f"the model cannot be built: {error}") from None
+    torch.manual_seed(cfg.seed)
+    model.init_weights()
     return model
 
 

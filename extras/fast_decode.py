@@ -81,7 +81,6 @@ class FastDecoder:
         target: Tensor,
         append: bool = False,
         self_cond: Tensor | None = None,
-        attention: str | None = None,
         extra_edges: Tensor | None = None,
     ) -> Tensor:
         """See Transformer.decode."""
@@ -92,12 +91,12 @@ class FastDecoder:
             cache.append_valid(target)
             return logits
         if self.capture is None or append or not is_fixed:
-            return self.network.decode(cache, target, append, self_cond, attention, extra_edges)
+            return self.network.decode(cache, target, append, self_cond, extra_edges)
 
         def step(cache, target, self_cond, extra_edges):
-            return self.network.decode(cache, target, False, self_cond, attention, extra_edges)
+            return self.network.decode(cache, target, False, self_cond, extra_edges)
 
-        key = (target.shape, self_cond is None, attention, extra_edges is None)
+        key = (target.shape, self_cond is None, extra_edges is None)
         return self._replay(cache, key, step, target, self_cond, extra_edges)
 
     def _next_token(self, cache: KVCache, token: Tensor) -> Tensor:

@@ -31,9 +31,9 @@ def forward_flops(m: ModelConfig, prefix: int, target: int) -> int:
     return 2 * (adds + target * m.vocab_size * C)
 
 
-def train_flops(m: ModelConfig, prefix: int, target: int, unroll_steps=1, ar_weight=0.0) -> int:
+def train_flops(m: ModelConfig, prefix: int, target: int, unroll_steps: int = 1) -> int:
     """Return the FLOPs of a training step over a row. All terms share a cached prefix."""
-    terms = unroll_steps + (ar_weight > 0) if m.paradigm == "diffusion" else 1
+    terms = unroll_steps if m.paradigm == "diffusion" else 1
     flops = terms * forward_flops(m, prefix, target)
     if not m.single_pass:
         flops -= (terms - 1) * forward_flops(m, prefix, 0)
@@ -76,7 +76,7 @@ def estimate(cfg, dataset) -> dict:
     rows = cfg.batch_size // cfg.grad_accum_steps
     parts = memory(cfg, rows, dataset.block_size - m.target_length, m.target_length)
     prefix = sum(lengths) // 8
-    row = train_flops(m, prefix, m.target_length, cfg.loss.unroll_steps, cfg.loss.ar_loss_weight)
+    row = train_flops(m, prefix, m.target_length, cfg.loss.unroll_steps)
     flops = row * cfg.batch_size * cfg.max_steps
     rate = measured_flops(device, cfg.dtype)
     minutes = flops / rate / 60

@@ -139,9 +139,9 @@ class Log:
         """Return the progress line of an evaluation."""
         by_rate = entry.get("val_loss_by_rate", {})
         rates = "".join(f" {rate}:{value:.3f}" for rate, value in by_rate.items())
-        ar = f" | AR {entry['val_ar_loss']:.4f}" if "val_ar_loss" in entry else ""
-        losses = f"loss {entry['loss']:.4f} | val {entry['val_loss']:.4f}"
-        return f"step {entry['step']:6d} | {losses}{rates}{ar}"
+        names = [f"L({k + 1})" for k in range(16)] if by_rate else ["loss"]
+        terms = " + ".join(f"{n} {term:.4f}" for n, term in zip(names, entry["terms"]))
+        return f"step {entry['step']:6d} | {terms} | val {names[0]} {entry['val_loss']:.4f}{rates}"
 
 
 def _open_board(folder: Path, first_step: int):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,8 +30,6 @@ WAYS = {
     "ar": [],
     "joint": [*DIFFUSION, "--prefix_attention=joint", "--self_conditioning", "--shift"],
     "cached": CACHED,
-    # The last term does not use the layer for self-conditioning.
-    "with AR loss": [*CACHED, "--prefix_attention=causal", "--ar_loss_weight=0.5"],
     "annealed": [*CACHED, "--prefix_attention=causal", "--anneal_steps=3"],
     "encoder-decoder": [*CACHED, "--arch=encoder_decoder"],
 }
@@ -69,11 +68,14 @@ SLOW = [pytest.param(way, marks=() if way == "joint" else pytest.mark.slow) for 
 
 @pytest.mark.parametrize("way", SLOW)
 def test_ddp_and_fsdp_train_what_one_process_trains(way, run, tmp_path):
-    one = run(1, *WAYS[way], out="one")
+    one = run(1, *WAYS[way], "--grad_accum_steps=2", out="one")
     for parallel, accum in (("ddp", 2), ("fsdp", 1), ("fsdp", 2)):
         flags = [f"--parallel={parallel}", f"--grad_accum_steps={accum}"]
         two = run(2, *WAYS[way], *flags, out=f"{parallel}_{accum}")
         assert_same_training(one, two)
+    logs = [(tmp_path / out / "log.jsonl").read_text() for out in ("one", "fsdp_1")]
+    counts = [re.findall(r'"(?:tokens|flops)": \d+', log) for log in logs]
+    assert counts[0] == counts[1] and len(counts[0]) == 6  # the same rows per micro-batch
     assert (tmp_path / "output_0").read_text().count(" sample: ") == 1
     assert (tmp_path / "output_1").read_text() == ""  # only rank 0 prints
 
@@ -130,7 +132,7 @@ def test_gradients_are_exchanged_once_per_step(run, tmp_path):
 @pytest.mark.parametrize("prefix", ["causal", "bidirectional"])
 def test_a_prefix_read_once_gets_the_gradients_of_one_read_for_every_pass(prefix, run, tmp_path):
     """Two processes with two micro-batches each; in the oracle, one process has all rows."""
-    flags = [*CACHED, f"--prefix_attention={prefix}", "--ar_loss_weight=0.5", "--batch_size=8"]
+    flags = [*CACHED, f"--prefix_attention={prefix}", "--batch_size=8"]
     flags += ["--n_layer=2", "--max_steps=1", "--sample_interval=0"]
 
     def keep_gradients():

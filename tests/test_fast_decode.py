@@ -159,10 +159,9 @@ def test_fast_attention_is_attention(prefix, T, kind, compiling, monkeypatch):
     target = torch.arange(3 * T).view(3, T)
     cache, other_cache = model.encode(prefix, T), model.encode(prefix, T)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    found = other.decode(other_cache, target, attention=kind)
-    torch.testing.assert_close(
-        found, model.decode(cache, target, attention=kind), atol=1e-5, rtol=0
-    )
+    model.cfg.target_attention = other.cfg.target_attention = kind
+    found = other.decode(other_cache, target)
+    torch.testing.assert_close(found, model.decode(cache, target), atol=1e-5, rtol=0)
 
 
 # CUDA graphs, simulated

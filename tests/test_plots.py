@@ -149,7 +149,7 @@ def test_the_figures_of_the_docs_are_drawn(tmp_path):
 def test_the_mask_patterns_are_those_of_the_docstring():
     """model.attention_mask draws them with two tokens of prefix and three of target."""
     lines = [line.split() for line in attention_mask.__doc__.splitlines()]
-    rows = ["".join(line[1:]) for line in lines if line[:1] in (["p"], ["t"]) and len(line) == 26]
+    rows = ["".join(line[1:]) for line in lines if line[:1] in (["p"], ["t"]) and len(line) == 6]
     assert len(rows) == 5
     for k, settings in enumerate(plots.PATTERNS.values()):
         found = plots.mask_pattern(*settings, 2, 3).tolist()

@@ -30,7 +30,7 @@ def open_beside(decoder, cfg, given: dict, demo: Path, open_decoder) -> list:
     path = cfg.beside
     if not path and not given.keys() & {"init_from", "infill"}:
         path = str(demo / "ar.pt")
-    if not path:
+    if not path or not cfg.html:
         return []
     if path != "ar":
         return [open_decoder(path, {}, pick_device(cfg.device))]
@@ -54,8 +54,16 @@ def track_of(decoder, recorder: Recorder, out) -> Track:
     return Track(title, flags, frames, decoder.tokenizer, fixed_slots(decoder))
 
 
-def write(cfg, text: str, tracks: list[Track], demo: Path) -> None:
-    """Write the page. The folder of the demonstration is not named, because it names a machine."""
+def write(cfg, text: str, first: Track, others: list, generate, demo: Path) -> None:
+    """Write the page: the first track and those of other decoders, which generate here.
+
+    The folder of the demonstration is not named, because it names a machine.
+    """
+    tracks = [first]
+    for other in others:
+        recorder = watch_for(other, cfg)
+        out, _ = generate(other, text, cfg, recorder)
+        tracks.append(track_of(other, recorder, out))
     path = Path(cfg.init_from)
     path = path.relative_to(demo.parent) if path.is_relative_to(demo) else path
     facts = {"checkpoint": str(path), "seed": str(cfg.seed), "dtype": cfg.dtype}
