@@ -8,6 +8,7 @@ from eval_models import CACHED, JOINT, tiny_model
 
 import ar2diff
 import autoregressive
+import diffusion
 from ar2diff import convert, open_edges, verify
 from data.loader import write_pairs
 from data.objectives import collate
@@ -47,27 +48,44 @@ def test_the_weights_arrive_bit_for_bit_and_new_ones_are_zero(settings):
 # The checks: each way to break a conversion is found by the check made for it.
 
 
-def failing(model, converted) -> set[str]:
-    checks = verify(model, converted, text(), knows_text=False)
-    assert len(checks) == 6
+def failing(model, converted, width: int = 3) -> set[str]:
+    batch = text()._replace(prefix=torch.full((4, width), 98))
+    checks = verify(model, converted, batch, knows_text=False)
+    assert len(checks) == 8
     return {claim for claim, _, ok in checks if not ok}
 
 
 @pytest.mark.parametrize("settings", [PAPER, OURS])
-def test_all_checks_hold_for_a_real_conversion(settings):
-    assert not failing(source(), convert(source(), **settings))
+@pytest.mark.parametrize("width", [3, 12])
+def test_all_checks_hold_for_a_real_conversion(settings, width):
+    """Also if the prefix is as wide as the target: the reads are told apart by their width."""
+    assert not failing(source(), convert(source(), **settings), width)
 
 
-def change_a_weight(model):
+def change_a_weight(model, patch=None):
     model.blocks[0].mlp.down.weight.data += 0.05
 
 
-def make_a_weight_nan(model):
+def make_a_weight_nan(model, patch):
     model.blocks[0].mlp.down.weight.data[0, 0] = math.nan
 
 
-def fill_the_new_layer(model):
+def fill_the_new_layer(model, patch):
     torch.nn.init.normal_(model.self_cond_proj.weight)
+
+
+def corrupt_the_prefix(model, patch):
+    loss = diffusion.loss
+
+    def corrupted(net, batch, *rest):
+        return loss(net, batch._replace(prefix=batch.prefix + 1), *rest)
+
+    patch.setattr(diffusion, "loss", corrupted)
+
+
+def align_wrongly(model, patch):
+    align = diffusion.align_logits
+    patch.setattr(diffusion, "align_logits", lambda logits, shift: align(logits, not shift))
 
 
 @pytest.mark.parametrize(
@@ -76,11 +94,13 @@ def fill_the_new_layer(model):
         (change_a_weight, "with the causal mask the logits equal the source's"),
         (make_a_weight_nan, "L(1) after, at corruption 0 / 0.5 / 1, shift=True"),
         (fill_the_new_layer, "new layers are zero"),
+        (corrupt_the_prefix, "the prefix is never corrupted"),
+        (align_wrongly, "position i - 1 predicts slot i"),
     ],
 )
-def test_a_broken_conversion_is_found(damage, claim):
+def test_a_broken_conversion_is_found(damage, claim, monkeypatch):
     converted = convert(source(), **OURS)
-    damage(converted)
+    damage(converted, monkeypatch)
     found = failing(source(), converted)
     assert claim in found and (found == {claim} or "weight" in damage.__name__)
 
@@ -96,7 +116,7 @@ def test_a_source_that_only_guesses_is_found():
     """Equal logits cost ln 288 nats, more than ln 257: guessing among letters and the pad."""
     model = source()
     torch.nn.init.zeros_(model.tok.weight)
-    before = verify(model, convert(model, **OURS), text())[4]
+    before = verify(model, convert(model, **OURS), text())[6]
     assert not before.ok
     assert before.measured.startswith(f"{math.log(288):.3f} (guessing: {math.log(257):.3f})")
 
@@ -125,7 +145,7 @@ def here(tmp_path, monkeypatch):
 def test_the_command_writes_a_checkpoint_that_passes_all_checks(here, capsys):
     ar2diff.main(["--init_from=ar.pt", "--out_dir=start", "--check"])
     printed = capsys.readouterr().out
-    assert printed.count("ok  ") == 6 and "FAIL" not in printed
+    assert printed.count("ok  ") == 8 and "FAIL" not in printed
     model, tokenizer, state = load_model("start/ckpt.pt")
     assert {name: getattr(model.cfg, name) for name in OURS} == OURS
     facts = (state["step"], tokenizer.name, state["converted_from"], state["train_config"]["data"])
