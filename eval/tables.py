@@ -289,7 +289,7 @@ def real_table(lines: Lines) -> str:
 
 
 def real_task_table(task: str, lines: Lines) -> str:
-    """Return every row of a task that has run: its metrics, the calls, the 95% interval of the first seed."""
+    """Return each row of a task that has run: metrics, calls, the interval of the first seed."""
     columns = [column for column in task_columns(lines, "real") if column.task == task]
     columns.append(columns[0]._replace(title="network calls", metric="calls_per_sample"))
     metric = columns[0].metric

@@ -50,7 +50,7 @@ def test_the_kept_studies_fill_their_tables():
     steps = cells(tables.TABLES["few_steps"](results))
     assert len(steps) == 2 + 10 and not any("-" in row for row in list(steps.values())[2:])
     recipes = cells(tables.TABLES["recipes"](results))
-    assert len(recipes) == 2 + 12 and recipes["default (Table 2)"][0] == "95.9 (92.2 to 98.6)"
+    assert len(recipes) == 2 + 11 and recipes["default (Table 2)"][0] == "95.9 (92.2 to 98.6)"
     choices = cells(tables.TABLES["choices"](results))
     assert choices["--steps=50 --temperature=0"][0] == "3.77 (3.58 to 3.87)"
 
