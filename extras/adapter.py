@@ -175,11 +175,11 @@ def digest(model: nn.Module) -> str:
 
 
 def save_adapter(path: Path, model: DraftModel, weights: str) -> None:
-    """Write the adapter alone, as safetensors. weights: the digest of the frozen network."""
+    """Write the adapter alone, in bfloat16. weights: the digest of the frozen network."""
     from hf import optional as package
 
     about = {"weights": weights, "adapter": asdict(model.adapter), "drafts": model.drafts}
-    tensors = {name: t.cpu().contiguous() for name, t in model.adapter_tensors().items()}
+    tensors = {name: t.cpu().bfloat16() for name, t in model.adapter_tensors().items()}
     content = package("safetensors.torch").save(tensors, {FORMAT: json.dumps(about)})
     write_atomically(path, lambda file: file.write(content))
 
@@ -211,7 +211,7 @@ def load_adapter(path: str | Path, model: Transformer) -> DraftModel:
     require(theirs == ours, f"{path}: the adapter belongs to another model ({digests}); {hint}")
     cfg = from_stored(AdapterConfig, about["adapter"], str(path))
     drafter = DraftModel(model, cfg).eval()
-    drafter.drafts = int(about["drafts"])
+    drafter.drafts = min(max(1, int(about["drafts"])), cfg.masks)
     own = drafter.adapter_tensors()
     shapes = [{(name, part[name].shape) for name in part} for part in (own, tensors)]
     wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])

@@ -301,7 +301,9 @@ def train(model: DraftModel, cfg: DraftConfig, weights: str, stop) -> dict:
         if stop.requested:
             break
     if not stop.requested:
-        model.drafts = fastest(model, log.last["tokens_per_call"])
+        model.requires_grad_()  # see load_adapter
+        with device.autocast(where, cfg.dtype):
+            model.drafts = fastest(model, log.last["tokens_per_call"])
         save_adapter(out / FILE, model, weights)
     return log.last
 
