@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import autoregressive
 import configurator
@@ -56,7 +55,6 @@ class DraftConfig:
     out_dir: str = variable("out/draft", "answers, adapter, log", path=True)
     overwrite: bool = variable(False, "replace what is there")
     chat: bool = setting(False, "put prompts into the chat template")
-    answers: int = setting(0, "0: one for each prompt")
     answer_tokens: int = setting(0, "at most; 0: the model's target_length - 1")
     temperature: float = setting(0.0, "of the answers", minimum=1e-3, zero_ok=True)
     loss: str = setting("auto", "auto: ce of greedy answers, else kl", ("auto", "ce", "kl"))
@@ -104,9 +102,6 @@ def read_prompts(cfg: DraftConfig, tokenizer, model_cfg) -> list[list[int]]:
     longest = max(map(len, ids))
     limit = f"{path}: a prompt has {longest} tokens, the model reads at most {most}"
     require(longest <= most, f"{limit} before {cfg.answer_tokens}; lower --answer_tokens")
-    repeats = cfg.answers > len(ids) and not cfg.temperature
-    hint = "greedy answers to the same prompt are equal; set --temperature"
-    require(not repeats, f"answers={cfg.answers} for {len(ids)} prompts: {hint}")
     return ids
 
 
@@ -114,19 +109,20 @@ def write_answers(model, prompts: list, cfg: DraftConfig, path: Path, stop) -> l
     """Return pairs (prompt, answer) of ids. Each batch is appended to the file, which continues."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without half a line
     pairs = [parse_json(line, str(path)) for line in lines]
-    n = cfg.answers or len(prompts)
     content = "".join(f"{line}\n" for line in lines)
     write_atomically(path, lambda file: file.write(content.encode()))
-    with open(path, "a") as file, tqdm(total=n, initial=len(pairs), disable=None) as bar:
-        while len(pairs) < n and not stop.requested:
-            index = range(len(pairs), min(len(pairs) + cfg.batch_size, n))
-            new = answer(model, [prompts[i % len(prompts)] for i in index], cfg, index)
+    first = len(pairs)
+    start = time.perf_counter()
+    while len(pairs) < len(prompts) and not stop.requested:
+        index = range(len(pairs), min(len(pairs) + cfg.batch_size, len(prompts)))
+        new = answer(model, [prompts[i] for i in index], cfg, index)
+        with open(path, "a") as file:
             file.write("".join(f"{json.dumps(pair)}\n" for pair in new))
-            file.flush()
-            pairs += new
-            bar.update(len(new))
-    tokens = sum(len(text) for _, text in pairs)
-    print(f"{len(pairs)} of {n} answers, {tokens:,} tokens", flush=True)
+        pairs += new
+        pace = (time.perf_counter() - start) / (len(pairs) - first)
+        left = f"{pace * (len(prompts) - len(pairs)) / 60:.1f} min left"
+        tokens = sum(len(text) for _, text in pairs)
+        print(f"{len(pairs)} of {len(prompts)} answers | {tokens:,} tokens | {left}", flush=True)
     return pairs
 
 
@@ -159,7 +155,7 @@ def build_answers(model, tokenizer, prompts: list, cfg: DraftConfig, stop) -> No
     """Write the data set out_dir/data of the model's answers."""
     out = Path(cfg.out_dir)
     pairs = write_answers(model, prompts, cfg, out / ANSWERS, stop)
-    usable = [(i % len(prompts), pair) for i, pair in enumerate(pairs) if pair[1]]
+    usable = [(i, pair) for i, pair in enumerate(pairs) if pair[1]]
     splits = {"train": [pair for i, pair in usable if i % HELD_OUT]}
     splits["valid"] = [pair for i, pair in usable if i % HELD_OUT == 0]
     if not stop.requested:
