@@ -233,10 +233,7 @@ def help_text(*classes: type) -> str:
 
 
 def run(main: Callable[[list[str]], object], *classes: type) -> None:
-    """Call main(sys.argv[1:]). Bad input: one line and status 2.
-
-    --help prints the docstring of main's module and the classes.
-    """
+    """Call main(sys.argv[1:]), or print the help of the classes."""
     from view.streams import secure_streams
 
     secure_streams()

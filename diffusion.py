@@ -66,10 +66,7 @@ class LossConfig:
 
 
 def draw_rate(cfg: LossConfig, rng: CounterRNG) -> Tensor:
-    """Draw a corruption rate per row (B, 1), uniform in [0, 1).
-
-    With probability full_noise_prob it is 1.
-    """
+    """Draw a corruption rate (B, 1) per row, uniform in [0, 1)."""
     rate, chance = rng.uniform(RATE, 1)  # (B, 1)
     return torch.where(chance < cfg.full_noise_prob, 1.0, rate)
 

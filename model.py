@@ -174,10 +174,7 @@ def attention_mask(kind, past: Tensor, new: Tensor, extra_edges=None):
 
 
 def split_prompt(prompt: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Split a prompt (B, P): prefix, slot 0 (B, 1).
-
-    Slot 0 is sep_id or, without one, the last token.
-    """
+    """Split a prompt (B, P): prefix, and sep_id or the last token (B, 1)."""
     if cfg.sep_id >= 0 or not prompt.shape[1]:
         first = cfg.sep_id if cfg.sep_id >= 0 else cfg.pad_id
         return prompt, torch.full((len(prompt), 1), first, device=prompt.device)
