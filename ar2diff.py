@@ -32,34 +32,35 @@ from model import NEW_MODULES, PREFIXES, Transformer, model_from_state_dict
 class ConvertConfig:
     """What to convert, and into what."""
 
-    init_from: str = setting("out/ar2diff_1_ar/ckpt.pt", "or folder, hub name, .gguf", path=True)
-    out_dir: str = setting("out/ar2diff_start", "place of ckpt.pt", path=True)
+    init_from: str = setting("out/ar2diff_1_ar/ckpt.pt", "or folder, hub, .gguf", path=True)
+    out_dir: str = setting("out/ar2diff_start", "folder of ckpt.pt", path=True)
     paradigm: str = setting("diffusion", "ar: import only", ("diffusion", "ar"))
     export: str = setting("", "write a Hugging Face folder", path=True)
-    block_size: int = setting(0, "imports; 0: at most 4,096")
-    target_length: int = setting(0, "imports; 0: at most 128")
+    block_size: int = setting(0, "of imports; 0: at most 4,096")
+    target_length: int = setting(0, "of imports; 0: at most 128")
     prefix_attention: str = setting("bidirectional", "paper: joint", PREFIXES)
     noise: str = setting("uniform", "paper: uniform", ("uniform", "mask"))
     shift: bool = setting(True, "position i - 1 predicts slot i")
     self_conditioning: bool = setting(True, "not in the paper")
-    check: bool = setting(False, "verify; exit 1 on failure")
-    data: str = setting("", "of --check; default: the AR model's", path=True)
-    prompt: str = setting("", "of --check for imports")
+    check: bool = setting(False, "verify; status 1 if it fails")
+    data: str = setting("", "for --check; default: the model's", path=True)
+    prompt: str = setting("", "for --check of imports")
     overwrite: bool = setting(False, "replace a checkpoint")
-    seed: int = setting(0, "of --check", maximum=2**62)
+    seed: int = setting(0, "of --check")
 
-    def __post_init__(self):
-        validate(self)
+    __post_init__ = validate
 
 
 class Check(NamedTuple):
+    """A claim, what was measured, whether it holds."""
+
     claim: str
     measured: str
     ok: bool
 
 
 def convert(source: Transformer, copy: bool = True, **settings) -> Transformer:
-    """Return a model with the same weights, copied or shared, and other settings."""
+    """Return a model with the weights of source and other settings."""
     weights = source.state_dict()
     if copy:
         weights = {name: tensor.clone() for name, tensor in weights.items()}
@@ -67,12 +68,13 @@ def convert(source: Transformer, copy: bool = True, **settings) -> Transformer:
 
 
 def new_weights(model: Transformer) -> dict[str, Tensor]:
+    """Return the weights that AR models do not have."""
     weights = model.state_dict().items()
-    return {name: w for name, w in weights if name.split(".")[0] in NEW_MODULES}
+    return {name: w for name, w in weights if name.startswith(NEW_MODULES)}
 
 
 def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
-    """Return open edges (T, T), more each step (arXiv 2410.17891)."""
+    """Return random open edges (T, T), more each step (arXiv 2410.17891)."""
     P = batch.prefix.shape[1] if joint else 0
     T = batch.target.shape[1]
     # The target comes first: its edges do not depend on the prefix length.
@@ -81,7 +83,6 @@ def open_edges(batch, step: int, seed: int, steps: int, joint: bool) -> Tensor:
     return uniform[:, row] < (step + 1) / steps
 
 
-# The checks. They hold for any weights, except that of the loss before.
 @torch.no_grad()
 def verify(source, model, batch, seed=0, knows_text=True) -> list[Check]:
     """Compare model and source. knows_text: the source beats guessing."""
@@ -113,6 +114,7 @@ def verify(source, model, batch, seed=0, knows_text=True) -> list[Check]:
 
 
 def check_future(model, batch, sees: bool) -> Check:
+    """Change the last token. Do earlier logits change?"""
     changed = batch.target.clone()
     changed[:, -1] = (changed[:, -1] + 1) % model.cfg.n_ordinary
     difference = model(batch.prefix, changed) - model(batch.prefix, batch.target)
@@ -124,44 +126,42 @@ def check_future(model, batch, sees: bool) -> Check:
 
 
 def check_prefix(model, batch, seed: int) -> Check:
-    first = Batch(*(part[:2] for part in batch))
+    """Training and generation read the prefix as it is."""
     T = model.cfg.target_length
-    if first.prefix.shape[1] == T:  # reads are told apart by their width
-        first = first._replace(prefix=first.prefix[:, :-1])
+    # Shorter than a target: reads are told apart by their width.
+    prefix = batch.prefix[:2, : T - 1]
+    first = Batch(prefix, batch.target[:2], batch.example[:2])
     seen = []
     hook = model.tok.register_forward_hook(lambda _, ids, out: seen.append(ids[0]))
     rng = make_rng(seed, first.example)
     diffusion.loss(model, first, diffusion.LossConfig(), rng)
-    prompt = first.prefix
+    prompt = prefix
     if model.cfg.sep_id < 0:
-        prompt = torch.cat([prompt, first.target[:, :1]], dim=1)
+        prompt = torch.cat([prefix, first.target[:, :1]], dim=1)
     diffusion.generate(model, prompt, diffusion.SamplerConfig(steps=2), seed)
     hook.remove()
-    P = first.prefix.shape[1]
-    reads = [ids[:, :P] for ids in seen if ids.shape[1] != T]
-    changed = sum(not torch.equal(ids, first.prefix) for ids in reads)
+    reads = [ids[:, : prefix.shape[1]] for ids in seen if ids.shape[1] != T]
+    changed = sum(not torch.equal(ids, prefix) for ids in reads)
     measured = f"{changed} of {len(reads)} reads changed"
-    ok = len(reads) > 0 == changed
+    ok = bool(reads) and changed == 0
     return Check("the prefix is never corrupted", measured, ok)
 
 
 def check_alignment(as_source, batch, ar_loss: float) -> Check:
-    """Clean tokens, rightly aligned, give the AR loss."""
+    """Clean tokens, aligned as in diffusion, give the AR loss."""
     logits = as_source(batch.prefix, batch.target)
-    expected = batch.target[:, 1:]
-
-    def clean_loss(shift: bool) -> float:
+    losses = []
+    for shift in (True, False):
         aligned = diffusion.align_logits(logits, shift)
-        return F.cross_entropy(aligned.mT, expected).item()
-
-    before = clean_loss(True)
-    same = clean_loss(False)
+        losses.append(F.cross_entropy(aligned.mT, batch.target[:, 1:]).item())
+    before, same = losses
     measured = f"loss {before:.3f} at i - 1, {same:.3f} at i; AR {ar_loss:.3f}"
     ok = abs(before - ar_loss) < 1e-3 * max(1.0, ar_loss)
     return Check("position i - 1 predicts slot i", measured, ok)
 
 
 def check_loss_after(model, batch, seed: int) -> Check:
+    """The diffusion loss before adaptation: high, but finite."""
     rng = make_rng(seed, batch.example)
     losses = diffusion.loss_by_rate(model, batch, rng, (0.0, 0.5, 1.0))
     claim = f"L(1) after, at corruption 0 / 0.5 / 1, shift={model.cfg.shift}"
@@ -170,6 +170,8 @@ def check_loss_after(model, batch, seed: int) -> Check:
 
 
 class Source(NamedTuple):
+    """An AR model, and where it is from."""
+
     model: Transformer
     tokenizer: Tokenizer
     data: str  # what it was trained on
@@ -178,6 +180,7 @@ class Source(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
+    """Convert, import or export. Nothing is written if a check fails."""
     cfg = configure(ConvertConfig, argv)
     if cfg.export:
         from hf.convert import export
@@ -187,8 +190,7 @@ def main(argv: list[str]) -> None:
     free = cfg.overwrite or not out.exists()
     require(free, f"{out} exists; use another --out_dir, or --overwrite")
     foreign = (out.parent / "config.json").exists()
-    problem = f"{out.parent} is a Hugging Face folder"
-    require(not foreign, f"{problem}; use another --out_dir")
+    require(not foreign, f"{out.parent} is a Hugging Face folder, not for ckpt.pt")
     source = open_source(cfg)
     names = ("prefix_attention", "noise", "shift", "self_conditioning")
     settings = {name: getattr(cfg, name) for name in names}
@@ -207,10 +209,12 @@ def main(argv: list[str]) -> None:
         return
     new = sum(w.numel() for w in new_weights(model).values())
     flags = " ".join(f"--{name}={value}" for name, value in settings.items())
-    print(f"{out}: {source.origin} as a diffusion model, {flags} | {new:,} new weights")
+    print(f"{out}: {source.origin} as a diffusion model,", end=" ")
+    print(f"{flags} | {new:,} new weights")
 
 
 def open_source(cfg: ConvertConfig) -> Source:
+    """Load an AR model: a checkpoint, or what hf/ reads."""
     path = cfg.init_from
     if Path(path).suffix != ".pt":
         from hf.convert import import_source
@@ -221,13 +225,16 @@ def open_source(cfg: ConvertConfig) -> Source:
     require(is_ar, f"{path} is a diffusion model; --init_from needs an AR model")
     given = cfg.block_size or cfg.target_length or cfg.prompt
     flags = "--block_size, --target_length, --prompt and --paradigm=ar"
-    free = not given and cfg.paradigm == "diffusion"
-    require(free, f"{path} is a checkpoint; {flags} are for imported weights")
+    given = given or cfg.paradigm == "ar"
+    require(not given, f"{path} is a checkpoint; {flags} are for imports")
     data = str(state.get("train_config", {}).get("data", ""))
     return Source(model, tokenizer, data, f"{path} step {state['step']}", None)
 
 
 def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
+    """Print all checks. Exit with status 1 if one fails."""
+    from view.samples import print_checks
+
     batch = check_batch(source, cfg)
     checks = []
     if source.path is not None:
@@ -238,14 +245,8 @@ def report(source: Source, model: Transformer, cfg: ConvertConfig) -> None:
         knows_text = source.path is None
         models = (source.model.float(), model.float())
         checks += verify(*models, batch, cfg.seed, knows_text)
-    for claim, measured, ok in checks:
-        print(f"{'ok  ' if ok else 'FAIL'}  {claim:<52} {measured}")
-    failed = sum(not ok for *_, ok in checks)
-    if failed:
-        print(f"FAILED: {failed} of {len(checks)} checks.", end=" ")
-        print("The converted model does not match its source.")
+    if not print_checks(checks):
         raise SystemExit(1)
-    print(f"passed: {len(checks)} checks")
 
 
 def check_batch(source: Source, cfg: ConvertConfig) -> Batch:

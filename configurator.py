@@ -202,14 +202,6 @@ def refuse_changes(given: dict, fixed: dict, context, hint="drop the setting", a
             raise ValueError(f"cannot set {name}={value}: {reason}")
 
 
-def describe(cfg) -> str:
-    """Return the flags that differ from the defaults."""
-    fields = all_fields(type(cfg))
-    flat = flatten(cfg).items()
-    changed = [f"--{k}={v}" for k, v in flat if v != fields[k].default]
-    return " ".join(changed) or "(all defaults)"
-
-
 def suggest(name: str, known, otherwise="") -> str:
     """Return ", did you mean 'x'?" or the known names."""
     names = list(map(str, known))
@@ -218,22 +210,9 @@ def suggest(name: str, known, otherwise="") -> str:
     return otherwise or f"; available: {', '.join(names)}"
 
 
-def help_text(*classes: type) -> str:
-    """Return a line for each setting of each class."""
-    lines = []
-    for cls in classes:
-        if cls is not classes[0]:
-            lines.append(cls.__doc__.splitlines()[0])
-        for name, field in user_fields(cls).items():
-            choices = " | ".join(field.metadata["choices"])
-            choices = f" ({choices})" if choices else ""
-            default = f"--{name}={field.default}"
-            lines.append(f"  {default:<40} {field.metadata['help']}{choices}")
-    return "\n".join(lines)
-
-
 def run(main: Callable[[list[str]], object], *classes: type) -> None:
     """Call main(sys.argv[1:]), or print the help of the classes."""
+    from view.help import help_text
     from view.streams import secure_streams
 
     secure_streams()

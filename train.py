@@ -38,10 +38,10 @@ from infra.rng import make_rng
 from model import ModelConfig, Transformer, build_model, model_from_state_dict, num_params
 
 PARADIGMS = {"ar": autoregressive, "diffusion": diffusion}
-RATES = [0.1, 0.3, 0.5, 0.7, 0.9]  # of corruption, in the validation loss
+RATES = [0.1, 0.3, 0.5, 0.7, 0.9]  # of corruption, to validate
 KEEP_LAST = 2  # ckpt.pt and ckpt.1.pt
 RESUME = "--init_from=resume"
-variable = partial(setting, may_change=True)  # a resumed run may change it
+variable = partial(setting, may_change=True)
 
 
 @dataclass
@@ -60,19 +60,19 @@ class TrainConfig:
     batch_size: int = setting(32, "sequences per step", minimum=1)
     grad_accum_steps: int = variable(1, "micro-batches per step", minimum=1)
     optimizer: str = setting("muon", "muon: for matrices", ("muon", "adamw"))
-    learning_rate: float = setting(1.5e-3, "highest; of Muon: 5 times", maximum=1e3)
+    learning_rate: float = setting(1.5e-3, "AdamW's; Muon: 5 times")
     warmup_steps: int = setting(20, "steps of rising learning rate")
     schedule: str = setting("linear", "learning rate", ("constant", "linear", "cosine"))
-    weight_decay: float = setting(0.1, "of matrices", maximum=10)
+    weight_decay: float = setting(0.1, "of matrices")
     grad_clip: float = setting(1.0, "largest gradient norm; 0: any")
     anneal_steps: int = setting(0, "steps until the mask is open")
     mask_schedule: str = setting("random", "how the mask opens", ("random", "blocks"))
-    seed: int = setting(1337, "of all random numbers", maximum=2**62)
-    device: str = variable("auto", "auto, cpu, cuda, cuda:1, mps")
+    seed: int = setting(1337, "of all random numbers")
+    device: str = variable("auto", "auto, cpu, cuda:0, mps")
     dtype: str = variable("float32", "of autocast", ("float32", "bfloat16", "auto"))
     compile: bool = variable(False, "use torch.compile")
     activation_checkpointing: bool = variable(False, "less memory, more time")
-    parallel: str = variable("ddp", "how torchrun shares work", ("ddp", "fsdp"))
+    parallel: str = variable("ddp", "under torchrun", ("ddp", "fsdp"))
     log_interval: int = variable(20, "steps per speed report", minimum=1)
     eval_interval: int = variable(200, "steps per evaluation", minimum=1)
     eval_batches: int = variable(8, "batches per evaluation", minimum=1)
@@ -144,7 +144,8 @@ def train(run: Run) -> dict:
 
     cfg = run.cfg
     ctx = run.ctx
-    log = run_dir.Log(run.out / "log.jsonl", run.first_step, ctx.is_main, cfg.tensorboard)
+    path = run.out / "log.jsonl"
+    log = run_dir.Log(path, run.first_step, ctx.is_main, cfg.tensorboard)
     peak_flops = device.measured_flops(ctx.device, cfg.dtype) * ctx.world_size
     batches = prefetch(run.train_set.batch, batch_places(run), ctx.device)
     if run.first_step == 0:
@@ -168,7 +169,8 @@ def train(run: Run) -> dict:
                 entry["seconds"] = round(seconds, 3)
                 entry["tokens_per_s"] = round(work["tokens"] / seconds)
                 entry["mfu"] = round(work["flops"] / seconds / peak_flops, 3)
-                bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['tokens_per_s']:,} tokens/s")
+                speed = f"{entry['tokens_per_s']:,} tokens/s"
+                bar.set_postfix_str(f"loss {entry['loss']:.3f}, {speed}")
             if done % cfg.eval_interval == 0 or is_last:
                 entry |= evaluate(run)
                 tqdm.write(log.line(entry))
@@ -228,7 +230,7 @@ def train_step(run: Run, batches, step: int) -> dict:
     loss = sum(terms)
     problem = f"loss {loss}, gradient norm {norm} at step {step + 1}"
     remedy = "start over with --overwrite and a lower --learning_rate"
-    saved = f"{run.out / 'ckpt.pt'} holds the last saved step"
+    saved = "ckpt.pt holds the last saved step"
     require(math.isfinite(loss + norm), f"{problem}; {remedy}; {saved}")
     for optimizer in run.optimizers:
         optimizer.step()
@@ -274,10 +276,7 @@ def extra_edges(batch, step: int, cfg: TrainConfig) -> Tensor | None:
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict:
-    """Return the mean validation loss, nats per slot.
-
-    Diffusion: L(1), also at each corruption rate of RATES.
-    """
+    """Return the validation loss, nats per slot; L(1) over RATES."""
     cfg = run.cfg
     ctx = run.ctx
     model = run.model
@@ -290,7 +289,8 @@ def evaluate(run: Run) -> dict:
         for i, batch in enumerate(batches):
             rng = make_rng(0, batch.example, i)
             if cfg.model.paradigm == "ar":
-                sums["val_loss"] += float(autoregressive.loss(model, batch, cfg.loss, rng))
+                loss = autoregressive.loss(model, batch, cfg.loss, rng)
+                sums["val_loss"] += loss.item()
             else:
                 sums.update(diffusion.loss_by_rate(model, batch, rng, RATES))
     means = {name: total / cfg.eval_batches for name, total in sums.items()}
@@ -325,6 +325,8 @@ def main(argv: list[str]) -> dict:
 
 def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
     """Build or restore the run and train it."""
+    from view.help import describe
+
     device.disable_malloc_trim()
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if device.has_fast_bf16(ctx.device) else "float32"
@@ -335,7 +337,7 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
         print(f"nothing to do: step {run.first_step} of {cfg.max_steps} is reached")
         return run_dir.Log(run.out / "log.jsonl", run.first_step, ctx.is_main).last
     print(f"{num_params(run.model):,} parameters | {ctx.device} {cfg.dtype}", end=" | ")
-    print(f"{cfg.data} {len(run.train_set):,} | {configurator.describe(cfg)}")
+    print(f"{cfg.data} {len(run.train_set):,} | {describe(cfg)}")
     run.model.activation_checkpointing = cfg.activation_checkpointing
     if cfg.compile:
         device.compile_or_explain(run.model)

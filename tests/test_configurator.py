@@ -15,9 +15,10 @@ import configurator
 import diffusion
 import sample
 import train
-from configurator import build, configure, describe, flatten, read_settings, setting
+from configurator import build, configure, flatten, read_settings, setting
 from extras import speculative
 from model import ModelConfig
+from view.help import describe
 
 
 @dataclass

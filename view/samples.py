@@ -1,4 +1,4 @@
-"""Show samples: those of sample.py with their cost, and one of a run."""
+"""Print samples: those of sample.py with their cost, and one of a run. Print checks."""
 
 import sys
 from itertools import takewhile
@@ -33,6 +33,16 @@ def print_samples(decoder, out, seconds: float, chat: bool) -> None:
     best = f" | best of {n}" if n > 1 else ""
     speed = f"{n_tokens / seconds:,.0f} tokens/s ({n_tokens} in {seconds:.3f} s)"
     print(f"{speed} | {calls} | score {float(out.score.mean()):.4f}{best}", file=sys.stderr)
+
+
+def print_checks(checks: list) -> bool:
+    """Print (claim, measured, ok) of each check. Return whether all hold."""
+    for claim, measured, ok in checks:
+        print(f"{'ok  ' if ok else 'FAIL'}  {claim:<52} {measured}")
+    n = sum(not ok for *_, ok in checks)
+    failed = f"FAILED: {n} of {len(checks)} checks. The converted model does not match its source."
+    print(failed if n else f"passed: {len(checks)} checks")
+    return n == 0
 
 
 def sample_line(run, step: int) -> str:

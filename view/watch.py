@@ -55,16 +55,13 @@ def track_of(decoder, recorder: Recorder, out) -> Track:
 
 
 def write(cfg, text: str, first: Track, others: list, generate, demo: Path) -> None:
-    """Write the page: the first track and those of other decoders, which generate here.
-
-    The folder of the demonstration is not named, because it names a machine.
-    """
+    """Write the page: the first track and those of other decoders, which generate here."""
     tracks = [first]
     for other in others:
         recorder = watch_for(other, cfg)
         out, _ = generate(other, text, cfg, recorder)
         tracks.append(track_of(other, recorder, out))
-    path = Path(cfg.init_from)
+    path = Path(cfg.init_from)  # of the demonstration, without the folder of this machine
     path = path.relative_to(demo.parent) if path.is_relative_to(demo) else path
     facts = {"checkpoint": str(path), "seed": str(cfg.seed), "dtype": cfg.dtype}
     facts |= {"threads": str(torch.get_num_threads()), "torch": torch.__version__}
