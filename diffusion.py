@@ -60,7 +60,7 @@ class LossConfig:
 
     unroll_steps: int = setting(2, "passes; paper: 2", minimum=1, maximum=16)
     unroll_temperature: float = setting(0.0, "0: the next pass reads the argmax")
-    full_noise_prob: float = setting(0.0, "share of rows that are all noise", maximum=1)
+    full_noise_prob: float = setting(0.0, "share of rows of only noise", maximum=1)
 
     __post_init__ = validate
 

@@ -23,7 +23,7 @@ from configurator import needs, require, setting, validate
 # Layers that a diffusion model adds to its AR source. They start at zero.
 NEW_MODULES = ("self_cond_proj",)
 PREFIXES = ("causal", "bidirectional", "joint")
-internal = partial(setting, hidden=True)  # not settable by users
+internal = partial(setting, hidden=True)
 
 
 @dataclass
@@ -68,15 +68,13 @@ class ModelConfig:
     rope_factor: float = internal(1.0, "slow pairs turn slower", above=0)
     rope_slow_turns: float = internal(1.0, "fewer are slow")
     rope_fast_turns: float = internal(4.0, "more are fast", above=0)
-    rope_trained_length: int = internal(8192, "turns are counted in", minimum=1)
+    rope_trained_length: int = internal(8192, "before scaling", minimum=1)
 
     def __post_init__(self):
         validate(self)
         H = self.n_head
         G = self.kv_heads
         V = self.vocab_size
-        slow = self.rope_slow_turns
-        fast = self.rope_fast_turns
         eos = self.eos_id
         top = max(self.pad_id, self.sep_id, self.mask_id, self.n_ordinary - 1)
         even = self.position != "rope" or self.head_size % 2 == 0
@@ -84,7 +82,6 @@ class ModelConfig:
         require(whole, f"n_embd {self.n_embd} must be a multiple of n_head {H}")
         require(even, f"n_embd / n_head must be even, got {self.head_size}")
         require(H % G == 0, f"n_head {H} must be a multiple of n_kv_head {G}")
-        require(slow < fast, f"rope_slow_turns {slow} must be below {fast}")
         require(top < V, f"token id {top} must be below vocab_size {V}")
         require(eos < self.n_ordinary, f"eos_id {eos} must be an ordinary id")
         flat = vars(self)
@@ -371,8 +368,8 @@ class Transformer(nn.Module):
     def encode(self, prefix: Tensor, reserve: int = 0) -> KVCache:
         """Read the prefix (B, P). reserve: room for later tokens.
 
-        With prefix_attention=joint the prefix attends to the target. So it is only
-        stored here, and read by decode.
+        If joint, it attends to the target. So it is stored, and decode
+        reads it.
         """
         P = prefix.shape[1]
         cache = KVCache(len(self.blocks), P + reserve)
@@ -546,7 +543,7 @@ def model_from_state_dict(cfg: ModelConfig, weights: dict) -> Transformer:
     model = meta_model(cfg)
     first = next(iter(weights.values()))
     shapes = {name: meta.shape for name, meta in model.state_dict().items()}
-    new = [n for n in shapes.keys() - weights.keys() if n.split(".")[0] in NEW_MODULES]
+    new = [n for n in shapes.keys() - weights.keys() if n.startswith(NEW_MODULES)]
     zeros = {name: first.new_zeros(shapes[name]) for name in new}
     try:
         model.load_state_dict(weights | zeros, assign=True)

@@ -42,11 +42,11 @@ class SampleConfig:
     """What to generate. The settings of the samplers come with it."""
 
     init_from: str = setting(str(DEMO / "diffusion.pt"), "checkpoint", path=True)
-    prompt: str = setting("", "the text to continue; default: stdin")
-    chat: bool = setting(False, "use the chat template of the model")
+    prompt: str = setting("", "text to continue; default: stdin")
+    chat: bool = setting(False, "use the model's chat template")
     infill: str = setting("", "a target with [[n]] for n free slots")
     num_samples: int = setting(1, "texts for the prompt", minimum=1)
-    seed: int = setting(1337, "of all random numbers", maximum=2**62)
+    seed: int = setting(1337, "of all random numbers")
     device: str = setting("auto", "auto, cpu, cuda, mps")
     dtype: str = setting("float32", "of autocast", ("float32", "bfloat16"))
     show: bool = setting(False, "draw a text in the terminal")
