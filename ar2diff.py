@@ -209,8 +209,7 @@ def main(argv: list[str]) -> None:
         return
     new = sum(w.numel() for w in new_weights(model).values())
     flags = " ".join(f"--{name}={value}" for name, value in settings.items())
-    print(f"{out}: {source.origin} as a diffusion model,", end=" ")
-    print(f"{flags} | {new:,} new weights")
+    print(f"{out}: {source.origin} as a diffusion model, {flags} | {new:,} new weights")
 
 
 def open_source(cfg: ConvertConfig) -> Source:

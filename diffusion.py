@@ -159,7 +159,7 @@ class SamplerState(NamedTuple):
     canvas: Tensor  # (R, S) what the network reads next
     output: Tensor  # (R, S) the text, if the row stopped now
     scored: Tensor  # (R, S) tokens whose mean NLL is the score
-    aux: Tensor  # (R, S) float, for the sampler's own use
+    aux: Tensor  # (R, S) float, for the next step of this sampler
     converged: Tensor  # (R,) bool: no step would change it
     editable: Tensor  # (R, S) bool; False: given (infilling)
 
@@ -179,12 +179,12 @@ def resample(logits, state, step, cfg, rng, model_cfg):
 
 
 def argmax_unrolled(logits, state, step, cfg, rng, model_cfg):
-    """Rewrite the least confident slots of the last pass (SUNDAE, section 2.4)."""
+    """Rewrite the least confident slots of the previous pass (SUNDAE, 2.4)."""
     drawn = argmax(logits)
     confidences = -token_nll(logits, drawn)  # (R, S)
     chosen = state.editable
     if step > 0:
-        # 50 x 0.3 is 15.000001 in float32, hence the small number.
+        # 50 x 0.3 is 15.000001 in float32, so 1e-3 is subtracted before rounding up.
         n = (state.editable.sum(1, keepdim=True) * cfg.update_fraction - 1e-3).ceil()
         before = state.aux.masked_fill(~chosen, math.inf)
         chosen = chosen & (_rank(-before) < n)
@@ -225,8 +225,12 @@ def entropy_bound(logits, state, step, cfg, rng, model_cfg):
     return _keep_or_renoise(logits, state, kept, drawn, stop, cfg, rng, model_cfg)
 
 
-STEPS = (resample, argmax_unrolled, confidence, entropy_bound)
-SAMPLERS = {step.__name__: step for step in STEPS}
+SAMPLERS = {
+    "resample": resample,
+    "argmax_unrolled": argmax_unrolled,
+    "confidence": confidence,
+    "entropy_bound": entropy_bound,
+}
 
 
 @dataclass
@@ -235,8 +239,8 @@ class SamplerConfig:
 
     sampler: str = setting("resample", "paper: resample", tuple(SAMPLERS))
     steps: int = setting(10, "most network calls", minimum=1)
-    temperature: float = setting(0.2, "0: the argmax", minimum=1e-3, zero_ok=True)
-    update_fraction: float = setting(1.0, "slots redrawn per step", above=0, maximum=1)
+    temperature: float = setting(0.2, "0: argmax", minimum=1e-3, zero_ok=True)
+    update_fraction: float = setting(1.0, "of resample, argmax_unrolled", above=0, maximum=1)
     candidates: int = setting(1, "canvases per prompt", minimum=1)
     entropy_bound: float = setting(0.1, "nats accepted per step")
     stop_entropy: float = setting(0.005, "nats per slot to stop; 0: never")

@@ -144,8 +144,7 @@ def train(run: Run) -> dict:
 
     cfg = run.cfg
     ctx = run.ctx
-    path = run.out / "log.jsonl"
-    log = run_dir.Log(path, run.first_step, ctx.is_main, cfg.tensorboard)
+    log = run_dir.Log(run.out / "log.jsonl", run.first_step, ctx.is_main, cfg.tensorboard)
     peak_flops = device.measured_flops(ctx.device, cfg.dtype) * ctx.world_size
     batches = prefetch(run.train_set.batch, batch_places(run), ctx.device)
     if run.first_step == 0:
@@ -289,8 +288,7 @@ def evaluate(run: Run) -> dict:
         for i, batch in enumerate(batches):
             rng = make_rng(0, batch.example, i)
             if cfg.model.paradigm == "ar":
-                loss = autoregressive.loss(model, batch, cfg.loss, rng)
-                sums["val_loss"] += loss.item()
+                sums["val_loss"] += autoregressive.loss(model, batch, cfg.loss, rng).item()
             else:
                 sums.update(diffusion.loss_by_rate(model, batch, rng, RATES))
     means = {name: total / cfg.eval_batches for name, total in sums.items()}

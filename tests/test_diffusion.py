@@ -32,6 +32,8 @@ SIZES |= dict(target_length=S + 1, block_size=16, n_layer=2, n_head=2, n_embd=16
 SIZES |= dict(paradigm="diffusion", prefix_attention="joint", target_attention="bidirectional")
 CACHED = dict(prefix_attention="bidirectional", shift=True, self_conditioning=True)
 ALL = pytest.mark.parametrize("sampler", list(SAMPLERS))
+SCORE_THE_CANVAS = ["resample", "argmax_unrolled"]  # the others score their output
+GO_ON = ["resample"]  # at a temperature no row of it converges
 SHIFT = pytest.mark.parametrize("shift", [False, True], ids=["same", "shift"])
 NOISE = pytest.mark.parametrize("noise", ["uniform", "mask"])
 
@@ -90,7 +92,7 @@ def truth(prefix, target, scale: float = 60.0) -> torch.Tensor:
     return scale * F.one_hot(TEXTS[prefix[:, 0]], V).float()
 
 
-def babble(prefix, target) -> torch.Tensor:
+def from_table(prefix, target) -> torch.Tensor:
     """Logits that depend on the canvas: a table of (slot, token, token before)."""
     table = torch.randn(S, V, V, V, generator=torch.Generator().manual_seed(9))
     slot = torch.arange(S).expand(len(target), S)
@@ -178,22 +180,22 @@ def test_slot_i_is_predicted_at_position_i_or_with_shift_at_the_one_before(shift
 
 
 def test_the_loss_is_the_mean_over_clean_corrupted_and_pad_slots():
-    model = Fake(babble)
+    model = Fake(from_table)
     found = next(losses(model, batch(), LossConfig(), rng_of(4), torch.full((4, 1), 0.5)))
-    log_p = babble(None, model.read[0][1]).log_softmax(-1)
+    log_p = from_table(None, model.read[0][1]).log_softmax(-1)
     by_hand = [-log_p[b, s, batch().target[b, s + 1]].item() for b in range(4) for s in range(S)]
     assert found.item() == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.2, 1.0])
 def test_each_pass_reads_the_answer_of_the_pass_before_after_a_clean_prefix(temperature):
-    model = Fake(babble)
+    model = Fake(from_table)
     cfg = LossConfig(unroll_steps=3, unroll_temperature=temperature, full_noise_prob=1.0)
     loss(model, batch(), cfg, rng_of(4))
     noise = sample_noise(rng_of(4).uniform(CORRUPT, S + 1)[1], model.cfg)
     assert torch.equal(model.read[0][1][:, 1:], noise[:, 1:])
     for k in (1, 2):
-        logits = babble(None, model.read[k - 1][1])
+        logits = from_table(None, model.read[k - 1][1])
         drawn = draw_tokens(logits, temperature, rng_of(4).uniform(UNROLL, S, k - 1)[0])
         assert torch.equal(model.read[k][1], F.pad(drawn, (1, 0), value=SEP))
         assert torch.equal(drawn, logits.argmax(-1)) == (temperature == 0)
@@ -254,11 +256,11 @@ def test_self_conditioning_is_the_expected_embedding_of_the_last_prediction(shif
         lambda model: loss(model, batch(), LossConfig(unroll_steps=3), rng_of(4)),
         lambda model: generate(model, ids(3, 2), SamplerConfig(steps=3, candidates=2)),
     ):
-        model = Fake(babble, listens=False, self_conditioning=True, shift=shift)
+        model = Fake(from_table, listens=False, self_conditioning=True, shift=shift)
         run(model)
         assert model.hints[0] is None and len(model.hints) == 3
         for k in (1, 2):
-            soft = babble(None, model.read[k - 1][1]).softmax(-1)
+            soft = from_table(None, model.read[k - 1][1]).softmax(-1)
             expected = F.pad(soft @ model.embedding, (0, 0, 1, 0))
             torch.testing.assert_close(model.hints[k], expected)
 
@@ -282,7 +284,7 @@ def test_a_denoiser_that_knows_the_text_is_believed(sampler, noise, shift):
 def test_a_row_gets_the_same_text_alone_and_among_eight_of_which_half_freeze(sampler, listens):
     def half(prefix, target):
         known = (prefix[:, 0] % 2 == 0)[:, None, None]
-        return torch.where(known, truth(prefix, target), babble(prefix, target))
+        return torch.where(known, truth(prefix, target), from_table(prefix, target))
 
     model = Fake(half, listens)
     cfg = SamplerConfig(sampler=sampler, steps=6, update_fraction=0.5, candidates=3)
@@ -292,21 +294,21 @@ def test_a_row_gets_the_same_text_alone_and_among_eight_of_which_half_freeze(sam
         alone = generate(model, prefix[i : i + 1], cfg, seed=2, example=example[i : i + 1])
         for one, all_rows in zip(alone, together):
             torch.testing.assert_close(one[0], all_rows[i])
-    assert sampler == "resample" or together.calls[0] < together.calls[1]
+    assert sampler in GO_ON or together.calls[0] < together.calls[1]
     other = generate(model, prefix, cfg, seed=3, example=example)
     assert not torch.equal(other.tokens, together.tokens)
 
 
 def test_the_papers_sampler_redraws_every_slot_at_every_step():
     """Again by hand, each number by its position (seed, example, candidate, step)."""
-    model, seen, example = Fake(babble), [], torch.tensor([9, 5])
+    model, seen, example = Fake(from_table), [], torch.tensor([9, 5])
     cfg = SamplerConfig(steps=3, candidates=2, temperature=1.0)
     generate(model, ids(2, 2), cfg, 4, example, on_step=lambda *args: seen.append(args[1]))
     rng = CounterRNG(4, example.repeat_interleave(2), torch.tensor([0, 1, 0, 1]))
     canvas = sample_noise(rng.uniform(CANVAS, S)[0], model.cfg)
     for step in range(4):
         assert torch.equal(seen[step], canvas)
-        logits = babble(None, F.pad(canvas, (1, 0), value=SEP))
+        logits = from_table(None, F.pad(canvas, (1, 0), value=SEP))
         logits[..., SEP:] = -math.inf
         canvas = draw_tokens(logits, 1.0, rng.fold_in(step).uniform(SAMPLE, S)[0])
 
@@ -333,7 +335,7 @@ def test_a_network_gives_the_same_text_alone_and_in_a_batch(sampler, settings):
 @ALL
 def test_the_hook_sees_every_call_and_the_best_candidate_is_kept(sampler):
     """Scores again from the hook: NLL of the canvas that was read, or of the output."""
-    model, seen, N = Fake(babble), [], 5
+    model, seen, N = Fake(from_table), [], 5
     cfg = SamplerConfig(sampler=sampler, steps=3, candidates=N, update_fraction=0.7)
     found = generate(model, ids(2, 2), cfg, on_step=lambda *args: seen.append(args))
     assert [step for step, *_ in seen] == [0, 1, 2, 3] and seen[0][2] is None
@@ -341,7 +343,7 @@ def test_the_hook_sees_every_call_and_the_best_candidate_is_kept(sampler):
         assert logits.shape == (2 * N, S, V) and rows.tolist() == list(range(2 * N))
         assert torch.equal(read, F.pad(before, (1, 0), value=SEP))
     last, before = seen[-1], seen[-2]
-    reads_canvas = sampler in ("resample", "argmax_unrolled")
+    reads_canvas = sampler in SCORE_THE_CANVAS
     scored = before[1] if reads_canvas else last[2].argmax(-1)
     output = last[1] if reads_canvas else scored
     score = -last[2].log_softmax(-1).gather(-1, scored[..., None])[..., 0].mean(1).view(2, N)
@@ -362,7 +364,7 @@ def test_given_tokens_stay_in_every_step(sampler):
     def hook(step, canvas, logits, rows):
         seen.append(canvas)
 
-    found = generate(Fake(babble), ids(2, 2), cfg, given=given, on_step=hook)
+    found = generate(Fake(from_table), ids(2, 2), cfg, given=given, on_step=hook)
     fixed = given.repeat_interleave(3, dim=0)
     for canvas in seen:
         assert torch.equal(torch.where(fixed >= 0, canvas, -1), fixed)
@@ -375,13 +377,13 @@ def test_given_tokens_stay_in_every_step(sampler):
 def test_no_banned_token_is_written_even_if_it_is_most_likely(sampler, steps, noise):
     """If few slots are redrawn, a mask of the first canvas could be left over."""
 
-    def longing(prefix, target):
-        logits = babble(prefix, target)
+    def prefer_banned(prefix, target):
+        logits = from_table(prefix, target)
         logits[..., SEP:] += 30.0
         return logits
 
     cfg = SamplerConfig(sampler=sampler, steps=steps, candidates=4, update_fraction=0.3)
-    found = generate(Fake(longing, noise=noise), ids(6, 2), cfg)
+    found = generate(Fake(prefer_banned, noise=noise), ids(6, 2), cfg)
     assert found.tokens.max() <= PAD and found.score.isfinite().all()
 
 
@@ -451,14 +453,14 @@ def test_the_temperature_of_entropy_bound_falls_linearly(monkeypatch):
     seen, draw = [], diffusion.draw_tokens
     monkeypatch.setattr(diffusion, "draw_tokens", lambda x, t, u: seen.append(t) or draw(x, t, u))
     cfg = SamplerConfig(sampler="entropy_bound", steps=5, stop_entropy=0.0)
-    generate(Fake(babble), ids(1, 2), cfg)
+    generate(Fake(from_table), ids(1, 2), cfg)
     assert seen == pytest.approx([0.8, 0.7, 0.6, 0.5, 0.4])
 
 
 # Converged rows are frozen
 
 
-def mend(prefix, target):
+def repair_one_slot(prefix, target):
     """Logits of a denoiser that repairs one slot a step, so rows converge at different steps."""
     text = TEXTS[prefix[:, 0]]
     right = (target[:, 1:] == text).cumprod(1).sum(1)  # correct slots from the left
@@ -466,7 +468,7 @@ def mend(prefix, target):
     return 60.0 * F.one_hot(torch.where(known, text, target[:, 1:].clamp(max=PAD)), V).float()
 
 
-@pytest.mark.parametrize("sampler", ["resample", "argmax_unrolled"])
+@pytest.mark.parametrize("sampler", SCORE_THE_CANVAS)
 def test_frozen_rows_cost_nothing_more_and_keep_their_answer(sampler):
     cfg = SamplerConfig(sampler=sampler, temperature=0.0, steps=25, candidates=2)
     prefix, counted = torch.arange(6)[:, None], torch.zeros(12, dtype=torch.long)
@@ -474,7 +476,7 @@ def test_frozen_rows_cost_nothing_more_and_keep_their_answer(sampler):
     def count(step, canvas, logits, rows):
         counted[rows[rows >= 0]] += step > 0
 
-    frozen = generate(Fake(mend), prefix, cfg, on_step=count)
+    frozen = generate(Fake(repair_one_slot), prefix, cfg, on_step=count)
     assert torch.equal(frozen.tokens, TEXTS[:6]) and frozen.score.max() < 1e-6
     assert (frozen.calls < 50).all()
     assert torch.equal(frozen.calls, counted.view(6, 2).sum(1)) and len(counted.unique()) > 1
