@@ -14,6 +14,23 @@ import runpy
 import sys
 from collections.abc import Callable
 
+# Settings of earlier versions, and the remedy.
+OLD_NAMES = {
+    "anneal_form": "is now --mask_schedule",
+    "gradient_checkpointing": "is now --activation_checkpointing",
+    "plan": "is now --estimate",
+    "ramp_from": "is now --temperature_start",
+    "ramp_to": "is now --temperature_end",
+    "resume": "is now --init_from=resume",
+    "settle_entropy": "is now --stop_entropy",
+    "draft_steps": "is now --draft_tokens, with --draft=FOLDER",
+}
+REMOVED = (
+    "ar_loss_weight ar_weight beta1 beta2 block_length bucket keep lookahead max_new_tokens "
+    "mean_span min_lr_ratio muon_lr_ratio patience rate_exponent self_conditioning_prob "
+    "span_density"
+)
+OLD_NAMES |= dict.fromkeys(REMOVED.split(), "was removed; drop it")
 BOOLEANS = {None: True, "true": True, "1": True, "false": False, "0": False}
 
 
@@ -165,6 +182,7 @@ def user_fields(*classes: type) -> dict[str, dataclasses.Field]:
 def _known_field(name: str, fields: dict, arg: str) -> dataclasses.Field:
     if name in fields:
         return fields[name]
+    require(name not in OLD_NAMES, f"{arg}: {name!r} {OLD_NAMES.get(name)}")
     hint = suggest(name, fields, "; see --help")
     raise ValueError(f"{arg}: unknown setting {name!r}{hint}")
 

@@ -214,7 +214,8 @@ def confidence(logits, state, step, cfg, rng, model_cfg):
 def entropy_bound(logits, state, step, cfg, rng, model_cfg):
     """Keep slots of low entropy, up to a bound of its sum (DiffusionGemma)."""
     progress = step / max(cfg.steps - 1, 1)
-    temperature = 0.8 - 0.4 * progress
+    change = cfg.temperature_end - cfg.temperature_start
+    temperature = cfg.temperature_start + change * progress
     uniform, _ = rng.uniform(SAMPLE, logits.shape[1])
     drawn = draw_tokens(logits, temperature, uniform)
     entropies = entropy(logits, temperature)  # (R, S)
@@ -239,10 +240,14 @@ class SamplerConfig:
 
     sampler: str = setting("resample", "paper: resample", tuple(SAMPLERS))
     steps: int = setting(10, "most network calls", minimum=1)
-    temperature: float = setting(0.2, "0: argmax", minimum=1e-3, zero_ok=True)
+    temperature: float = setting(
+        0.2, "of resample, confidence; 0: argmax", minimum=1e-3, zero_ok=True
+    )
     update_fraction: float = setting(1.0, "of resample, argmax_unrolled", above=0, maximum=1)
     candidates: int = setting(1, "canvases per prompt", minimum=1)
     entropy_bound: float = setting(0.1, "nats accepted per step")
+    temperature_start: float = setting(0.8, "of entropy_bound, first step", minimum=1e-3)
+    temperature_end: float = setting(0.4, "of entropy_bound, last step", minimum=1e-3)
     stop_entropy: float = setting(0.005, "nats per slot to stop; 0: never")
 
     __post_init__ = validate

@@ -2,7 +2,7 @@
 
     python sample.py                                       # a demonstration
     python sample.py --init_from=out/run/ckpt.pt --prompt=hello
-    python sample.py --init_from=out/run/ckpt.pt < prompt.txt > answer.txt
+    python sample.py --prompt_file=prompt.txt > answer.txt # or: < prompt.txt
     python sample.py --prompt="forty-two" --show           # or --html=page.html
     python sample.py --infill="quarante-[[6]]"             # 6 free slots
 
@@ -43,6 +43,7 @@ class SampleConfig:
 
     init_from: str = setting(str(DEMO / "diffusion.pt"), "checkpoint", path=True)
     prompt: str = setting("", "text to continue; default: stdin")
+    prompt_file: str = setting("", "or a UTF-8 file; - is stdin", path=True)
     chat: bool = setting(False, "use the model's chat template")
     infill: str = setting("", "a target with [[n]] for n free slots")
     num_samples: int = setting(1, "texts for the prompt", minimum=1)
@@ -168,16 +169,23 @@ def generate(decoder: Decoder, text: str, cfg: SampleConfig, watch) -> tuple:
 
 
 def read_prompt(cfg: SampleConfig, given: dict) -> str:
-    """Return --prompt, else what is piped in, else an example."""
+    """Return the prompt: a flag, a file or pipe, or an example."""
     text = cfg.prompt
-    asked = given.keys() & {"prompt", "infill"}
+    path = cfg.prompt_file
+    require(not (text and path), f"use --prompt or --prompt_file={path}, not both")
+    asked = given.keys() & {"prompt", "prompt_file", "infill"}
     if not asked and sys.stdin is not None and not sys.stdin.isatty():
+        path = "-"
+    if path:
+        source = "stdin" if path == "-" else path
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         # The one newline at the end of a file or pipe is dropped.
-        text = normalize_text(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
+        text = normalize_text(raw, source).removesuffix("\n")
     if not text and not asked and "init_from" not in given:
         print(f"no prompt given, so {DEMO_PROMPT!r} is used", file=sys.stderr)
         return DEMO_PROMPT
-    require(text or cfg.infill, "the prompt is empty; use --prompt=TEXT or stdin")
+    ways = "use --prompt=TEXT, --prompt_file=PATH or stdin"
+    require(text or cfg.infill, f"the prompt is empty; {ways}")
     return text
 
 

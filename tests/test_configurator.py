@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 
@@ -63,6 +64,9 @@ def test_a_text_is_read_as_the_type_of_its_setting(arg, value):
         ("--step=3", "--step=3: unknown setting 'step', did you mean 'steps'?"),
         ("--zzz=3", "unknown setting 'zzz'"),
         ("--vocab_size=3", "unknown setting 'vocab_size'"),
+        ("--gradient_checkpointing", "'gradient_checkpointing' is now --activation_checkpointing"),
+        ("--bucket=4", "'bucket' was removed"),
+        ("bucket = 4", "config.py: 'bucket' was removed"),
         ("--steps=1.5", "expected --steps=VALUE (int)"),
         ("--prompt", "expected --prompt=VALUE (str)"),
         ("--compile=maybe", "expected --compile=VALUE (bool)"),
@@ -83,6 +87,14 @@ def test_a_mistake_is_one_line_that_names_it(arg, message, tmp_path):
     with pytest.raises(ValueError) as error:
         configure(Settings, [arg])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_old_name_is_in_use_nowhere_and_its_new_name_exists():
+    known = configurator.all_fields(train.TrainConfig, *sample.sampler_configs())
+    for old, remedy in configurator.OLD_NAMES.items():
+        assert old not in known
+        new = re.search(r"--(\w+)", remedy)
+        assert new is None or new[1] in known
 
 
 def test_a_file_holds_assignments_and_the_later_argument_wins(tmp_path):

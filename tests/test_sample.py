@@ -82,14 +82,19 @@ def read(monkeypatch, stdin: bytes = b"", **given) -> str:
     return sample.read_prompt(cfg, given | {"init_from": "x"})
 
 
-def test_the_prompt_comes_from_a_flag_or_stdin(monkeypatch):
+def test_the_prompt_comes_from_a_flag_a_file_or_stdin(tmp_path, monkeypatch):
     """One line end at the end is dropped; byte order mark and carriage returns are too."""
+    path = tmp_path / "p"
     for content in (b"n\xc3\xa9\n\n", b"\xef\xbb\xbfn\xc3\xa9\r\n\r\n", b"n\xc3\xa9\r\r"):
-        assert read(monkeypatch, content) == "né\n"
+        path.write_bytes(content)
+        assert read(monkeypatch, prompt_file=str(path)) == "né\n"
+        assert read(monkeypatch, content) == read(monkeypatch, content, prompt_file="-") == "né\n"
     assert read(monkeypatch, b"unread", prompt="x\n") == "x\n"
     assert read(monkeypatch, b"unread", infill="[[1]]") == ""
-    with pytest.raises(ValueError, match="stdin: not UTF-8 text .byte 2"):
-        read(monkeypatch, b"ab\xff")
+    path.write_bytes(b"ab\xff")
+    for source, flags in (("p", {"prompt_file": str(path)}), ("stdin", {})):
+        with pytest.raises(ValueError, match=f"{source}: not UTF-8 text .byte 2"):
+            read(monkeypatch, b"ab\xff", **flags)
     assert sample.read_prompt(sample.SampleConfig(), {}) == sample.DEMO_PROMPT
 
 
@@ -102,6 +107,8 @@ def test_the_prompt_comes_from_a_flag_or_stdin(monkeypatch):
         ("diffusion", "--prompt=a --noise=mask", "cannot set noise=mask: .* has noise=uniform"),
         ("ar", "--prompt=a --infill=[[2]]", "--infill needs a diffusion model"),
         ("ar", "--prompt=", "the prompt is empty"),
+        ("ar", "--prompt=a --prompt_file=b", "not both"),
+        ("ar", "--prompt_file=no/file", "No such file"),
         ("cached", "--prompt=a --sampler=resampel", "did you mean 'resample'?"),
         ("cached", "--prompt=a --draft=o", "decoder-only AR model, got paradigm=diffusion"),
         ("ar", "--prompt=a --draft=o --steps=3", "'steps' is not a setting of extras.speculative"),
@@ -114,7 +121,7 @@ def test_the_prompt_comes_from_a_flag_or_stdin(monkeypatch):
     ],
 )
 def test_bad_input_is_refused_in_one_line(generate, name, flags, message):
-    with pytest.raises(ValueError, match=message) as refused:
+    with pytest.raises((ValueError, OSError), match=message) as refused:
         generate(name, *flags.split())
     assert "\n" not in str(refused.value)
 
