@@ -239,7 +239,7 @@ class KVCache:
         return other, [pair for pair in pairs if pair[0] is not None]
 
     def append_valid(self, tokens: Tensor) -> None:
-        """Keep what was written for tokens (B, T), without pads."""
+        """Let later tokens attend to tokens (B, T), except pads."""
         self.length += tokens.shape[1]
         if self.valid is not None:
             self.valid = F.pad(self.valid, (0, tokens.shape[1]), value=True)

@@ -326,8 +326,11 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
     from view.help import describe
 
     device.disable_malloc_trim()
+    fast_bf16 = device.has_fast_bf16(ctx.device)
     if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if device.has_fast_bf16(ctx.device) else "float32"
+        cfg.dtype = "bfloat16" if fast_bf16 else "float32"
+    elif cfg.dtype == "bfloat16" and not fast_bf16:
+        print("bfloat16 is slow on this processor; use --dtype=float32")
     run = Run(ctx, cfg, init_model(cfg, weights))
     if state is not None:
         run.restore(state)

@@ -47,6 +47,9 @@ def test_a_text_depends_on_the_seed_only(generate, name):
     assert first == generate(name, *flags)[0] != generate(name, *flags, "--seed=2")[0]
     three = samples(generate(name, *flags, "--num_samples=3")[0])
     assert three[0] == first and len(set(three)) == 3
+    if name == "ar":
+        closing = generate(name, "--prompt=abc", "--num_samples=3")[1]
+        assert closing.startswith("all samples are equal; raise --temperature\n")
 
 
 @pytest.mark.parametrize(("steps", "candidates"), [(3, 2), (5, 1)])

@@ -353,3 +353,12 @@ def test_a_compiled_run_equals_the_eager_one(case, run, capsys):
         pytest.skip("no compiler works here")
     assert_close(eager_log, log)
     assert largest_difference(eager, compiled) < 1e-4
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_takes_the_faster_number_format(run, monkeypatch, capsys, fast):
+    monkeypatch.setattr(train.device, "has_fast_bf16", lambda device: fast)
+    state, _ = run("--dtype=auto")
+    assert state["train_config"]["dtype"] == ("bfloat16" if fast else "float32")
+    run("--dtype=bfloat16", out="b")
+    assert ("bfloat16 is slow" in capsys.readouterr().out) == (not fast)

@@ -28,6 +28,8 @@ def print_samples(decoder, out, seconds: float, chat: bool) -> None:
             print(f"--- sample {i} | {calls} network calls | score {score:.4f}")
         text = decoder.tokenizer.decode(row)
         print(printable(text) if sys.stdout.isatty() else text, flush=True)
+    if len(out.tokens) > 1 and bool((out.tokens == out.tokens[0]).all()):
+        print("all samples are equal; raise --temperature", file=sys.stderr)
     calls = f"{float(out.calls.float().mean()):g} network calls per sample"
     n = getattr(decoder.sampler, "candidates", 1)
     best = f" | best of {n}" if n > 1 else ""
