@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
@@ -140,10 +140,16 @@ def finish(path: str, result: dict, text: str) -> dict:
     return result
 
 
-def write_text(path: str, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file and its folder. Readers never see half a file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_lines(path: str | Path, lines: Iterable[dict]) -> None:
+    """Write a JSON-lines file."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(path, text)
 
 
 def origin(name: str, argv: list[str], settings: dict, state: dict | None = None) -> dict:

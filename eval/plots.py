@@ -89,22 +89,19 @@ def plot_runs(folders: list[str], path: str) -> None:
     save_figure(figure, path)
 
 
-def plot_quality(data: dict, path: str | Path) -> None:
-    """Draw a share against network calls: a line for each series and for the AR model.
-
-    data: {"title", "metric", "series": [{"name", "points": [point]}], "ar": point}. A point is
-    {"calls", "value", "interval": [low, high]}.
-    """
+def plot_quality(series: dict[str, list[dict]], ar: dict, path: str | Path) -> None:
+    """Draw exact match against network calls, from results of eval.exact_match."""
     figure = new_figure(5.2)
     panel = figure.subplots()
-    for series in [*data["series"], {"name": "autoregressive", "points": [data["ar"]]}]:
-        points = sorted(series["points"], key=lambda point: point["calls"])
-        calls = [point["calls"] for point in points]
-        values = [point["value"] for point in points]
-        errors = [[abs(p["value"] - p["interval"][end]) for p in points] for end in (0, 1)]
-        panel.errorbar(calls, values, errors, fmt="o-", capsize=3, label=series["name"])
-    panel.axhline(data["ar"]["value"], color="black", ls="--")
-    panel.set(xlabel="network calls", ylabel=data["metric"], title=data["title"])
+    for name, results in (series | {"autoregressive": [ar]}).items():
+        results = sorted(results, key=lambda result: result["calls_per_sample"])
+        calls = [round(result["calls_per_sample"], 1) for result in results]
+        shares = [result["exact_match"] for result in results]
+        errors = [[abs(r["exact_match"] - r["interval"][end]) for r in results] for end in (0, 1)]
+        panel.errorbar(calls, shares, errors, fmt="o-", capsize=3, label=name)
+    panel.axhline(ar["exact_match"], color="black", ls="--")
+    panel.set(xlabel="network calls", ylabel="exact match")
+    panel.set_title("Mini translation: 200 held-out numbers (528 at 10 steps)")
     panel.yaxis.set_major_formatter("{x:.0%}")
     panel.legend()
     save_figure(figure, path)

@@ -19,7 +19,7 @@ reads all weights for each token, training multiplies matrices.
 import copy
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,9 +35,9 @@ from torch.utils.benchmark import timer
 import autoregressive
 import diffusion
 from ar2diff import convert
-from configurator import configure, run, setting, validate
+from configurator import configure, flatten, run, setting, validate
 from data.objectives import Batch
-from eval.common import environment, markdown, write_text
+from eval.common import environment, markdown, origin, write_lines
 from extras.fast_decode import speed_up
 from infra import device as devices
 from infra.flops import train_flops
@@ -131,11 +131,10 @@ def model_config(shape: dict, prefix: int, target: int, **settings) -> ModelConf
     return ModelConfig(**BLOCK | shape | ids | sizes | settings)
 
 
-def random_batch(case: dict, prefix: int, target: int, device) -> Batch:
+def random_batch(cfg: ModelConfig, rows: int, prefix: int, target: int, device) -> Batch:
     generator = torch.Generator().manual_seed(SEED)
-    high = SHAPES[case["shape"]]["vocab_size"] - 3
-    ids = torch.randint(high, (case["batch"], prefix + target), generator=generator).to(device)
-    return Batch(ids[:, :prefix], ids[:, prefix:], torch.arange(len(ids), device=device))
+    ids = torch.randint(cfg.n_ordinary, (rows, prefix + target), generator=generator).to(device)
+    return Batch(ids[:, :prefix], ids[:, prefix:], torch.arange(rows, device=device))
 
 
 @functools.lru_cache(maxsize=1)
@@ -216,7 +215,7 @@ def decode_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
         compiled.cache_clear()
         torch.compiler.reset()
     networks = random_networks(case["shape"], case["dtype"], device)
-    prompt = random_batch(case, PROMPT, 1, device).prefix
+    prompt = random_batch(networks["AR"].cfg, case["batch"], PROMPT, 1, device).prefix
     length = case["length"]
     calls = {}
     for name, network in networks.items():
@@ -241,9 +240,9 @@ def decode_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
 
 
 def loop_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
-    prompt = random_batch(case, PROMPT, 1, device).prefix
     network = random_networks(case["shape"], case["dtype"], device)["cached prefix"]
     network = at_length(network, case["length"])
+    prompt = random_batch(network.cfg, case["batch"], PROMPT, 1, device).prefix
     sampler = diffusion.SamplerConfig(steps=3)
     calls = {
         "loop": partial(diffusion.generate, recorded(network, prompt), prompt, sampler),
@@ -256,8 +255,8 @@ def loop_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
 def train_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
     shape = SHAPES[case["shape"]]
     length = case["length"]
-    batch = random_batch(case, 0, length, device)
     model_cfg = model_config(shape, 0, length)
+    batch = random_batch(model_cfg, case["batch"], 0, length, device)
     model = BaselineGPT(**shape, length=length).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=BETAS, fused=True)
     dtype = case["dtype"]
@@ -273,8 +272,8 @@ def train_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
 
 def unroll_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
     half = case["length"] // 2
-    batch = random_batch(case, half, half, device)
     models = {"AR": model_config(SHAPES[case["shape"]], half, half)}
+    batch = random_batch(models["AR"], case["batch"], half, half, device)
     settings = {"paradigm": "diffusion", "target_attention": "bidirectional"}
     for name, kind in DIFFUSION.items():
         models[name] = replace(models["AR"], prefix_attention=kind, **settings)
@@ -343,14 +342,21 @@ def main(argv: list[str]) -> list[dict]:
     devices.disable_malloc_trim()  # as train.py does
     machine = environment()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    origin = {"command": " ".join(["python -m eval.speed", *argv]), "seed": SEED} | machine
-    old = read_lines(Path(cfg.json)) if cfg.json else []
-    done = [(o["what"], o["case"]) for o in old if o["origin"]["hardware"] == machine["hardware"]]
+    old = [o for o in read_lines(cfg.json) if o["origin"]["hardware"] == machine["hardware"]]
+    done = [(line["what"], line["case"]) for line in old]
+    todo = [wanted for wanted in plan(cfg, device) if wanted not in done]
+    measurements = (partial(CASES[what], cfg, case, device) for what, case in todo)
+    return add_lines(cfg.json, origin("speed", argv, flatten(cfg) | {"seed": SEED}), measurements)
+
+
+def add_lines(path: str, origin: dict, measurements: Iterable[Callable[[], dict]]) -> list[dict]:
+    """Make the measurements. Print each, and add it to the file. Return the new lines."""
+    old = read_lines(path)
     new = []
-    for what, case in (wanted for wanted in plan(cfg, device) if wanted not in done):
-        new.append(CASES[what](cfg, case, device) | {"origin": origin})
-        if cfg.json:
-            write_text(cfg.json, "".join(json.dumps(one) + "\n" for one in old + new))
+    for measure in measurements:
+        new.append(measure() | {"origin": origin})
+        if path:
+            write_lines(path, old + new)
         print(f"\n{lines_table(new[-1:])}", flush=True)
     return new
 
@@ -358,8 +364,9 @@ def main(argv: list[str]) -> list[dict]:
 # Tables
 
 
-def read_lines(path: Path) -> list[dict]:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+def read_lines(path: str | Path) -> list[dict]:
+    """Return the lines of a results file, none if there is no file."""
+    text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
     return [json.loads(line) for line in text.splitlines()]
 
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from data.loader import OUT
-from eval.common import write_text
+from eval.common import write_lines
 from infra.checkpoint import load, write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -220,11 +220,6 @@ def read_results(path: Path) -> dict[str, dict]:
     return found
 
 
-def write_results(path: Path, lines: dict[str, dict]) -> None:
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values())
-    write_text(str(path), text)
-
-
 def keep_weights(folder: Path) -> None:
     """Keep only the last weights of a finished training, a fifth of its disk space."""
     path = folder / "ckpt.pt"
@@ -287,7 +282,7 @@ class Runner:
                 write_answers(self.path.parent / "predictions" / f"{job.name}.json.gz", result)
             lines = read_results(self.path)
             lines[job.name] = {"job": job.name, "recipe": job.stage.recipe, **result}
-            write_results(self.path, lines)
+            write_lines(self.path, lines.values())
 
     def _run_stage(self, stage: Stage) -> None:
         """Run a command and those before it, unless an earlier call finished it."""

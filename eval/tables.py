@@ -21,33 +21,40 @@ from typing import NamedTuple
 from configurator import configure, run, setting, validate
 from data.loader import OUT, build_if_missing
 from eval import real, study
-from eval.common import environment, markdown, write_text
-from eval.study import MINI, Runner, plain, read_results, write_results
+from eval.common import environment, markdown, write_lines, write_text
+from eval.study import MINI, Runner, plain, read_results
 
-# Scale -> (task, metric, column)
-TASKS = {
-    "mini": [
-        ("mini_translation", "exact_match", "translation EM %"),
-        ("mini_translation", "bleu", "BLEU"),
-        ("mini_qa", "f1", "QA F1 %"),
-        ("mini_code", "pass@1", "code pass@1 %"),
+
+class Column(NamedTuple):
+    title: str
+    jobs: str  # their name in the JSON-lines file, with a seed and a row
+    metric: str
+
+
+TRANSLATION = "mini_{}_mini_translation_{}"
+MINI_COLUMNS = [
+    Column("translation EM %", TRANSLATION, "exact_match"),
+    Column("BLEU", TRANSLATION, "bleu"),
+    Column("QA F1 %", "mini_{}_mini_qa_{}", "f1"),
+    Column("code pass@1 %", "mini_{}_mini_code_{}", "pass@1"),
+]
+REAL_COLUMNS = {
+    "squad": [
+        Column("SQuAD F1 %", "real_{}_squad_{}", "f1"),
+        Column("EM %", "real_{}_squad_{}", "exact_match"),
     ],
-    "real": [
-        ("squad", "f1", "SQuAD F1 %"),
-        ("multi30k", "bleu", "Multi30k BLEU"),
-        ("mbpp", "pass@1", "MBPP pass@1 %"),
-        ("squad", "exact_match", "EM %"),
-        ("multi30k", "chrf", "chrF"),
-        ("mbpp", "pass@10", "pass@10 %"),
-        ("mbpp", "parse", "programs that parse %"),
+    "multi30k": [
+        Column("Multi30k BLEU", "real_{}_multi30k_{}", "bleu"),
+        Column("chrF", "real_{}_multi30k_{}", "chrf"),
+    ],
+    "mbpp": [
+        Column("MBPP pass@1 %", "real_{}_mbpp_{}", "pass@1"),
+        Column("pass@10 %", "real_{}_mbpp_{}", "pass@10"),
+        Column("programs that parse %", "real_{}_mbpp_{}", "parse"),
     ],
 }
-SCALED = {
-    "bleu": 1,
-    "chrf": 1,
-    "calls_per_sample": 1,
-    "seconds_per_sample": 1000,
-}
+# A metric that is not here is a share, shown in percent.
+FACTORS = {"bleu": 1, "chrf": 1, "calls_per_sample": 1, "seconds_per_sample": 1000}
 # The paper's WMT14 En-Fr BLEU, SQuAD F1 and MBPP pass@80, size Base. Its N is 10K and 100K of 1M
 # steps. Its diffusion model has as many steps as its AR model, which is twice the FLOPs.
 PAPER_1 = {
@@ -82,7 +89,7 @@ QUICKSTART = {
 
 @dataclass
 class TablesConfig:
-    scale: str = setting("mini", "what is trained", choices=tuple(TASKS))
+    scale: str = setting("mini", "what is trained", choices=("mini", "real"))
     quickstart: bool = setting(False, "the table of quickstart.sh, from out/quickstart/")
     seeds: int = setting(3, "training seeds, from 1", minimum=1, maximum=9)
     lanes: int = setting(2, "jobs at a time", minimum=1)
@@ -99,22 +106,11 @@ class TablesConfig:
 Lines = dict[str, dict]  # job -> its line
 
 
-class Column(NamedTuple):
-    title: str
-    lines: Lines
-    part: str
-    task: str
-    metric: str
-    suffix: str = ""
-
-
-def cell(column: Column, row: str) -> str:
+def cell(lines: Lines, column: Column, row: str) -> str:
     """Return "91.2 (89.0 to 93.1)": the mean over seeds, the lowest and the highest."""
-    found = []
-    for seed in range(1, 10):
-        name = f"{column.part}_{seed}_{column.task}_{plain(row)}{column.suffix}"
-        if name in column.lines:
-            found.append(value(column.lines[name], column.metric))
+    names = [column.jobs.format(seed, plain(row)) for seed in range(1, 10)]
+    factor = FACTORS.get(column.metric, 100)
+    found = [factor * lines[name][column.metric] for name in names if name in lines]
     if not found:
         return "-"
     mean = statistics.mean(found)
@@ -123,41 +119,30 @@ def cell(column: Column, row: str) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def value(result: dict, metric: str) -> float:
-    """Return a metric, a share in percent."""
-    return SCALED.get(metric, 100) * result[metric]
-
-
-def grid(heads: list[str], rows: dict[tuple[str, ...], str], columns: list[Column]) -> str:
+def grid(heads: list[str], rows: dict[tuple, str], lines: Lines, columns: list[Column]) -> str:
     """Return a table: the first cells of each row -> its name in the job names."""
-    body = [[*first, *(cell(column, row) for column in columns)] for first, row in rows.items()]
+    body = [[*first, *(cell(lines, c, row) for c in columns)] for first, row in rows.items()]
     return markdown([*heads, *(column.title for column in columns)], body)
 
 
-def task_columns(lines: Lines, scale: str) -> list[Column]:
-    return [Column(title, lines, scale, task, metric) for task, metric, title in TASKS[scale]]
-
-
 # Tables
-
-FIRST = "mini_1_mini_translation_"  # jobs of the first seed
 
 
 def table_1(lines: Lines) -> str:
     """Architecture x objective, diffusion from scratch."""
     names = itertools.product(study.OBJECTIVES, study.ARCHITECTURES)
     rows = {(a, o, PAPER_1[a, o]): f"table1_{a}_{o}" for o, a in names}
-    return grid(["architecture", "objective", PAPER], rows, task_columns(lines, "mini"))
+    return grid(["architecture", "objective", PAPER], rows, lines, MINI_COLUMNS)
 
 
 def table_2(lines: Lines) -> str:
     """AR, diffusion, AR2Diff by N."""
-    columns = task_columns(lines, "mini")
-    first = (lines, "mini", "mini_translation")
-    columns += [Column("calls", *first, "calls_per_sample")]
-    columns += [Column("ms a text", *first, "seconds_per_sample")]
+    costs = [
+        Column("calls", TRANSLATION, "calls_per_sample"),
+        Column("ms a text", TRANSLATION, "seconds_per_sample"),
+    ]
     rows = {(label, PAPER_2.get(label, "")): label for label in study.main_rows(MINI)}
-    return grid(["row", PAPER], rows, columns)
+    return grid(["row", PAPER], rows, lines, MINI_COLUMNS + costs)
 
 
 def table_3(lines: Lines) -> str:
@@ -166,48 +151,48 @@ def table_3(lines: Lines) -> str:
     for (steps, samples), paper in PAPER_3.items():
         rows[f"{steps}", f"{samples}", f"{steps * samples}", paper] = f"table3_{steps}_{samples}"
     heads = ["steps", "samples", "calls", "paper: F1, pass@80"]
-    return grid(heads, rows, task_columns(lines, "mini"))
+    return grid(heads, rows, lines, MINI_COLUMNS)
 
 
-def labels(lines: Lines, start: str, end: str = "") -> dict[tuple[str], str]:
+def labels(lines: Lines, start: str = "", end: str = "") -> dict[tuple[str], str]:
     """Return label -> name in the job names, of the lines with a label."""
+    first = TRANSLATION.format(1, "")
     found = {}
     for job, line in lines.items():
-        if "row" in line and job.startswith(start) and job.endswith(end):
-            found[line["row"],] = job.removeprefix(FIRST).removesuffix(end)
+        if "row" in line and job.startswith(first + start) and job.endswith(end):
+            found[line["row"],] = job.removeprefix(first).removesuffix(end)
     return found
 
 
 def recipes_table(lines: Lines, main: Lines) -> str:
     """Recipes of adaptation. The last column decodes the adapted weights as an AR model."""
-    both = main | lines
-    exact = (both, "mini", "mini_translation", "exact_match")
     columns = [
-        Column("translation EM %", *exact),
-        Column("EM %, decoded as AR", *exact, "_left_to_right"),
+        Column("translation EM %", TRANSLATION, "exact_match"),
+        Column("EM %, decoded as AR", f"{TRANSLATION}_left_to_right", "exact_match"),
     ]
-    rows = labels(lines, FIRST) | {("default (Table 2)",): "AR2Diff_N"}
-    return grid(["recipe"], rows, columns)
+    rows = labels(lines) | {("default (Table 2)",): "AR2Diff_N"}
+    return grid(["recipe"], rows, main | lines, columns)
 
 
 def few_steps_table(lines: Lines) -> str:
     """Ways of training x denoising steps: exact match of translation."""
-    rows = labels(lines, FIRST, "_10")
-    exact = (lines, "mini", "mini_translation", "exact_match")
-    columns = [Column(f"{steps} steps", *exact, f"_{steps}") for steps in (2, 4, 10, 50)]
-    return grid(["training: EM % of translation"], rows, columns)
+    names = {f"{steps} steps": f"{TRANSLATION}_{steps}" for steps in (2, 4, 10, 50)}
+    columns = [Column(title, jobs, "exact_match") for title, jobs in names.items()]
+    return grid(["training: EM % of translation"], labels(lines, end="_10"), lines, columns)
 
 
 def choices_table(lines: Lines, main: Lines) -> str:
     """Samplers, steps and candidates: quality, and network calls of a translated text."""
-    rows = labels(lines, f"{FIRST}exit_")
+    rows = labels(lines, "exit_")
     for steps, samples in PAPER_3:
         rows[f"--steps={steps} --candidates={samples}",] = f"table3_{steps}_{samples}"
-    both = main | lines
-    columns = [Column("calls", both, "mini", "mini_translation", "calls_per_sample")]
-    for task, metric in (("translation", "exact_match"), ("qa", "exact_match"), ("code", "pass@1")):
-        columns.append(Column(f"{task} %", both, "mini", f"mini_{task}", metric))
-    return grid(["flags"], rows, columns)
+    columns = [
+        Column("calls", TRANSLATION, "calls_per_sample"),
+        Column("translation %", TRANSLATION, "exact_match"),
+        Column("qa %", "mini_{}_mini_qa_{}", "exact_match"),
+        Column("code %", "mini_{}_mini_code_{}", "pass@1"),
+    ]
+    return grid(["flags"], rows, main | lines, columns)
 
 
 def quickstart_table(lines: Lines) -> str:
@@ -276,31 +261,27 @@ REAL_ROWS = {
 
 def real_table(lines: Lines) -> str:
     """Return the main rows of the three real tasks."""
-    columns = task_columns(lines, "real")[:3]
+    columns = [columns[0] for columns in REAL_COLUMNS.values()]
     body = []
     for label, rows in REAL_ROWS.items():
         body.append([label])
         for column, row in zip(columns, rows):
-            cost = column._replace(metric="calls_per_sample")
-            found = cell(column, row)
-            body[-1].append(found if found == "-" else f"{found} in {cell(cost, row)}")
-    heads = ["row", *(f"{column.title} in calls" for column in columns)]
-    return markdown(heads, body)
+            calls = cell(lines, column._replace(metric="calls_per_sample"), row)
+            found = cell(lines, column, row)
+            body[-1].append(found if found == "-" else f"{found} in {calls}")
+    return markdown(["row", *(f"{column.title} in calls" for column in columns)], body)
 
 
 def real_task_table(task: str, lines: Lines) -> str:
     """Return each row of a task that has run: metrics, calls, the interval of the first seed."""
-    columns = [column for column in task_columns(lines, "real") if column.task == task]
-    columns.append(columns[0]._replace(title="network calls", metric="calls_per_sample"))
-    metric = columns[0].metric
+    first, *others = REAL_COLUMNS[task]
+    columns = [first, *others, Column("network calls", first.jobs, "calls_per_sample")]
+    factor = FACTORS.get(first.metric, 100)
     body = []
     for row in real.TASKS[task].rows(1):
-        line = lines.get(f"real_1_{task}_{plain(row)}")
-        if line is None:
-            continue
-        ends = [SCALED.get(metric, 100) * end for end in line[f"{metric}_interval"]]
-        interval = " to ".join(f"{end:.1f}" for end in ends)
-        body.append([row, *(cell(column, row) for column in columns), interval])
+        if line := lines.get(first.jobs.format(1, plain(row))):
+            ends = (f"{factor * end:.1f}" for end in line[f"{first.metric}_interval"])
+            body.append([row, *(cell(lines, c, row) for c in columns), " to ".join(ends)])
     heads = ["row", *(column.title for column in columns), "95% interval, seed 1"]
     return markdown(heads, body)
 
@@ -311,10 +292,11 @@ def real_steps_table(lines: Lines) -> str:
     settings |= {"10, 1": ""}
     settings |= {f"10, {candidates}": f"_10_{candidates}" for candidates in real.CANDIDATES}
     body = []
-    for column in task_columns(lines, "real")[:2]:
-        for row in real.TASKS[column.task].curves:
-            cells = [cell(column._replace(suffix=end), row) for end in settings.values()]
-            body.append([f"{column.title}, {row}", *cells])
+    for task in ("squad", "multi30k"):
+        column = REAL_COLUMNS[task][0]
+        for row in real.TASKS[task].curves:
+            cells = (column._replace(jobs=column.jobs + end) for end in settings.values())
+            body.append([f"{column.title}, {row}", *(cell(lines, c, row) for c in cells)])
     return markdown(["steps, candidates", *settings], body)
 
 
@@ -341,37 +323,25 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 def quickstart(out: Path) -> str:
     """Collect the evaluations of quickstart.sh into one file, one table and one picture."""
+    from eval.plots import plot_quality
+
     lines = {}
     for path in sorted((out / "quickstart").glob("*.json")):
         lines[path.stem] = {"job": path.stem, **json.loads(path.read_text(encoding="utf-8"))}
     missing = [name for name in QUICKSTART if name not in lines]
     if missing:
         raise ValueError(f"{out}/quickstart has no {', '.join(missing)}: run bash quickstart.sh")
-    write_results(out / "quickstart.jsonl", lines)
+    write_lines(out / "quickstart.jsonl", lines.values())
     where = environment()
     table = quickstart_table(lines)
     origin = f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}"
-    write_text(str(out / "quickstart.md"), f"{table}\n\n{origin}\n")
-    draw_quickstart(lines, out / "quality.png")
-    return table
-
-
-def draw_quickstart(lines: Lines, path: Path) -> None:
-    """Draw exact match against network calls."""
-    from eval.plots import plot_quality
-
-    def point(job: str) -> dict:
-        result = lines[job]
-        calls = round(result["calls_per_sample"], 1)
-        return {"calls": calls, "value": result["exact_match"], "interval": result["interval"]}
-
-    series = []
+    write_text(out / "quickstart.md", f"{table}\n\n{origin}\n")
+    series = {}
     for row in list(QUICKSTART)[2:]:
-        points = [point(job) for job in lines if job == row or job.startswith(f"{row}_")]
-        series.append({"name": QUICKSTART[row], "points": points})
-    title = "Mini translation: 200 held-out numbers (528 at 10 steps)"
-    drawn = {"title": title, "metric": "exact match", "series": series, "ar": point("ar_finetune")}
-    plot_quality(drawn, path)
+        jobs = [job for job in lines if job == row or job.startswith(f"{row}_")]
+        series[QUICKSTART[row]] = [lines[job] for job in jobs]
+    plot_quality(series, lines["ar_finetune"], out / "quality.png")
+    return table
 
 
 def main(argv: list[str]) -> None:

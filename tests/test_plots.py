@@ -58,10 +58,9 @@ def test_the_curves_are_those_of_the_logs(tmp_path, drawn):
 
 
 def test_quality_shows_shares_and_intervals(drawn):
-    point = {"calls": 10, "value": 0.5, "interval": [0.4, 0.6]}
-    series = [{"name": "a", "points": [point | {"calls": 20}, point]}]
-    ar = {"value": 0.9, "interval": [0.8, 0.95], "calls": 22.5}
-    plots.plot_quality({"title": "t", "metric": "m", "series": series, "ar": ar}, "q.png")
+    result = {"calls_per_sample": 10, "exact_match": 0.5, "interval": [0.4, 0.6]}
+    ar = {"calls_per_sample": 22.5, "exact_match": 0.9, "interval": [0.8, 0.95]}
+    plots.plot_quality({"a": [result | {"calls_per_sample": 20}, result]}, ar, "q.png")
     (panel,) = drawn[0].axes
     assert list(panel.get_lines()[0].get_xdata()) == [10, 20]
     ends = panel.collections[0].get_segments()[0][:, 1]

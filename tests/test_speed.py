@@ -137,9 +137,9 @@ def as_baseline(state: dict) -> dict:
 
 def test_our_step_and_the_baseline_train_alike():
     """From the same weights on the same tokens, the losses of torch's Transformer are ours."""
-    batch = speed.random_batch(CASE, 0, 8, CPU)
     shape = speed.SHAPES["six"]
     cfg = speed.TrainConfig(model=model_config(shape, 0, 8), optimizer="adamw", learning_rate=1e-3)
+    batch = speed.random_batch(cfg.model, 2, 0, 8, CPU)
     ours = Transformer(cfg.model)
     theirs = speed.BaselineGPT(**shape, length=8)
     missing = theirs.load_state_dict(as_baseline(ours.state_dict()), strict=False).missing_keys

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from eval import tables
-from eval.study import plain, read_results, write_results
+from eval.common import write_lines
+from eval.study import plain, read_results
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,7 +75,7 @@ def test_the_quickstart_becomes_lines_a_table_and_a_picture(tmp_path):
 
 
 def test_a_line_that_is_no_result_is_named(tmp_path):
-    write_results(tmp_path / "a.jsonl", {"one": {"job": "one"}})
+    write_lines(tmp_path / "a.jsonl", [{"job": "one"}])
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write("{broken\n")
     with pytest.raises(ValueError, match=r"a.jsonl:2: not a JSON object"):
