@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -126,26 +127,21 @@ def bound_nats(model, batch: Batch, cfg: BoundConfig, seed: int) -> Tensor:
 # Nats of each pair
 
 
-def padded_batches(model, pairs: list, examples: Sequence[int], batch_size: int):
-    """Yield (places in the list, Batch) with prefixes of similar length together."""
-    cfg = model.cfg
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
-    for rows in batched(order, batch_size):
-        chosen = ([pairs[i] for i in rows], [examples[i] for i in rows])
-        batch = collate(*chosen, cfg.pad_id, cfg.sep_id, cfg.target_length)
-        yield rows, Batch(*(part.to(model.tok.weight.device) for part in batch))
-
-
 @torch.no_grad()
 def split_nats(model, pairs: list, examples: Sequence[int], batch_size: int, nats_of: Callable):
     """Return (nats of the text, nats of the pads) of each pair, in order.
 
     nats_of(model, batch) -> nats per slot (B, T - 1). The batches change no draw.
     """
+    cfg = model.cfg
     sums = torch.zeros(2, len(pairs), dtype=torch.double)
-    for rows, batch in padded_batches(model, pairs, examples, batch_size):
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))  # similar lengths together
+    for rows in batched(order, batch_size):
+        chosen = ([pairs[i] for i in rows], [examples[i] for i in rows])
+        batch = collate(*chosen, cfg.pad_id, cfg.sep_id, cfg.target_length)
+        batch = Batch(*(part.to(model.tok.weight.device) for part in batch))
         nats = nats_of(model, batch).cpu().double()
-        is_pad = batch.target[:, 1:].cpu() == model.cfg.pad_id
+        is_pad = batch.target[:, 1:].cpu() == cfg.pad_id
         sums[:, rows] = torch.stack([(nats * ~is_pad).sum(1), (nats * is_pad).sum(1)])
     return sums.tolist()
 
@@ -163,14 +159,13 @@ def rate_with_error(text: list[float], pads: list[float], counts: list[int], uni
     The error is that of a ratio of two means (Cochran 1977, section 2.11). One item has none.
     """
     n = len(counts)
-    total = sum(counts) * unit
-    nats = [a + b for a, b in zip(text, pads)]
-    value = sum(nats) / total
-    error = None
-    if n > 1:
-        squares = sum((x - value * unit * count) ** 2 for x, count in zip(nats, counts))
-        error = math.sqrt(squares * n / (n - 1)) / total
-    return {"value": value, "standard_error": error, "of_which_pads": sum(pads) / total}
+    counts = unit * np.array(counts)
+    nats = np.add(text, pads)
+    value = nats.sum() / counts.sum()
+    residuals = nats - value * counts
+    error = float(residuals.std(ddof=1) * n**0.5 / counts.sum()) if n > 1 else None
+    pads = float(np.sum(pads) / counts.sum())
+    return {"value": float(value), "standard_error": error, "of_which_pads": pads}
 
 
 def fitting_pairs(data: str, model, state: dict) -> Pairs:
@@ -191,23 +186,23 @@ def main(argv: list[str]) -> dict:
     chosen = choose(range(len(held_out)), cfg.n)
     pairs = [held_out.pair(i) for i in chosen]
     nats = target_nats(model, pairs, chosen, cfg, cfg.batch_size, cfg.seed)
-    kind = "exact" if model.cfg.paradigm == "ar" else "upper bound on the"
-    measure = f"{kind} negative log-likelihood"
-    result = {"task": held_out.folder.name, "n": len(chosen), "measure": measure}
     n_slots = model.cfg.target_length - 1
     tokens = [min(len(target) + 1, n_slots) for _, target in pairs]  # the first pad ends the text
     n_bytes = [len(held_out.text(i)[1].encode()) for i in chosen]
-    result |= {"n_tokens": sum(tokens), "n_bytes": sum(n_bytes)}
-    text = f"{held_out.folder.name}: {measure} of {len(chosen)} held-out pairs"
     rates = {
         "nats_per_slot": rate_with_error(*nats, [n_slots] * len(pairs)),
         "nats_per_token": rate_with_error(*nats, tokens),
         "bits_per_byte": rate_with_error(*nats, n_bytes, math.log(2)),
     }
+    kind = "exact" if model.cfg.paradigm == "ar" else "upper bound on the"
+    measure = f"{kind} negative log-likelihood"
+    text = f"{held_out.folder.name}: {measure} of {len(chosen)} held-out pairs"
     for name, rate in rates.items():
         value, error, pads = rate.values()
         spread = "" if error is None else f" +- {error:.4f}"
         text += f"\n    {name:15s} {value:.4f}{spread}, of which pads {pads:.4f}"
+    result = {"task": held_out.folder.name, "n": len(chosen), "measure": measure}
+    result |= {"n_tokens": sum(tokens), "n_bytes": sum(n_bytes)}
     result |= rates | origin("bound", argv, flatten(cfg), state)
     result["dataset"] = {"folder": str(held_out.folder), "fingerprint": held_out.fingerprint}
     return finish(cfg.json, result, text)

