@@ -18,7 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from configurator import require
-from eval.study import ROOT, Job, Stage, plain
+from eval.study import ROOT, SCRATCH, Job, Stage, plain
 
 OUT = "out/real"
 DATA = f"{OUT}/data"
@@ -26,10 +26,6 @@ SOURCES = f"{OUT}/sources"  # of the raw files; it may be a link
 STEPS = (1, 2, 4, 20)  # of the curves, besides 10
 CANDIDATES = (4, 8)  # besides 1
 CONVERT = "--prefix_attention=causal --self_conditioning=False"
-SCRATCH = (
-    "--paradigm=diffusion --prefix_attention=bidirectional --target_attention=bidirectional"
-    " --self_conditioning"
-)
 
 
 def imported(flags: str = "--paradigm=ar") -> Stage:
@@ -250,17 +246,14 @@ def jobs(seeds: int) -> Iterator[Job]:
 
 def quick(job: Job) -> Job:
     """Return the job with 20 steps of training and 10 items."""
+    training = "--max_steps=20 --batch_size=2 --grad_accum_steps=1"
+    training += " --eval_interval=20 --eval_batches=1"
+    more = {"train.py": training, "-m": TASKS[job.name.split("_")[2]].quick}
 
-    task = TASKS[job.name.split("_")[2]]
-
-    def shorten(stage: Stage) -> Stage:
-        flags = {"train.py": QUICK_TRAINING, "-m": task.quick.split()}.get(stage.argv[0], ())
-        source = shorten(stage.source) if stage.source else None
-        return replace(stage, argv=(*stage.argv, *flags), source=source)
+    def shorten(stage: Stage | None) -> Stage | None:
+        if stage is None:
+            return None
+        flags = more.get(stage.argv[0], "").split()
+        return replace(stage, argv=(*stage.argv, *flags), source=shorten(stage.source))
 
     return job._replace(stage=shorten(job.stage))
-
-
-QUICK_TRAINING = tuple(
-    "--max_steps=20 --batch_size=2 --grad_accum_steps=1 --eval_interval=20 --eval_batches=1".split()
-)

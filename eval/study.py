@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,39 +69,29 @@ class Job(NamedTuple):
 # What is trained
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """What is trained, and for how many steps."""
 
-    tasks: dict[str, str]  # data set -> the evaluation of a model that was fine-tuned on it
-    network: str  # flags of every model from scratch
-    ar_steps: int
-    adapt_steps: int  # N
-    tune_steps: int
-    scratch_steps: int  # diffusion pretraining of Table 1
-    sampled_items: int  # of Table 3: an item costs up to 160 network calls there
-    every: str = ""  # flags of every training
-
-
-MINI = Scale(
-    tasks={
+    tasks: dict[str, str] = {  # data set -> the evaluation of a model that was fine-tuned on it
         "mini_translation": "eval.translation --n=500 --items=false",
         "mini_qa": "eval.qa --n=500 --items=false",
         "mini_code": "eval.code --n=500 --items=false --run_code",
-    },
-    network="--n_layer=3 --n_embd=96",
-    ar_steps=600,
-    adapt_steps=200,
-    tune_steps=200,
-    scratch_steps=300,
-    sampled_items=200,
-)
+    }
+    network: str = "--n_layer=3 --n_embd=96"  # flags of every model from scratch
+    ar_steps: int = 600
+    adapt_steps: int = 200  # N
+    tune_steps: int = 200
+    scratch_steps: int = 300  # diffusion pretraining of Table 1
+    sampled_items: int = 200  # of Table 3: an item costs up to 160 network calls there
+    every: str = ""  # flags of every training
+
+
+MINI = Scale()
 
 
 def quick(scale: Scale) -> Scale:
     """Return the same jobs with a tiny network, 20 steps and 10 items each."""
-    return replace(
-        scale,
+    return scale._replace(
         tasks={task: f"{line} --n=10" for task, line in scale.tasks.items()},
         network=f"{scale.network} --n_layer=2 --n_head=2 --n_embd=32",
         every="--max_steps=20 --batch_size=4 --eval_batches=1 --eval_interval=20",

@@ -122,7 +122,7 @@ def test_every_kind_of_job_starts(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     one = {"mini_code": MINI.tasks["mini_code"]}
-    monkeypatch.setattr(tables, "MINI", study.replace(MINI, tasks=one))
+    monkeypatch.setattr(tables, "MINI", MINI._replace(tasks=one))
     tables.main(["--scale=mini", "--quick"])
     lines = read_results(Path("out/tables/quick/study.jsonl"))
     assert len(lines) == 8 + 5 + 4 and all("pass@1" in line for line in lines.values())
