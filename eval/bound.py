@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configurator import configure, flatten, require, run, setting, validate
+from configurator import configure, flatten, require, run, setting
 from data.loader import Pairs
 from data.objectives import Batch, collate
 from diffusion import align_logits, corrupt
-from eval.common import PairsConfig, batched, choose, finish, open_pairs, origin
+from eval.common import PairsConfig, Settings, batched, choose, finish, open_pairs, origin
 from infra.checkpoint import load_model
 from infra.device import pick_device
 from infra.logits import banned_token_ids
@@ -35,14 +35,11 @@ from infra.rng import RATE, CounterRNG, make_rng
 
 
 @dataclass
-class BoundConfig:
+class BoundConfig(Settings):
     """The process whose bound is estimated. AR needs none of it."""
 
     noise_steps: int = setting(20, "diffusion: T, the steps of the process", minimum=1)
     draws: int = setting(20, "diffusion: noisy canvases per pair", minimum=1)
-
-    def __post_init__(self):
-        validate(self)
 
 
 @dataclass

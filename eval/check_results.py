@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from difflib import unified_diff
 from pathlib import Path
 
-from configurator import configure, run, setting, suggest, validate
+from configurator import configure, run, setting, suggest
 from eval.common import write_text
 from eval.tables import TABLES
 
@@ -26,9 +26,6 @@ ORIGIN = ("command", "seed", "commit", "hardware", "torch", "python")
 class CheckConfig:
     pages: str = setting("README.md results/README.md docs/*.md", "files and patterns")
     write: bool = setting(False, "rewrite the tables of the pages")
-
-    def __post_init__(self):
-        validate(self)
 
 
 def rewrite(page: Path, results: Path) -> str:

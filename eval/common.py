@@ -33,8 +33,15 @@ MAX_EXAMPLES = 1 << 20  # the key of a sample has 32 bits: 20 for the example
 MAX_SAMPLES = 1 << 12  # and 12 for its number
 
 
+class Settings:
+    """The base of all settings here: their limits are checked when they are built."""
+
+    def __post_init__(self):
+        validate(self)
+
+
 @dataclass
-class EvalConfig:
+class EvalConfig(Settings):
     """Settings of every evaluation."""
 
     init_from: str = setting("out/run/ckpt.pt", "the checkpoint", path=True)
@@ -45,7 +52,7 @@ class EvalConfig:
     json: str = setting("", "write the result to this file", path=True)
 
     def __post_init__(self):
-        validate(self)
+        super().__post_init__()
         if self.dtype == "auto":
             fast = has_fast_bf16(pick_device(self.device))
             self.dtype = "bfloat16" if fast else "float32"
@@ -91,7 +98,11 @@ class Generator:
         texts = [""] * n
         calls = 0  # of the network, summed over candidates
         start = time.perf_counter()
-        for places in tqdm(list(self._batches(prompts)), unit="batch", disable=None, leave=False):
+        lengths = [len(prompt) for prompt in prompts]
+        order = sorted(range(n), key=lengths.__getitem__)
+        groups = [list(group) for _, group in groupby(order, key=lengths.__getitem__)]
+        batches = [part for group in groups for part in batched(group, self.cfg.batch_size)]
+        for places in tqdm(batches, unit="batch", disable=None, leave=False):
             rows = [prompts[i] for i in places]
             prefix = torch.tensor(rows, dtype=torch.long, device=device)
             example = torch.tensor([keys[i] for i in places], device=device)
@@ -104,11 +115,6 @@ class Generator:
             calls += int(output.calls.sum())
         seconds = time.perf_counter() - start
         return texts, {"calls_per_sample": calls / n, "seconds_per_sample": seconds / n}
-
-    def _batches(self, prompts: list) -> Iterator[Sequence[int]]:
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for _, places in groupby(order, key=lambda i: len(prompts[i])):
-            yield from batched(list(places), self.cfg.batch_size)
 
 
 def batched(items: Sequence, size: int) -> Iterator[Sequence]:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from configurator import configure, flatten, run, setting, validate
+from configurator import configure, flatten, run, setting
 from data.sources import read_json_lines
-from eval.common import finish, markdown, origin
+from eval.common import Settings, finish, markdown, origin
 from hf.chat import chat_ids
 from hf.load import as_float32, load_hf, reference_model, resolve_source, same_greedy_tokens
 
@@ -54,15 +54,12 @@ CASES = {
 
 
 @dataclass
-class ParityConfig:
+class ParityConfig(Settings):
     real: int = setting(0, "compare this many prompts on SmolLM2 instead", minimum=0)
     import_cost: bool = setting(False, "measure time and memory of imports instead")
     texts: str = setting("../shared/data", "the folder of the real prompts", path=True)
     seed: int = setting(0, "of the tiny models", minimum=0)
     json: str = setting("", "write the result to this file", path=True)
-
-    def __post_init__(self):
-        validate(self)
 
 
 def build(case: str, folder: Path, seed: int = 0, **settings):

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configurator import configure, group, run, setting, validate
+from configurator import configure, group, run, setting
 from data.tokenizer import get_tokenizer
 from diffusion import SAMPLERS, SamplerConfig, corrupt, generate
-from eval.common import write_text
+from eval.common import Settings, write_text
 from infra.checkpoint import load_model, write_atomically
 from infra.rng import make_rng
 from model import ModelConfig, attention_mask
@@ -36,15 +36,12 @@ SEED = 1337  # of the canvas
 
 
 @dataclass
-class PlotConfig:
+class PlotConfig(Settings):
     sampler: SamplerConfig = group(SamplerConfig)
     canvas: str = setting("", "diffusion checkpoint: draw how it writes a text", path=True)
     prompt: str = setting("", "of the canvas")
     docs: str = setting("", "folder: draw the figures of docs/method.md", path=True)
     out: str = setting("out/loss.png", "picture", path=True)
-
-    def __post_init__(self):
-        validate(self)
 
 
 def new_figure(height: float):

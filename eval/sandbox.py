@@ -20,7 +20,6 @@ So look at the programs that passed before you believe a surprising number.
 import ast
 import marshal
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -137,8 +136,5 @@ def _judge(command: list[str], job: bytes, seconds: float, **place) -> list[str]
 
 def _remove(folder: str) -> None:
     """Remove a folder, also if a program took permissions away or nested thousands of folders."""
-    try:
-        shutil.rmtree(folder)
-    except (OSError, RecursionError):
-        for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
-            subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
+    for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
+        subprocess.run(command, stderr=subprocess.DEVNULL, check=False)

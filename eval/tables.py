@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import configure, run, setting, validate
+from configurator import configure, run, setting
 from data.loader import OUT, build_if_missing
 from eval import real, study
-from eval.common import environment, markdown, write_lines, write_text
+from eval.common import Settings, environment, markdown, write_lines, write_text
 from eval.study import MINI, Runner, plain, read_results
 
 
@@ -88,7 +88,7 @@ QUICKSTART = {
 
 
 @dataclass
-class TablesConfig:
+class TablesConfig(Settings):
     scale: str = setting("mini", "what is trained", choices=("mini", "real"))
     quickstart: bool = setting(False, "the table of quickstart.sh, from out/quickstart/")
     seeds: int = setting(3, "training seeds, from 1", minimum=1, maximum=9)
@@ -96,9 +96,6 @@ class TablesConfig:
     quick: bool = setting(False, "20 steps of a tiny network, 10 items, one seed")
     out: str = setting("out/tables", "folder of the models", path=True)
     results: str = setting("results", "folder of the JSON-lines files", path=True)
-
-    def __post_init__(self):
-        validate(self)
 
 
 # Cells
