@@ -9,7 +9,7 @@ prefix is clean and self-conditioning reads zeros. The result is an unbiased est
 noisy canvases per pair. diffusion.loss, loss_by_rate and the score of a sampler are no bounds.
 
 Under uniform noise a slot holds a token that may be right. The network reads it, so its prediction
-is p(x_0 | x_t) with this token included (arXiv 2605.22765). The network is not told t, so finer
+is p(x_0 | x_t) with this token included (arXiv 2605.22765). The network does not read t, so finer
 steps may loosen the bound. Choose noise_steps on other data than you report.
 """
 
@@ -165,22 +165,21 @@ def rate_with_error(text: list[float], pads: list[float], counts: list[int], uni
     return {"value": float(value), "standard_error": error, "of_which_pads": pads}
 
 
-def fitting_pairs(data: str, model, state: dict) -> Pairs:
-    """Return the held-out pairs of a set. Raises ValueError if they do not fit the model."""
-    pairs = open_pairs(data, state)
+def fitting_pairs(cfg: PairsConfig, model, state: dict) -> tuple[Pairs, list[int]]:
+    """Return held-out pairs and the chosen ones. Raises ValueError if they do not fit the model."""
+    pairs = open_pairs(cfg.data, state)
     ours = (state["tokenizer"], model.cfg.target_length, model.cfg.block_size)
     theirs = (pairs.tokenizer_name, pairs.target_length, pairs.block_size)
     fits = theirs[:2] == ours[:2] and theirs[2] <= ours[2]
     names = "tokenizer, target_length and block_size"
     require(fits, f"{names} of {pairs.folder} are {theirs}, those of the model {ours}")
-    return pairs
+    return pairs, choose(range(len(pairs)), cfg.n)
 
 
 def main(argv: list[str]) -> dict:
     cfg = configure(BoundEvalConfig, argv)
     model, _, state = load_model(cfg.init_from, pick_device(cfg.device))
-    held_out = fitting_pairs(cfg.data, model, state)
-    chosen = choose(range(len(held_out)), cfg.n)
+    held_out, chosen = fitting_pairs(cfg, model, state)
     pairs = [held_out.pair(i) for i in chosen]
     nats = target_nats(model, pairs, chosen, cfg, cfg.batch_size, cfg.seed)
     n_slots = model.cfg.target_length - 1

@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     tables = sum(len(BLOCK.findall(page.read_text(encoding="utf-8"))) for page in pages)
     if not tables:
         found.append(f"{cfg.pages}: no tables to compare")
-    print("\n".join(found) or f"{tables} tables agree with {len(files)} files of results")
+    print("\n".join(found) or f"{tables} tables match {len(files)} files of results")
     if found:
         sys.exit("the pages differ from their results; --write rewrites the tables")
 

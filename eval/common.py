@@ -159,7 +159,7 @@ def write_lines(path: str | Path, lines: Iterable[dict]) -> None:
 
 
 def origin(name: str, argv: list[str], settings: dict, state: dict | None = None) -> dict:
-    """Return the fields of a result that tell how it was made."""
+    """Return the fields of a result that name its origin."""
     command = " ".join([f"python -m eval.{name}", *argv])
     fields = {"seed": settings["seed"], "settings": settings, "command": command}
     if state:

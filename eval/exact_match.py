@@ -2,7 +2,7 @@
 
     python -m eval.exact_match --init_from=out/ar2diff_3_finetune/ckpt.pt --steps=10
 
-The model is never told the length of the answer: every canvas is target_length wide.
+No prompt holds the length of the answer, and every canvas is target_length wide.
 """
 
 from dataclasses import dataclass

@@ -39,8 +39,7 @@ def held_out_loss(model, pairs: list, n_bytes: list[int], cfg: EvalConfig) -> di
 
 def main(argv: list[str]) -> dict:
     cfg, generator, state = common.open_checkpoint(argv, PairsConfig)
-    held_out = fitting_pairs(cfg.data, generator.model, state)
-    chosen = common.choose(range(len(held_out)), cfg.n)
+    held_out, chosen = fitting_pairs(cfg, generator.model, state)
     pairs = [held_out.pair(i) for i in chosen]
     prefixes, targets = zip(*(held_out.text(i) for i in chosen))
     n_bytes = [len(target.encode()) for target in targets]

@@ -4,7 +4,7 @@
     python -m eval.qa --predictions=answers.json --source=dev-v1.1.json
 
 Without --source: the held-out pairs of the checkpoint's data set, each with its target as the only
-answer. Predictions are as for SQuAD's own script. The model is never told the answer's length.
+answer. Predictions are as for SQuAD's own script. No prompt holds the answer's length.
 """
 
 from configurator import run

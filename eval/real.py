@@ -23,8 +23,8 @@ from eval.study import ROOT, SCRATCH, Job, Stage, plain
 OUT = "out/real"
 DATA = f"{OUT}/data"
 SOURCES = f"{OUT}/sources"  # of the raw files; it may be a link
-STEPS = (1, 2, 4, 20)  # of the curves, besides 10
-CANDIDATES = (4, 8)  # besides 1
+STEPS = (1, 2, 4, 20)  # of the curves, in addition to 10
+CANDIDATES = (4, 8)  # in addition to 1
 CONVERT = "--prefix_attention=causal --self_conditioning=False"
 
 
@@ -91,7 +91,7 @@ def train(name: str, flags: str, source: Stage | None = None) -> Stage:
 
 
 def settings_of(config: str) -> str:
-    """Return the flags of a config file, so that a recipe says all. 4 micro-batches need 10 GB."""
+    """Return the flags of a config file, so that a recipe has them all. 4 micro-batches need 10 GB."""
     found = runpy.run_path(str(ROOT / f"config/{config}.py"))
     own = {name: value for name, value in found.items() if name[0] != "_"}
     for name in ("init_from", "data", "out_dir"):  # the study's own

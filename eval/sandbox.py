@@ -3,7 +3,7 @@
 A program gets a fresh interpreter with the standard library, an empty folder, no environment, no
 input, no second process or thread, and Limits. As root it runs as an unused user. On Linux, if the
 system allows it, it has no network, sees no other process and writes only to its folder.
-isolation() tells what holds on this machine.
+isolation() lists what holds on this machine.
 
 A program passes if its judge, another process, reads a random password that comes with the tests
 and is sent back after the last one. Names in modules that the program replaced are restored before
@@ -20,6 +20,7 @@ So look at the programs that passed before you believe a surprising number.
 import ast
 import marshal
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def _run(program: str, tests: str, modules: list, limits: Limits) -> tuple[str, 
 
 
 def _judge(command: list[str], job: bytes, seconds: float, **place) -> list[str]:
-    """Return what the child says when it is ready, the status, and its own faults."""
+    """Return the first line of the child, the status, and the faults of the child itself."""
     place |= dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, bufsize=0, start_new_session=True, **place) as child:
         try:
@@ -136,5 +137,8 @@ def _judge(command: list[str], job: bytes, seconds: float, **place) -> list[str]
 
 def _remove(folder: str) -> None:
     """Remove a folder, also if a program took permissions away or nested thousands of folders."""
-    for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
-        subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
+    try:
+        shutil.rmtree(folder)
+    except (OSError, RecursionError):
+        for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
+            subprocess.run(command, stderr=subprocess.DEVNULL, check=False)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from configurator import require
 from data.loader import OUT
 from eval.common import write_lines
 from infra.checkpoint import load, write_atomically
@@ -281,18 +282,17 @@ class Runner:
         done = self.out / f"{stage.folder}.done"
         with self.file_lock:
             lock = self.stage_locks[stage.folder]
+        log = done.with_suffix(".log")
         with lock:
-            if done.exists():
-                return
-            log = self.out / f"{stage.folder}.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            if stage.folder not in self.failed:
+            if not done.exists() and stage.folder not in self.failed:
+                log.parent.mkdir(parents=True, exist_ok=True)
                 argv = [sys.executable, *stage.command(self.out)]
                 with open(log, "w", encoding="utf-8") as file:
                     status = subprocess.call(argv, stdout=file, stderr=file, env=self.environment)
-                if status == 0:
+                if status:
+                    self.failed.add(stage.folder)
+                else:
                     if stage.argv[0] == "train.py":
                         keep_weights(self.out / stage.folder)
-                    return done.touch()
-            self.failed.add(stage.folder)
-            raise ValueError(f"see {log}")
+                    done.touch()
+            require(stage.folder not in self.failed, f"see {log}")

@@ -37,7 +37,7 @@ def peaked(noise: str, **settings) -> Transformer:
 
 
 def unequal(noise: str) -> tuple[nn.Module, torch.Tensor]:
-    """(a network that knows the data and the time, the data): independent slots with these chances.
+    """(a network that reads the data and the time, the data): independent slots with these chances.
 
     By Bayes, the token that a slot holds is 1 + K a / (1 - a) times as probable as without it.
     """
@@ -131,7 +131,7 @@ def exact_bound(model, cfg) -> list[float]:
 
 
 def all_nats(logits, text, t: int, cfg, m) -> torch.Tensor:
-    """step_nats of one text from every canvas, (N, S); its slots do not know of each other."""
+    """step_nats of one text from every canvas, (N, S); its slots are independent."""
     canvases = states(m)
     rows = logits.flatten(0, 1), text.repeat(len(canvases)), canvases.flatten()
     return step_nats(*rows, t, cfg, m).view(canvases.shape)

@@ -33,12 +33,12 @@ def change(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
-def test_a_written_page_agrees_and_the_rest_of_it_is_untouched(page, capsys):
+def test_a_written_page_matches_and_the_rest_of_it_is_untouched(page, capsys):
     text = page.read_text()
     assert text.startswith("# Title\n\n<!-- table: table2 -->\n\n| row")
     assert text.endswith("<!-- end -->\n\nText.\n") and "old" not in text
     main(["--pages=README.md"])
-    assert capsys.readouterr().out == "1 tables agree with 1 files of results\n"
+    assert capsys.readouterr().out == "1 tables match 1 files of results\n"
     main(["--pages=README.md", "--write"])
     assert page.read_text() == text
 
@@ -96,7 +96,7 @@ def test_pages_without_a_table_do_not_pass(page, capsys):
     assert "no tables to compare" in capsys.readouterr().out
 
 
-def test_the_pages_of_this_repository_agree_with_its_results(monkeypatch, capsys):
+def test_the_pages_of_this_repository_match_its_results(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     try:
         main([])

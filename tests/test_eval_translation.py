@@ -113,7 +113,7 @@ def test_of_the_mixed_set_each_evaluation_takes_its_task(tmp_path):
         assert len(found) == 3 and all(example["prefix"].startswith(tag) for example in found)
 
 
-def test_a_prompt_that_does_not_fit_goes_unanswered_and_is_told(place, tmp_path, capsys):
+def test_a_prompt_that_does_not_fit_goes_unanswered_and_is_counted(place, tmp_path, capsys):
     path = tmp_path / "long.tsv"
     path.write_text("short\tcourt\n" + "long " * 9 + "\tlong\n", encoding="utf-8")
     argv = [f"--init_from={place / 'ar.pt'}", f"--source={path}"]

@@ -178,7 +178,7 @@ def test_a_generation_task_runs_through_the_harness(task, checkpoint, tmp_path):
     assert json.loads((tmp_path / "found.json").read_text()) == found
 
 
-def test_a_choice_is_the_likeliest_and_its_kind_is_said(task, checkpoint, capsys):
+def test_a_choice_is_the_likeliest_and_its_kind_is_printed(task, checkpoint, capsys):
     """The right answer is the likeliest one, twice of four; --n=3 leaves out the last."""
     kind = checkpoint.stem
     ours = adapted(kind, noise_steps=2, draws=2)

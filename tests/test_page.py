@@ -179,7 +179,7 @@ def test_sample_writes_the_printed_text_and_a_second_track(tmp_path, capsys):
 # The script, without a browser
 
 
-def test_the_script_agrees_with_the_frames(tmp_path):
+def test_the_script_matches_the_frames(tmp_path):
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")

@@ -99,7 +99,7 @@ def test_what_is_missing_is_one_line_with_the_remedy(tmp_path, monkeypatch, miss
 
 
 @pytest.mark.parametrize("name", [name for name in LINES if name.startswith("real_1_")] or ["none"])
-def test_committed_answers_score_as_their_line_says(name, tmp_path, monkeypatch):
+def test_committed_answers_score_as_in_their_line(name, tmp_path, monkeypatch):
     if name == "none" or not SHARED.exists():
         pytest.skip("no results/real.jsonl, or no ../shared/data")
     recipe = shlex.split(LINES[name]["recipe"][-1])

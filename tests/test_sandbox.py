@@ -1,4 +1,4 @@
-"""eval/sandbox.py against hostile programs: none passes, hangs us, or leaves anything behind.
+"""eval/sandbox.py against hostile programs: none passes, hangs us, or leaves a file or a process.
 
 Each program runs in four worlds: as the user of the tests and as an ordinary one, with and without
 namespaces. The programs are in sandbox_programs.txt.
@@ -175,7 +175,7 @@ def test_a_right_program_passes_and_finds_nothing_but_the_library_and_an_empty_f
     assert world["looks"] == dict.fromkeys(world["looks"], "passed")
 
 
-def test_nothing_is_left_behind(world):
+def test_nothing_is_left(world):
     assert world["left"] == [] and world["files"] == []
     assert world["leaves"]["fork bomb"] == "timeout"
 

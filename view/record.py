@@ -79,11 +79,11 @@ class Recorder:
         """Yield the canvases of the candidate closest to the text, tokens (S,), then the text."""
         tokens = tokens.cpu()
 
-        def agreement(frames: list[Frame]) -> int:
+        def n_equal(frames: list[Frame]) -> int:
             # Some samplers return the canvas, others the most probable tokens.
             return max(int((frames[-1].table[:, column] == tokens).sum()) for column in (0, 2))
 
-        chosen = max(self.history, key=agreement)
+        chosen = max(self.history, key=n_equal)
         yield from chosen
         last = chosen[-1]
         if self.growing or (last.calls == self.calls and torch.equal(last.ids, tokens)):
