@@ -91,7 +91,7 @@ def train(name: str, flags: str, source: Stage | None = None) -> Stage:
 
 
 def settings_of(config: str) -> str:
-    """Return the flags of a config file, so that a recipe has them all. 4 micro-batches need 10 GB."""
+    """Return the flags of a config file, for a complete recipe. 4 micro-batches need 10 GB."""
     found = runpy.run_path(str(ROOT / f"config/{config}.py"))
     own = {name: value for name, value in found.items() if name[0] != "_"}
     for name in ("init_from", "data", "out_dir"):  # the study's own

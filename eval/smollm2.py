@@ -11,6 +11,7 @@ memory  the peak memory of three such steps, each kind in a process of its own, 
 Systems run in turn, as in eval/speed.py. Every decoder has to write the same text.
 """
 
+import logging
 import resource
 import sys
 import tempfile
@@ -26,17 +27,9 @@ from pathlib import Path
 import torch
 
 import autoregressive
-from configurator import configure, flatten, require, run, setting
-from eval.common import Settings, origin
-from eval.speed import (
-    SEED,
-    add_lines,
-    at_length,
-    make_line,
-    our_step,
-    random_batch,
-    time_in_turn,
-)
+from configurator import configure, require, run, setting
+from eval import speed
+from eval.common import Settings
 from extras.fast_decode import speed_up
 from hf.load import load_hf, reference_model, resolve_source
 from infra import device as devices
@@ -70,13 +63,12 @@ def decode_case(cfg: SmolLM2Config, dtype: str) -> dict:
     loaded = load_hf(path, block_size=512, target_length=cfg.length + 1)
     prompt = torch.tensor([loaded.tokenizer.encode_prompt(PROMPT)])
     model = loaded.model.eval().requires_grad_(False).to(getattr(torch, dtype))
-    fast = at_length(speed_up(model), cfg.length)
+    fast = speed.at_length(speed_up(model), cfg.length)
     theirs = reference_model(path).to(getattr(torch, dtype))
-    options = {"max_new_tokens": cfg.length, "do_sample": False, "eos_token_id": None}
-    options |= {"pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
 
     def transformers(**cache) -> list[int]:
-        return theirs.generate(prompt, **options, **cache)[0, prompt.shape[1] :].tolist()
+        text = speed.transformers_text(theirs, prompt, cfg.length, **cache)
+        return text[0, prompt.shape[1] :].tolist()
 
     def ours() -> list[int]:
         greedy = autoregressive.SamplerConfig()
@@ -90,10 +82,10 @@ def decode_case(cfg: SmolLM2Config, dtype: str) -> dict:
         for name, file in {dtype: other, "Q4_1": path}.items():
             calls[f"llama.cpp, {name}"] = llama(file, prompt[0].tolist(), cfg.length)
     texts = {name: call() for name, call in calls.items()}
-    seconds = time_in_turn(calls, cfg.runs, CPU)
+    seconds = speed.time_in_turn(calls, cfg.runs, CPU)
     case = {"shape": "smollm2", "dtype": dtype, "batch": 1, "length": cfg.length}
     same = {name: common_start(text, texts["ours"]) for name, text in texts.items()}
-    return make_line("decode", case, seconds, "transformers", aim=">= 2.5", same_tokens=same)
+    return speed.make_line("decode", case, seconds, "transformers", aim=">= 2.5", same_tokens=same)
 
 
 def common_start(a: list[int], b: list[int]) -> int:
@@ -106,6 +98,7 @@ def write_gguf(path: Path, out: Path, dtype: str) -> None:
     """Let llama.cpp write the weights of a GGUF file in another number format."""
     import llama_cpp
 
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # no line for each tensor
     options = llama_cpp.llama_model_quantize_default_params()
     options.allow_requantize = True
     formats = {"float32": "LLAMA_FTYPE_ALL_F32", "bfloat16": "LLAMA_FTYPE_MOSTLY_BF16"}
@@ -133,20 +126,20 @@ def step_of(cfg: SmolLM2Config, network: str, dtype: str, prefix: int, target: i
     """Return an optimizer step on random tokens, as train.py makes it."""
     sizes = {"n_layer": cfg.layers, "block_size": prefix + target, "target_length": target}
     model = ModelConfig(**SIZES | sizes | NETWORKS[network])
-    return our_step(model, random_batch(model, cfg.rows, prefix, target, CPU), dtype)
+    return speed.our_step(model, speed.random_batch(model, cfg.rows, prefix, target, CPU), dtype)
 
 
 def step_case(cfg: SmolLM2Config, what: str, dtype: str, prefix: int, target: int) -> dict:
     steps = {name: partial(step_of, cfg, name, dtype, prefix, target) for name in NETWORKS}
     if what == "unroll":
         calls = {name: make_step() for name, make_step in steps.items()}
-        numbers = time_in_turn(calls, min(cfg.runs, 3), CPU)
+        numbers = speed.time_in_turn(calls, min(cfg.runs, 3), CPU)
         aim = "<= 1.35" if prefix > target else "<= 2.0"
     else:
         numbers = {name: [peak_gib(make_step)] for name, make_step in steps.items()}
         aim = "<= 1.15"
     case = {"shape": "smollm2", "dtype": dtype, "batch": cfg.rows, "length": f"{prefix} + {target}"}
-    return make_line(what, case, numbers, "AR", "time", aim=aim)
+    return speed.make_line(what, case, numbers, "AR", "time", aim=aim)
 
 
 def peak_gib(make_step: Callable[[], Callable]) -> float:
@@ -179,7 +172,7 @@ def main(argv: list[str]) -> list[dict]:
     """Measure what argv asks for. Return the new lines of the results file."""
     cfg = configure(SmolLM2Config, argv)
     devices.disable_malloc_trim()  # as train.py does
-    return add_lines(cfg.json, origin("smollm2", argv, flatten(cfg) | {"seed": SEED}), plan(cfg))
+    return speed.add_lines("smollm2", argv, cfg, plan(cfg))
 
 
 if __name__ == "__main__":

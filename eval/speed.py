@@ -200,8 +200,13 @@ def transformers_generate(model: Transformer, prompt: Tensor, length: int) -> Ca
     config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
     network = GPT2LMHeadModel(config).eval().to(prompt.device, model.tok.weight.dtype)
     ids = F.pad(prompt, (0, 1))  # our models read a separator after the prompt
-    options = {"max_new_tokens": length, "do_sample": False, "pad_token_id": 0}
-    return partial(network.generate, ids, attention_mask=torch.ones_like(ids), **options)
+    return partial(transformers_text, network, ids, length)
+
+
+def transformers_text(network, ids: Tensor, length: int, **options) -> Tensor:
+    """Return ids (B, P) and `length` greedy tokens of a network of transformers."""
+    options |= {"max_new_tokens": length, "do_sample": False, "eos_token_id": None}
+    return network.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
 
 
 # Measurements: each takes a case and returns one line of the results file
@@ -343,17 +348,18 @@ def main(argv: list[str]) -> list[dict]:
     done = [(line["what"], line["case"]) for line in old]
     todo = [wanted for wanted in plan(cfg, device) if wanted not in done]
     measurements = (partial(CASES[what], cfg, case, device) for what, case in todo)
-    return add_lines(cfg.json, origin("speed", argv, flatten(cfg) | {"seed": SEED}), measurements)
+    return add_lines("speed", argv, cfg, measurements)
 
 
-def add_lines(path: str, origin: dict, measurements: Iterable[Callable[[], dict]]) -> list[dict]:
-    """Make the measurements. Print each, and add it to the file. Return the new lines."""
-    old = read_lines(path)
+def add_lines(name: str, argv: list[str], cfg, measurements: Iterable[Callable]) -> list[dict]:
+    """Make the measurements. Print each, and add it to cfg.json. Return the new lines."""
+    settings = origin(name, argv, flatten(cfg) | {"seed": SEED})
+    old = read_lines(cfg.json)
     new = []
     for measure in measurements:
-        new.append(measure() | {"origin": origin})
-        if path:
-            write_lines(path, old + new)
+        new.append(measure() | {"origin": settings})
+        if cfg.json:
+            write_lines(cfg.json, old + new)
         print(f"\n{lines_table(new[-1:])}", flush=True)
     return new
 
