@@ -162,8 +162,8 @@ def main(argv: list[str]) -> dict:
     for name, case in cases.items():
         rows.append([name, *(format(case[key], form) for key, form in forms.items())])
     result = {"task": "import_cost" if cfg.import_cost else "parity", "cases": cases}
-    result |= origin("parity", argv, flatten(cfg))
-    return finish(cfg.json, result, markdown(["case", *forms], rows))
+    table = markdown(["case", *forms], rows)
+    return finish(cfg.json, result | origin("parity", argv, flatten(cfg)), table)
 
 
 if __name__ == "__main__":
