@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{cfg.pages}: no such page")
     if cfg.write:
         for page in pages:
-            write_text(str(page), rewrite(page, results))
+            write_text(page, rewrite(page, results))
         return
     found = [line for page in pages for line in differences(page, results)]
     files = [path for path in sorted(results.iterdir()) if path.suffix in (".json", ".jsonl")]
