@@ -110,16 +110,8 @@ def test_committed_answers_score_as_in_their_line(name, tmp_path, monkeypatch):
     (tmp_path / "out/real").mkdir(parents=True)
     (tmp_path / real.SOURCES).symlink_to(SHARED)
     module = {"eval.qa": qa, "eval.translation": translation, "eval.code": code}[recipe[1]]
-    kept = (
-        "--source",
-        "--target_source",
-        "--task_prefix",
-        "--n=",
-        "--k=",
-        "--samples",
-        "--run_code",
-    )
-    flags = [flag for flag in recipe if flag.startswith(kept)]
+    kept = "--source --target_source --task_prefix --n= --k= --samples --run_code".split()
+    flags = [flag for flag in recipe if flag.startswith(tuple(kept))]
     found = module.main([*flags, f"--predictions={answers}"])
     metrics = [key.removesuffix("_interval") for key in LINES[name] if key.endswith("_interval")]
     for metric in metrics:
