@@ -75,14 +75,7 @@ class FastDecoder:
         return FixedCache(cache) if self.fixed_shapes and type(cache) is KVCache else cache
 
     @torch.no_grad()
-    def decode(
-        self,
-        cache: KVCache,
-        target: Tensor,
-        append: bool = False,
-        self_cond: Tensor | None = None,
-        extra_edges: Tensor | None = None,
-    ) -> Tensor:
+    def decode(self, cache, target, append=False, self_cond=None, extra_edges=None) -> Tensor:
         """See Transformer.decode."""
         one_token = append and target.shape[1] == 1 and extra_edges is None and self_cond is None
         is_fixed = isinstance(cache, FixedCache) and cache.length + target.shape[1] <= cache.reserve
