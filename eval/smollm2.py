@@ -12,19 +12,19 @@ Systems run in turn, as in eval/speed.py. Every decoder has to write the same te
 """
 
 import logging
-import resource
-import sys
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import autoregressive
 from configurator import configure, require, run, setting
@@ -80,7 +80,7 @@ def decode_case(cfg: SmolLM2Config, dtype: str) -> dict:
         other = Path(folder, "other.gguf")
         write_gguf(path, other, dtype)
         for name, file in {dtype: other, "Q4_1": path}.items():
-            calls[f"llama.cpp, {name}"] = llama(file, prompt[0].tolist(), cfg.length)
+            calls[f"llama.cpp, {name}"] = partial(llama(file, cfg.length), prompt)
     texts = {name: call() for name, call in calls.items()}
     seconds = speed.time_in_turn(calls, cfg.runs, CPU)
     case = {"shape": "smollm2", "dtype": dtype, "batch": 1, "length": cfg.length}
@@ -107,19 +107,19 @@ def write_gguf(path: Path, out: Path, dtype: str) -> None:
     require(status == 0, f"llama.cpp cannot convert {path} to {dtype}")
 
 
-def llama(path: Path, prompt: list[int], length: int) -> Callable[[], list[int]]:
-    """Return a call of llama.cpp that decodes greedily."""
+def llama(path: Path, length: int, eos: int = -1) -> Callable[[Tensor], list[int]]:
+    """Return a function from a prompt (1, P) to greedy tokens of llama.cpp, up to eos."""
     from llama_cpp import Llama
 
     threads = torch.get_num_threads()
     program = Llama(str(path), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-    def call() -> list[int]:
+    def text(prompt: Tensor) -> list[int]:
         program.reset()
-        tokens = program.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
-        return list(islice(tokens, length))
+        tokens = program.generate(prompt[0].tolist(), temp=0.0, top_k=1, repeat_penalty=1.0)
+        return list(islice(takewhile(lambda token: token != eos, tokens), length))
 
-    return call
+    return text
 
 
 def step_of(cfg: SmolLM2Config, network: str, dtype: str, prefix: int, target: int) -> Callable:
@@ -143,7 +143,7 @@ def step_case(cfg: SmolLM2Config, what: str, dtype: str, prefix: int, target: in
 
 
 def peak_gib(make_step: Callable[[], Callable]) -> float:
-    """Return the peak memory, in GiB, of a new process that makes three steps."""
+    """Return the peak memory, in GiB, of a new process that makes three steps. Linux only."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(take_steps, make_step).result()
 
@@ -153,8 +153,9 @@ def take_steps(make_step: Callable[[], Callable]) -> float:
     step = make_step()
     for _ in range(3):
         step()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    # Not ru_maxrss, which starts at that of the parent.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
 def plan(cfg: SmolLM2Config) -> Iterator[Callable[[], dict]]:

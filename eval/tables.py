@@ -297,6 +297,25 @@ def real_steps_table(lines: Lines) -> str:
     return markdown(["steps, candidates", *settings], body)
 
 
+def real_samplers_table(lines: Lines) -> str:
+    """Return the first metric, and the calls of a text, by sampler and most steps."""
+    ends = {("resample", n): "" if n == 10 else f"_{n}" for n in real.SAMPLER_STEPS}
+    for name, n in itertools.product(real.SAMPLERS, real.SAMPLER_STEPS):
+        ends[name, n] = f"_{name}_{n}"
+    columns = []
+    for task in ("squad", "multi30k"):
+        first = REAL_COLUMNS[task][0]
+        row = plain(real.TASKS[task].curves[0])
+        for column in (first, Column("calls", first.jobs, "calls_per_sample")):
+            columns.append((row, column))
+    body = []
+    for (name, n), end in ends.items():
+        cells = [cell(lines, c._replace(jobs=c.jobs + end), row) for row, c in columns]
+        body.append([name, f"{n}", *cells])
+    heads = ["sampler", "most steps", *(column.title for _, column in columns)]
+    return markdown(heads, body)
+
+
 # Name in a page's marker -> the table of a results folder
 TABLES: dict[str, Callable[[Path], str]] = {
     "quickstart": of_files(quickstart_table, "quickstart"),
@@ -311,6 +330,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "real_multi30k": of_files(partial(real_task_table, "multi30k"), "real"),
     "real_mbpp": of_files(partial(real_task_table, "mbpp"), "real"),
     "real_steps": of_files(real_steps_table, "real"),
+    "real_samplers": of_files(real_samplers_table, "real"),
     "smollm2": of_files(smollm2_table, "smollm2"),
     "faults": faults_table,
     "decode": lambda results: speed_table(results, decode=True),

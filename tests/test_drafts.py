@@ -35,7 +35,7 @@ def measure(what: str, *flags: str) -> dict:
 
 def test_texts_are_equal_and_calls_are_those_of_the_decoder(adapter, capsys):
     line = measure("exact", "--batch_size=3")
-    assert read_lines(drafts.Path("r.jsonl")) == [line]
+    assert read_lines("r.jsonl") == [line]
     assert {row["equal"] for row in line["rows"].values()} == {len(PROMPTS)}
     model, tokenizer, _ = load_model(sample.DEMO / "ar.pt")
     model.cfg = drafts.replace(model.cfg, target_length=13)
@@ -76,7 +76,7 @@ def test_a_text_that_parts_is_reported_with_its_place_and_margin(adapter, monkey
 
 def test_the_curve_starts_untrained_and_ends_at_the_last_evaluation(adapter):
     rows = measure("curve")["rows"]
-    log = read_lines(drafts.Path("d/log.jsonl"))
+    log = read_lines("d/log.jsonl")
     assert list(rows)[0] == "0 tokens" and len(rows) == 2
     assert list(rows.values())[-1]["accepted"] == log[-1]["accepted"]
 
