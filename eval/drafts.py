@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 import autoregressive
-from configurator import configure, run, setting
+from configurator import configure, flatten, run, setting
 from data.loader import open_dataset
 from data.sources import read_json_lines
-from eval.common import Settings, environment, markdown, write_lines
+from eval.common import Settings, markdown, origin, write_lines
 from eval.parity import SMOLLM2
 from eval.smollm2 import llama, write_gguf
 from eval.speed import (
@@ -242,19 +242,38 @@ def main(argv: list[str]) -> dict:
     prompts = spread(read_prompts(settings, tokenizer, model.cfg), cfg.n)
     measure = {"exact": exact, "decode": decode, "curve": curve}[cfg.what]
     line = measure(cfg, model, prompts)
-    line["origin"] = {"command": " ".join(["python -m eval.drafts", *argv])} | environment()
+    line["origin"] = origin("drafts", argv, flatten(cfg) | {"seed": 0})
     if cfg.json:
         write_lines(cfg.json, [*read_lines(cfg.json), line])
-    print(table(line))
+    print(tables([line]))
     return line
 
 
-def table(line: dict) -> str:
-    """Return the figures of a line for a reader."""
-    if line["what"] == "drafts":
-        return lines_table([line])
-    rows = [[name, *map(str, row.values())] for name, row in line["rows"].items()]
-    return markdown(["", *next(iter(line["rows"].values()))], rows)
+def tables(lines: list[dict]) -> str:
+    """Return the tables of results/drafts.jsonl."""
+    texts = []
+    curves = []
+    for line in lines:
+        for name, row in line.get("rows", {}).items():
+            if line["what"] == "drafts_curve":
+                shares = [f"{share:.2f}" for share in row["accepted"]]
+                curves.append([name, *shares, f"{row['tokens_per_call'][-1]:.2f}"])
+                continue
+            case = line["case"]
+            margin = max((text["margin"] for text in row["parted"]), default=0.0)
+            equal = f"{row['equal']} of {case['n']}"
+            cells = [equal, f"{margin:.3f}", f"{row['calls_per_token']:.2f}"]
+            texts.append([f"{case['prompts']}, {case['dtype']}", name, *cells])
+    found = []
+    if texts:
+        heads = ["prompts", "adapter", "equal texts", "largest margin", "calls a token"]
+        found.append(markdown(heads, texts))
+    if decoded := [line for line in lines if "systems" in line]:
+        found.append(lines_table(decoded))
+    if curves:
+        masks = [f"mask {k}" for k in range(1, len(curves[0]) - 1)]
+        found.append(markdown(["learned from", *masks, "tokens a call"], curves))
+    return "\n\n".join(found)
 
 
 if __name__ == "__main__":

@@ -316,6 +316,14 @@ def real_samplers_table(lines: Lines) -> str:
     return markdown(heads, body)
 
 
+def drafts_table(results: Path) -> str:
+    """Return texts, calls, speed and acceptance of drafts, and how they were measured."""
+    from eval import drafts, speed
+
+    lines = speed.read_lines(results / "drafts.jsonl")
+    return f"{drafts.tables(lines)}\n\n{speed.origins(lines)}"
+
+
 # Name in a page's marker -> the table of a results folder
 TABLES: dict[str, Callable[[Path], str]] = {
     "quickstart": of_files(quickstart_table, "quickstart"),
@@ -332,6 +340,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "real_steps": of_files(real_steps_table, "real"),
     "real_samplers": of_files(real_samplers_table, "real"),
     "smollm2": of_files(smollm2_table, "smollm2"),
+    "drafts": drafts_table,
     "faults": faults_table,
     "decode": lambda results: speed_table(results, decode=True),
     "speed": lambda results: speed_table(results, decode=False),
