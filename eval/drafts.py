@@ -43,10 +43,11 @@ class DraftsConfig(Settings):
     draft: str = setting("out/draft", "the adapter", path=True)
     prompts: str = setting("out/prompts/code.jsonl", "as of extras.draft", path=True)
     chat: bool = setting(False, "put prompts into the chat template")
+    draft_tokens: int = setting(0, "drafted in one call; 0: the fastest here")
     n: int = setting(100, "prompts", minimum=1)
     length: int = setting(128, "most tokens of a text", minimum=2)
     batch_size: int = setting(8, "texts at a time, of exact", minimum=1)
-    dtype: str = setting("float32", "of the weights", ("float32", "bfloat16"))
+    dtype: str = setting("float32", "autocast", ("float32", "bfloat16"))
     device: str = setting("auto", "auto, cpu, cuda, mps")
     texts: str = setting("../shared/data", "folder of MBPP and SQuAD, of prompts", path=True)
     out_dir: str = setting("out/prompts", "for the files of prompts", path=True)
@@ -107,9 +108,10 @@ def greedy_with_margins(model, prefix: Tensor) -> tuple[Tensor, Tensor]:
 
 def exact(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
     """Return, for a trained and a random adapter, equal texts and calls a token."""
-    sampler = SamplerConfig(draft=cfg.draft)
-    drafters = {"trained": open_draft(model, sampler, cfg.init_from)}
-    drafters["random"] = random_drafter(model, drafters["trained"].drafts)
+    sampler = SamplerConfig(draft=cfg.draft, draft_tokens=cfg.draft_tokens)
+    trained = open_draft(model, sampler, cfg.init_from)
+    n = cfg.draft_tokens or trained.drafts
+    drafters = {"trained": trained, "random": random_drafter(model, n)}
     found = {name: {"calls": 0, "tokens": 0, "parted": []} for name in drafters}
     for start in range(0, len(prompts), cfg.batch_size):
         prefix = pad_right(prompts[start : start + cfg.batch_size], model)
@@ -117,9 +119,9 @@ def exact(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
         for name, drafter in drafters.items():
             out = generate(drafter, prefix, sampler)
             ends = (out.tokens == model.cfg.pad_id).sum(1) > 0  # its pad is a token, too
-            n = (out.tokens != model.cfg.pad_id).sum(1) + ends
+            lengths = (out.tokens != model.cfg.pad_id).sum(1) + ends
             found[name]["calls"] += int(out.calls.sum())
-            found[name]["tokens"] += int(n.sum())
+            found[name]["tokens"] += int(lengths.sum())
             for row in (out.tokens != expected).any(1).nonzero()[:, 0].tolist():
                 slot = int((out.tokens[row] != expected[row]).int().argmax())
                 margin = round(margins[row, slot].item(), 6)
@@ -131,7 +133,8 @@ def exact(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
         result["calls_per_token"] = round(result["calls"] / result["tokens"], 4)
         result["equal"] = len(prompts) - len(result["parted"])
     case = {"prompts": Path(cfg.prompts).stem, "n": len(prompts), "dtype": cfg.dtype}
-    return {"what": "drafts_exact", "case": case | {"length": cfg.length}, "rows": found}
+    case |= {"length": cfg.length, "draft_tokens": n}
+    return {"what": "drafts_exact", "case": case, "rows": found}
 
 
 def curve(cfg: DraftsConfig, model, prompts) -> dict:
@@ -164,12 +167,12 @@ def main(argv: list[str]) -> dict:
         write_prompts(Path(cfg.texts), Path(cfg.out_dir))
         return {}
     model, tokenizer, _ = load_model(cfg.init_from, devices.pick_device(cfg.device))
-    model = model.to(getattr(torch, cfg.dtype)).requires_grad_(False)
     model.cfg = replace(model.cfg, target_length=cfg.length + 1)
     settings = DraftConfig(prompts=cfg.prompts, chat=cfg.chat, answer_tokens=cfg.length)
     prompts = spread(read_prompts(settings, tokenizer, model.cfg), cfg.n)
     measure = {"exact": exact, "curve": curve}[cfg.what]
-    line = measure(cfg, model, prompts)
+    with devices.autocast(model.tok.weight.device, cfg.dtype):
+        line = measure(cfg, model, prompts)
     line["origin"] = origin("drafts", argv, flatten(cfg) | {"seed": 0})
     if cfg.json:
         write_lines(cfg.json, [*read_lines(cfg.json), line])
