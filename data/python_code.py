@@ -102,7 +102,7 @@ def parses(prefix: str, body: str) -> bool:
 
 
 def split_of(path: str) -> str:
-    """Return 'train' or 'valid'. path: inside its source folder, so machines agree."""
+    """Return 'train' or 'valid'. path: inside its source folder, so equal on all machines."""
     return "valid" if percent(path) < HELD_OUT else "train"
 
 

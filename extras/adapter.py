@@ -20,7 +20,7 @@ from infra.checkpoint import write_atomically
 from model import MLP, Attention, KVCache, Transformer, model_from_state_dict
 
 FILE = "adapter.safetensors"
-FORMAT = "ar2diff-adapter"  # the key of what the file says about itself
+FORMAT = "ar2diff-adapter"  # the key of the settings in the file
 CHOICES = {"all": (Attention, MLP), "attention": (Attention,), "mlp": (MLP,)}
 
 
@@ -104,7 +104,7 @@ class DraftModel(nn.Module):
         mask (B, 1, T, S + T) bool: which keys each of them attends to; None: causal.
         """
         network = self.network
-        position = position.clamp(max=self.cfg.block_size - 1)  # what lies behind is not used
+        position = position.clamp(max=self.cfg.block_size - 1)  # later ones are not used
         is_mask = (number > 0)[:, None]  # (T, 1)
         vectors = self.mask_vectors[(number - 1).clamp(min=0)]  # (T, C)
         x = network.tok(tokens)

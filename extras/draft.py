@@ -53,7 +53,7 @@ class DraftConfig:
     prompts: str = variable("", "file of prompts", path=True)
     text: str = variable("", "or of any text", path=True)
     out_dir: str = variable("out/draft", "answers, adapter, log", path=True)
-    overwrite: bool = variable(False, "replace what is there")
+    overwrite: bool = variable(False, "replace an earlier run")
     chat: bool = setting(False, "put prompts into the chat template")
     answer_tokens: int = setting(0, "at most; 0: the model's target_length - 1")
     temperature: float = setting(0.0, "of the answers", minimum=1e-3, zero_ok=True)

@@ -190,5 +190,5 @@ def test_the_share_of_open_edges_grows_linearly(joint):
         edges = open_edges(wide, step, seed=1, steps=4, joint=joint)
         assert edges.float().mean().item() == pytest.approx((step + 1) / 4, abs=0.03)
         other = open_edges(longer, step, seed=1, steps=4, joint=joint)
-        assert torch.equal(edges[-60:, -60:], other[-60:, -60:])  # micro-batches agree
+        assert torch.equal(edges[-60:, -60:], other[-60:, -60:])  # equal for all micro-batches
     assert edges.all()

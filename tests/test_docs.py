@@ -190,7 +190,7 @@ def test_snippets_run(page):
 
 @pytest.fixture
 def runs(desk) -> Path:
-    """The runs that the README leaves behind, with tiny models."""
+    """The runs that the commands of the README make, with tiny models."""
     sizes = dict(block_size=88, target_length=41)
     ours = CACHED | dict(shift=True, self_conditioning=True)
     names = {"ar2diff_1_ar": {}, "ar_finetune": {}, "ar2diff_2_adapt": ours}

@@ -151,7 +151,7 @@ def test_weights_are_shared_and_the_model_stays_as_it_was(eager):
 @PREFIXES
 @torch.no_grad()
 def test_fast_attention_is_attention(prefix, T, kind, compiling, monkeypatch):
-    """In float32, so that both kernels agree closely."""
+    """In float32, so that both kernels give nearly the same."""
     model, other = (network(**CACHED, n_kv_head=1, qk_norm=True) for _ in range(2))
     for module in other.modules():
         if type(module) is Attention:
