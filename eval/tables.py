@@ -293,7 +293,9 @@ def real_steps_table(lines: Lines) -> str:
         column = REAL_COLUMNS[task][0]
         for row in real.TASKS[task].curves:
             cells = (column._replace(jobs=column.jobs + end) for end in settings.values())
-            body.append([f"{column.title}, {row}", *(cell(lines, c, row) for c in cells)])
+            values = [cell(lines, c, row) for c in cells]
+            if set(values) != {"-"}:
+                body.append([f"{column.title}, {row}", *values])
     return markdown(["steps, candidates", *settings], body)
 
 
@@ -306,6 +308,8 @@ def real_samplers_table(lines: Lines) -> str:
     for task in ("squad", "multi30k"):
         first = REAL_COLUMNS[task][0]
         row = plain(real.TASKS[task].curves[0])
+        if f"real_1_{task}_{row}" not in lines:
+            continue
         for column in (first, Column("calls", first.jobs, "calls_per_sample")):
             columns.append((row, column))
     body = []
