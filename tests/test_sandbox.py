@@ -49,7 +49,7 @@ PROGRAMS["looks"]["long program"] = f"{RIGHT}x = {'z' * 300_000!r}\n"
 
 # Runs in each world with what the test hands it as JSON; prints what came of it as JSON.
 WORLD = """
-import ctypes, json, os, socket, sys
+import ctypes, json, os, socket, sys, time
 task = json.load(open(sys.argv[1]))
 from eval import sandbox, sandbox_child
 from eval.sandbox import Limits, run_many
@@ -76,15 +76,21 @@ calm = {name: program for name, program in task["hostile"].items() if name not i
 result = {"isolation": sandbox.isolation(), "hostile": run(hurried, short) | run(calm, patient)}
 result["looks"], result["reaches"] = run(task["looks"], patient), run(task["reaches"], patient)
 result["leaves"] = run(task["leaves"], marked)
-left, mark = [], str(marked.file_bytes).encode()
-for pid in filter(str.isdigit, os.listdir("/proc") if os.path.exists("/proc/self") else []):
-    try:
-        line = open(f"/proc/{pid}/cmdline", "rb").read()
-        parent = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1]
-    except OSError:
-        continue
-    if mark in line or line == b"sleep\\x001000\\0" or parent == str(os.getpid()):
-        left.append([pid, line.decode()])
+mark = str(marked.file_bytes).encode()
+def alive():
+    left = []
+    for pid in filter(str.isdigit, os.listdir("/proc") if os.path.exists("/proc/self") else []):
+        try:
+            line = open(f"/proc/{pid}/cmdline", "rb").read()
+            parent = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        if mark in line or line == b"sleep\\x001000\\0" or parent == str(os.getpid()):
+            left.append([pid, line.decode()])
+    return left
+end = time.monotonic() + 20  # a killed process may need a moment on a busy machine
+while (left := alive()) and time.monotonic() < end:
+    time.sleep(0.1)
 result["left"], result["user"] = left, os.getuid()
 result["files"] = os.listdir(os.path.join(task["folder"], "tmp"))
 result["home"], result["public"] = os.listdir(own), os.listdir(public)
