@@ -285,8 +285,8 @@ def real_task_table(task: str, lines: Lines) -> str:
 
 def real_steps_table(lines: Lines) -> str:
     """Return the first metric of a task by steps and by candidates."""
-    settings = {f"{steps}, 1": f"_{steps}" for steps in real.STEPS}
-    settings |= {"10, 1": ""}
+    steps = sorted((*real.STEPS, 10))
+    settings = {f"{n}, 1": "" if n == 10 else f"_{n}" for n in steps}
     settings |= {f"10, {candidates}": f"_10_{candidates}" for candidates in real.CANDIDATES}
     body = []
     for task in ("squad", "multi30k"):
