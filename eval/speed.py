@@ -379,8 +379,9 @@ def lines_table(lines: list[dict]) -> str:
     for line in lines:
         parts = [v if isinstance(v, str) else f"{k} {v}" for k, v in line["case"].items()]
         case = ", ".join([line["what"], *parts])
+        unit = "GiB" if line["what"] == "memory" else "s"
         baseline = line["systems"][line["baseline"]]
-        against = f"{line['baseline']}: {median(baseline['seconds']):.3g} s"
+        against = f"{line['baseline']}: {median(baseline['seconds']):.3g} {unit}"
         for name, entry in line["systems"].items():
             if entry is baseline:
                 continue
@@ -389,7 +390,7 @@ def lines_table(lines: list[dict]) -> str:
             ratio = f"{middle:.2f} ({low:.2f} to {high:.2f}) {line['kind']}"
             share = f"{entry['roofline'] / seconds:.0%}" if "roofline" in entry else ""
             rows.append(
-                [case, name, f"{seconds:.3g} s", against, ratio, line.get("aim", ""), share]
+                [case, name, f"{seconds:.3g} {unit}", against, ratio, line.get("aim", ""), share]
             )
     header = ["case", "system", "median", "baseline", "ratio: median (range)", "aim", "roofline"]
     return markdown(header, rows)
