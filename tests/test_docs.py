@@ -35,7 +35,7 @@ SHORT = {
     "eval.bound": "--n=2",
 }
 # These do not run here: .ci/run runs them, or the test of their module does.
-ELSEWHERE = r"python -m (pip|pytest|eval\.(check_results|harness|parity|speed|tables))"
+ELSEWHERE = r"python -m (pip|pytest|eval\.(check_results|drafts|harness|parity|speed|tables))"
 ELSEWHERE += r"|python -m data\.(squad|mbpp|parallel|python_code)|bash quickstart.sh|torchrun|ruff"
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + page.stem)
