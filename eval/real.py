@@ -149,7 +149,7 @@ def translation_rows(seed: int) -> dict[str, Stage]:
     pretrain = f"--data={DATA}/tatoeba --batch_size=128 --schedule=constant {every}"
 
     def tune(source: Stage) -> Stage:
-        flags = f"--data={DATA}/multi30k --batch_size=64 --max_steps=2200 {every}"
+        flags = f"--data={DATA}/multi30k --batch_size=32 --max_steps=2200 {every}"
         return train("multi30k", flags, source)
 
     def scratch(steps: int) -> Stage:
