@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from configurator import setting, validate
-from infra.logits import GenerateOutput, banned_token_ids, cross_entropy_in_place, draw_tokens
+from infra.logits import (
+    GenerateOutput,
+    argmax,
+    banned_token_ids,
+    cross_entropy_in_place,
+    draw_tokens,
+)
 from infra.rng import SAMPLE, CounterRNG, make_rng
 from model import split_prompt
 
@@ -75,7 +81,9 @@ def generate(model, prefix, cfg, seed=0, example=None, on_step=None):
 
 def draw_next(logits: Tensor, cfg, rng: CounterRNG) -> Tensor:
     """Draw a token (B,) from logits (B, V); top-p: arXiv 1904.09751."""
-    if cfg.temperature > 0 and (cfg.top_k or cfg.top_p < 1):
+    if cfg.temperature == 0:
+        return argmax(logits)
+    if cfg.top_k or cfg.top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
         probs = (ordered / cfg.temperature).softmax(-1)  # (B, V)
         keep = probs.cumsum(-1) - probs < cfg.top_p
