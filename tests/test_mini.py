@@ -75,6 +75,15 @@ def test_programs_pass_the_tests_that_are_made_from_their_sentence(items):
                 exec(mini.code_tests(other), scope)
 
 
+def test_the_steps_mean_what_their_names_say():
+    for steps, case in (
+        ("subtract 3 then square then negate then triple", "(1, -12)"),
+        ("times 4 then double then add 1", "(2, 17)"),
+        ("max: square then negate", "([-3], -9)"),
+    ):
+        assert case in mini.code_tests({"prefix": f"py {steps}"})
+
+
 def test_scorers_ignore_what_means_nothing():
     item = {"target": "def f(x): return (x + 7) * 2"}
     same = ("def f(x):\n    return (x+7)*2\n", "def f(x): return ((x + 7)) * 2  # twice")
