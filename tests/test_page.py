@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 from extras.adapter import AdapterConfig, DraftModel
 from tests.browser import Browser
 from tests.eval_models import BYTES, CACHED, save_model, tiny_model
-from view.page import Track, write_page
+from view.page import pack, write_page
 from view.record import TOP, UNKNOWN, Frame, Recorder
 
 AR = dict(block_size=40, target_length=13)
@@ -54,16 +54,21 @@ def frame(name: str, ids: list[int], p: float = 0.5, calls: int = 0) -> Frame:
     return Frame(name, calls, 0.01 * calls, table)
 
 
-def track_of(frames, tokenizer=WORDS, title="a track") -> Track:
-    return Track(title, "--steps=3", frames, tokenizer, [False] * len(frames[0].table))
+def track_of(frames, tokenizer=WORDS, title="a track") -> dict:
+    return pack(title, "--steps=3", frames, tokenizer, [False] * len(frames[0].table))
 
 
-def nasty_tracks() -> list[Track]:
+def nasty_frames() -> list[list[Frame]]:
     n = len(NASTY)
     last = [*range(n), HALF, HALF + 1]
     steps = [[8] * (n + 2), [0, 8, *range(2, n), 8, 8], last, [*last[:7], 8, *last[8:]]]
     one = [frame(f"{k}", ids, k / 4, k) for k, ids in enumerate(steps)]
     grown = [frame(f"{k + 1}", [7] * (k + 1) + [-1] * (2 - k), calls=k + 1) for k in range(3)]
+    return [one, grown]
+
+
+def nasty_tracks() -> list[dict]:
+    one, grown = nasty_frames()
     return [track_of(one, title="diffusion </script>"), track_of(grown, title="left to right")]
 
 
@@ -183,8 +188,7 @@ def test_the_script_matches_the_frames(tmp_path):
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")
-    tracks = nasty_tracks()
-    text = page_of(tmp_path, tracks)
+    text = page_of(tmp_path, nasty_tracks())
     script = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)[0]
     ask = """
     const text = require("fs").readFileSync(process.argv[2], "utf8");
@@ -206,7 +210,7 @@ def test_the_script_matches_the_frames(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
-        "ids": [[one.ids.tolist() for one in track.frames] for track in tracks],
+        "ids": [[one.ids.tolist() for one in frames] for frames in nasty_frames()],
         "texts": SHOWN,
         "final": [[1, 2, *[1] * 5, 3, 0, 1, 2, 2], [0, 1, 2]],
         "flips": [0] * 7 + [1] + [0] * 4,

@@ -10,26 +10,15 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from data.tokenizer import Tokenizer
 from infra.checkpoint import write_atomically
 from view.record import Frame
 
 
-class Track(NamedTuple):
-    """One text of the page."""
-
-    title: str
-    flags: str  # the sampler's settings
-    frames: Iterable[Frame]  # see Recorder.frames
-    tokenizer: Tokenizer
-    fixed: list[bool]  # (S,) True at tokens that were given (infilling)
-
-
-def write_page(path, prompt: str, facts: dict[str, str], tracks: list[Track]) -> None:
-    """Write the page atomically. facts: the foot of the page, such as the seed."""
-    data = {"prompt": prompt, "facts": facts, "tracks": [pack(track) for track in tracks]}
+def write_page(path, prompt: str, facts: dict[str, str], tracks: list[dict]) -> None:
+    """Write the page atomically. facts: its foot, such as the seed. tracks: see pack."""
+    data = {"prompt": prompt, "facts": facts, "tracks": tracks}
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     page = template.replace("{{STYLE_HASH}}", _hash(template, "style"))
     page = page.replace("{{SCRIPT_HASH}}", _hash(template, "script"))
@@ -44,14 +33,18 @@ def _hash(template: str, tag: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
-def pack(track: Track) -> dict:
-    """Return a track as plain values. A frame holds only the positions that changed, each as
-    [position, *row of the frame's table], with probabilities in thousandths."""
-    frames = []
-    tokenizer = track.tokenizer
+def pack(
+    title: str, flags: str, frames: Iterable[Frame], tokenizer: Tokenizer, fixed: list
+) -> dict:
+    """Return one text of the page as plain values. A frame holds only the positions that changed,
+    each as [position, *row of the frame's table], with probabilities in thousandths.
+
+    flags: the sampler's settings. fixed (S,): True at tokens that were given (infilling).
+    """
+    packed = []
     used = {tokenizer.pad_id}
-    before = [[]] * len(track.fixed)
-    for frame in track.frames:
+    before = [[]] * len(fixed)
+    for frame in frames:
         table = frame.table.clone()
         table[:, 1::2] = (1000 * table[:, 1::2]).round().clamp(min=-1)
         rows = table.long().tolist()
@@ -59,16 +52,16 @@ def pack(track: Track) -> dict:
         changes = [[s, *row] for s, (row, old) in pairs if row != old and row[0] >= 0]
         used.update(token for row in changes for token in row[1::2] if token >= 0)
         ms = round(1000 * frame.seconds, 3)
-        frames.append({"name": frame.name, "calls": frame.calls, "ms": ms, "changes": changes})
+        packed.append({"name": frame.name, "calls": frame.calls, "ms": ms, "changes": changes})
         before = rows
     return {
-        "title": track.title,
-        "flags": track.flags,
-        "length": len(track.fixed),
+        "title": title,
+        "flags": flags,
+        "length": len(fixed),
         "pad": tokenizer.pad_id,
-        "fixed": [i for i, fixed in enumerate(track.fixed) if fixed],
+        "fixed": [i for i, given in enumerate(fixed) if given],
         "vocabulary": {i: _piece(i, tokenizer) for i in sorted(used)},
-        "frames": frames,
+        "frames": packed,
     }
 
 

@@ -5,7 +5,6 @@ from itertools import takewhile
 
 import torch
 
-from data.tokenizer import get_tokenizer
 from view.cells import printable
 
 
@@ -50,7 +49,7 @@ def print_checks(checks: list) -> bool:
 def sample_line(run, step: int) -> str:
     """Generate a target for one validation prefix of a training run."""
     run.model.eval()
-    tokenizer = get_tokenizer(run.valid_set.tokenizer_name)
+    tokenizer = run.valid_set.tokenizer
     batch = run.valid_set.batch(0, 0, 8)
     prompt = batch.prefix[:1].to(run.ctx.device)
     if run.cfg.model.sep_id < 0:

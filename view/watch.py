@@ -8,7 +8,7 @@ import torch
 import autoregressive
 from configurator import require
 from infra.device import pick_device
-from view.page import Track, write_page
+from view.page import pack, write_page
 from view.record import Recorder
 from view.terminal import TerminalView
 
@@ -46,15 +46,15 @@ def fixed_slots(decoder) -> list[bool]:
     return [token >= 0 for token in template]
 
 
-def track_of(decoder, recorder: Recorder, out) -> Track:
+def track_of(decoder, recorder: Recorder, out) -> dict:
     settings = vars(decoder.sampler)
     title = settings.get("sampler", decoder.module.__name__.removeprefix("extras."))
     flags = " ".join(f"--{name}={value}" for name, value in settings.items())
     frames = recorder.frames(out.tokens[0])
-    return Track(title, flags, frames, decoder.tokenizer, fixed_slots(decoder))
+    return pack(title, flags, frames, decoder.tokenizer, fixed_slots(decoder))
 
 
-def write(cfg, text: str, first: Track, others: list, generate, demo: Path) -> None:
+def write(cfg, text: str, first: dict, others: list, generate, demo: Path) -> None:
     """Write the page: the first track and those of other decoders, which generate here."""
     tracks = [first]
     for other in others:
