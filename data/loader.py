@@ -231,16 +231,15 @@ def _read_meta(folder: Path) -> dict:
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        counted = ("tokens", "pairs") if meta["kind"] == "pairs" else ("tokens",)
+        sizes = (meta["target_length"], meta["block_size"])
+        counted = {"stream": ["tokens"], "pairs": ["tokens", "pairs"]}[meta["kind"]]
         numbers = [counts[name] for counts in meta["splits"].values() for name in counted]
         good = (
             meta["format"] == FORMAT
-            and meta["kind"] in ("stream", "pairs")
             and meta["dtype"] in ("uint16", "uint32")
-            and all(type(meta[name]) is str for name in ("tokenizer", "sha256"))
-            and all(type(n) is int and n > 0 for n in numbers)
-            and all(type(meta[name]) is int for name in ("target_length", "block_size"))
-            and 2 <= meta["target_length"] <= meta["block_size"] < 1 << 31
+            and type(meta["tokenizer"]) is type(meta["sha256"]) is str
+            and all(type(n) is int and n > 0 for n in (*numbers, *sizes))
+            and 2 <= sizes[0] <= sizes[1] < 1 << 31
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good = False

@@ -1,5 +1,6 @@
 """Choose the characters that show tokens. No token can move the cursor or send a command."""
 
+import re
 import unicodedata
 
 from data.tokenizer import Tokenizer
@@ -45,5 +46,4 @@ def width(char: str) -> int:
 
 def printable(text: str) -> str:
     """Replace control characters, so that no text can send a command to the terminal."""
-    safe = (c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") for c in text)
-    return "".join(c if ok else UNPRINTABLE for c, ok in zip(text, safe))
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", UNPRINTABLE, text)
