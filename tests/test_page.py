@@ -15,8 +15,8 @@ from data.tokenizer import Tokenizer
 from extras.adapter import AdapterConfig, DraftModel
 from tests.browser import Browser
 from tests.eval_models import BYTES, CACHED, save_model, tiny_model
-from view.page import pack, write_page
 from view.record import TOP, UNKNOWN, Frame, Recorder
+from view.watch import pack, write_page
 
 AR = dict(block_size=40, target_length=13)
 DIFFUSION = AR | CACHED | dict(shift=True)
