@@ -188,9 +188,9 @@ def padded_size(n_ordinary: int, rows: int = 0) -> int:
 
 
 # GPT-2's character for each byte: itself, or from U+0100 on if it is invisible.
-_VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _others = itertools.count(256)
-ALPHABET = "".join(chr(byte if byte in _VISIBLE else next(_others)) for byte in range(256))
+_visible = (byte if byte > 32 and chr(byte).isprintable() else next(_others) for byte in range(256))
+ALPHABET = "".join(map(chr, _visible))
 
 
 @functools.cache

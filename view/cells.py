@@ -16,13 +16,10 @@ def spans(ids: list[int], tokenizer: Tokenizer) -> list[tuple[str, int, int]]:
     cells = []
     start = 0
     while start < len(ids):
-        end = start + 1
-        text = PAD
-        if ids[start] != tokenizer.pad_id:
-            ends = range(end, min(start + 5, len(ids) + 1))
-            end = next((e for e in ends if _is_text(ids[start:e], tokenizer)), end)
-            text = "".join(map(visible, tokenizer.decode(ids[start:end])))
-        cells.append((text, start, end))
+        ends = range(start + 1, min(start + 5, len(ids) + 1))
+        end = next((e for e in ends if _is_text(ids[start:e], tokenizer)), start + 1)
+        text = "".join(map(visible, tokenizer.decode(ids[start:end])))
+        cells.append((PAD if ids[start] == tokenizer.pad_id else text, start, end))
         start = end
     return cells
 
