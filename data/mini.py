@@ -109,7 +109,7 @@ def score_qa(prediction: str, example: dict) -> bool:
 
 
 def _normalized(text: str) -> list[str]:
-    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
+    words = re.findall(r"\w+", text.lower())
     return [word for word in words if word not in ("a", "an", "the")]
 
 
