@@ -82,18 +82,15 @@ def write(cfg, text: str, first: dict, others: list, generate, demo: Path) -> No
 def write_page(path, prompt: str, facts: dict[str, str], tracks: list[dict]) -> None:
     """Write the page atomically. facts: its foot, such as the seed. tracks: see pack."""
     data = {"prompt": prompt, "facts": facts, "tracks": tracks}
-    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    page = template.replace("{{STYLE_HASH}}", _hash(template, "style"))
-    page = page.replace("{{SCRIPT_HASH}}", _hash(template, "script"))
+    page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    for tag in ("style", "script"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        page = page.replace(f"sha256-{tag}", f"sha256-{digest}")
     # Without "<" no text in the data can end the element or start a comment.
     page = page.replace("{{DATA}}", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(page.encode("utf-8", errors="replace")))
-
-
-def _hash(template: str, tag: str) -> str:
-    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
 def pack(
