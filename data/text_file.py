@@ -70,13 +70,12 @@ def main(argv: list[str]) -> None:
     command = ["data.text_file", *argv]
     items = [item for path in inputs for item in read_items(path)]
     texts = [item["text"] for item in items if "text" in item]
-    if not texts:
-        write_set(cfg, split_pairs(items, cfg.held_out), command, fit=100)
-    elif len(texts) == len(items):
+    require(len(texts) in (0, len(items)), "--input: give texts or pairs, not both")
+    if texts:
         parts = [split_text(text.replace("\r\n", "\n"), cfg.held_out) for text in texts]
         write_texts(cfg, dict(zip(("train", "valid"), zip(*parts))), command)
     else:
-        raise ValueError("--input: give texts or pairs, not both")
+        write_set(cfg, split_pairs(items, cfg.held_out), command, fit=100)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,5 @@ def sample_line(run, step: int) -> str:
     out = run.paradigm.generate(run.model, prompt, run.paradigm.SamplerConfig())
     answer = out.tokens[0]
     answer = answer[(answer == tokenizer.pad_id).cumsum(0) == 0]  # up to the first pad
-    ids = [prompt[0, prompt[0] != tokenizer.pad_id], answer]
-    texts = [repr(tokenizer.decode(part.tolist())) for part in ids]
+    texts = [repr(tokenizer.decode(part.tolist())) for part in (prompt[0], answer)]
     return f"step {step} sample: {' -> '.join(texts)}"
