@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import suggest
+from configurator import require, suggest
 from data import objectives
 from data.objectives import Batch, ObjectiveConfig, Tokens, prefix_lm
 from data.tokenizer import FILE, Tokenizer, get_tokenizer
@@ -77,9 +77,8 @@ class _Dataset:
             return too_many or length - hidden + spans > prefix_room or hidden + spans > target_room
 
         longest = 1 + bisect.bisect_left(range(2, 2 * self.block_size), True, key=too_long)
-        if longest < 2:
-            lengths = f"target_length={self.target_length} and block_size={self.block_size}"
-            raise ValueError(f"{self.folder}: {lengths} are too small for span_corruption")
+        lengths = f"target_length={self.target_length} and block_size={self.block_size}"
+        require(longest > 1, f"{self.folder}: {lengths} are too small for span_corruption")
         return longest
 
     def _cut(self, tokens: Tokens, rng: np.random.Generator) -> tuple[Tokens, Tokens]:
@@ -190,9 +189,8 @@ def open_dataset(folder, split: str, objective: ObjectiveConfig | None = None):
     """
     folder = Path(folder).expanduser()
     meta = _read_meta(folder)
-    if split not in meta["splits"]:
-        names = ", ".join(meta["splits"])
-        raise ValueError(f"{folder} has no split {split!r}; available: {names}")
+    names = ", ".join(meta["splits"])
+    require(split in meta["splits"], f"{folder} has no split {split!r}; available: {names}")
     cls = TokenStream if meta["kind"] == "stream" else Pairs
     return cls(folder, split, meta, objective or ObjectiveConfig())
 
@@ -207,8 +205,7 @@ def build_if_missing(folder: str | Path) -> Path:
         folder = Path(OUT) / folder
     if (folder / "meta.json").exists():
         return folder
-    if folder.name not in SETS:
-        raise ValueError(f"{folder}: no such data set{suggest(folder.name, SETS)}")
+    require(folder.name in SETS, f"{folder}: no such data set{suggest(folder.name, SETS)}")
     print(f"building {folder}: {_build_command(folder)}", flush=True)
     builder = importlib.import_module(SETS[folder.name])  # here, because it imports this file
     builder.main([f"--out={folder.parent}"])
@@ -234,16 +231,15 @@ def _read_meta(folder: Path) -> dict:
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        counted = ("tokens", "pairs") if meta["kind"] == "pairs" else ("tokens",)
+        sizes = (meta["target_length"], meta["block_size"])
+        counted = {"stream": ["tokens"], "pairs": ["tokens", "pairs"]}[meta["kind"]]
         numbers = [counts[name] for counts in meta["splits"].values() for name in counted]
         good = (
             meta["format"] == FORMAT
-            and meta["kind"] in ("stream", "pairs")
             and meta["dtype"] in ("uint16", "uint32")
-            and all(type(meta[name]) is str for name in ("tokenizer", "sha256"))
-            and all(type(n) is int and n > 0 for n in numbers)
-            and all(type(meta[name]) is int for name in ("target_length", "block_size"))
-            and 2 <= meta["target_length"] <= meta["block_size"] < 1 << 31
+            and type(meta["tokenizer"]) is type(meta["sha256"]) is str
+            and all(type(n) is int and n > 0 for n in (*numbers, *sizes))
+            and 2 <= sizes[0] <= sizes[1] < 1 << 31
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good = False
@@ -272,15 +268,14 @@ def _rng(purpose: str, seed: int, place: int) -> np.random.Generator:
 
 def write_stream(folder, splits: dict, tokenizer: str, target_length, block_size, **free) -> dict:
     """Write the token chunks of each split, end to end. Return meta.json. free: more fields."""
-    if not 2 <= target_length < block_size:
-        limits = f"got {target_length} and {block_size}"
-        raise ValueError(f"a stream needs 2 <= target_length < block_size, {limits}")
+    needed = "a stream needs 2 <= target_length < block_size"
+    fits = 2 <= target_length < block_size
+    require(fits, f"{needed}, got {target_length} and {block_size}")
     with _writer(folder, "stream", tokenizer, target_length, block_size, free) as (meta, write):
         for split, chunks in splits.items():
             n = write(f"{split}.bin", chunks)
-            if n < block_size:
-                fault = f"{split} has {n} tokens, fewer than block_size={block_size}"
-                raise ValueError(f"{folder}: {fault}; add text or set a smaller --block_size")
+            fault = f"{folder}: {split} has {n} tokens, fewer than block_size={block_size}"
+            require(n >= block_size, f"{fault}; add text or set a smaller --block_size")
             meta["splits"][split] = {"tokens": n}
     return meta
 
@@ -291,16 +286,14 @@ def write_pairs(folder, splits: dict, tokenizer: str, target_length, block_size,
     with _writer(folder, "pairs", tokenizer, target_length, block_size, free) as (meta, write):
         for split, pairs in splits.items():
             sizes = f"target_length={target_length} and block_size={block_size}"
-            if not pairs:
-                raise ValueError(f"{folder}: no {split} pair fits {sizes}")
+            require(pairs, f"{folder}: no {split} pair fits {sizes}")
             lengths = np.array([[len(side) for side in pair] for pair in pairs])  # (N, 2)
             bad = (lengths > limits).any(axis=1) | (lengths[:, 1] == 0)
-            if bad.any():
-                raise ValueError(f"{folder}: {split} pair {bad.argmax()} does not fit {sizes}")
+            fault = f"{folder}: {split} pair {bad.argmax()} does not fit {sizes}"
+            require(not bad.any(), fault)
             n = write(f"{split}.bin", chain.from_iterable(pairs))
-            ends = lengths.cumsum().reshape(-1, 2)  # (N, 2)
-            starts = np.concatenate([[0], ends[:-1, 1]])
-            write(f"{split}.idx", [np.column_stack([starts, ends]).astype("<i8")])
+            edges = np.append(0, lengths.cumsum())  # (2N + 1,)
+            write(f"{split}.idx", [np.column_stack([edges[:-1:2], edges[1::2], edges[2::2]])])
             meta["splits"][split] = {"tokens": n, "pairs": len(pairs)}
     return meta
 
@@ -309,8 +302,8 @@ def write_pairs(folder, splits: dict, tokenizer: str, target_length, block_size,
 def _writer(folder, kind: str, tokenizer_name: str, target_length: int, block_size: int, free):
     """Yield (meta, write). The files become the folder at the end, if there was no error."""
     folder = Path(folder).expanduser()
-    if folder.exists() and not (folder / "meta.json").is_file():
-        raise ValueError(f"{folder}: exists and is no data set; choose another name")
+    replaces = not folder.exists() or (folder / "meta.json").is_file()
+    require(replaces, f"{folder}: exists and is no data set; choose another name")
     tokenizer = get_tokenizer(tokenizer_name)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     meta = {"format": FORMAT, "kind": kind, "tokenizer": tokenizer.name, "dtype": dtype}

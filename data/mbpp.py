@@ -17,7 +17,7 @@ tasks, because its scores are multiples of 1/90. They are the held-out split her
 from collections import Counter
 from dataclasses import dataclass
 
-from configurator import configure, run, setting
+from configurator import configure, require, run, setting
 from data.sources import SetConfig, local, read_json_lines, unix_lines, write_set
 
 SITE = "https://raw.githubusercontent.com/google-research/google-research/master"
@@ -48,8 +48,7 @@ def read(source: str) -> list[dict]:
         try:
             example = _humaneval(item) if "entry_point" in item else _mbpp(item)
             example |= {"id": str(item["task_id"]), "task_id": item["task_id"]}
-            if example["id"] in examples:
-                raise ValueError(f"task_id {example['id']} occurs twice")
+            require(example["id"] not in examples, f"task_id {example['id']} occurs twice")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             fault = f"not a task of MBPP or HumanEval ({type(error).__name__}: {error})"
             raise ValueError(f"{path}, line {number}: {fault}") from None
@@ -64,11 +63,10 @@ def program(example: dict, completion: str) -> str:
 
 def _mbpp(item: dict) -> dict:
     split = next((split for split, ids in SPLITS.items() if item["task_id"] in ids), None)
-    if split is None:
-        raise ValueError(f"task_id must be 1 to 974, got {item['task_id']!r}")
-    if not item["test_list"] or type(item["test_list"]) is not list:
-        raise ValueError(f"test_list must be a list of tests, got {item['test_list']!r}")
-    asserts = [unix_lines(test).strip() for test in item["test_list"]]
+    require(split, f"task_id must be 1 to 974, got {item['task_id']!r}")
+    tests = item["test_list"]
+    require(tests and type(tests) is list, f"test_list must be a list of tests, got {tests!r}")
+    asserts = [unix_lines(test).strip() for test in tests]
     setup = unix_lines(item["test_setup_code"]).strip("\n")
     docstring = "\n".join([item["text"].strip(), *asserts])
     return {

@@ -28,28 +28,31 @@ HELD_OUT_NUMBERS = 29  # percent of the numbers from 100 on
 LONG_PROGRAMS = 15  # percent of the programs of three steps; all of them would outnumber the others
 N_QUESTIONS = 12_000
 
-# Translation: numbers from English to French
+# Translation: numbers from English to French. First the words of 0 to 99.
 ENGLISH = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"
 ).split()
-ENGLISH_TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
+for ten in "twenty thirty forty fifty sixty seventy eighty ninety".split():
+    ENGLISH += [ten, *(f"{ten}-{one}" for one in ENGLISH[1:10])]
 FRENCH = (
     "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze "
     "quinze seize dix-sept dix-huit dix-neuf"
 ).split()
-FRENCH_TENS = "- - vingt trente quarante cinquante soixante soixante".split()
-FRENCH_TENS += ["quatre-vingt"] * 2
+for ten in "vingt trente quarante cinquante soixante".split():  # seventy is sixty and ten
+    ones = FRENCH[2:20] if ten == "soixante" else FRENCH[2:10]
+    FRENCH += [ten, f"{ten} et un", *(f"{ten}-{one}" for one in ones)]
+FRENCH[71] = "soixante et onze"
+FRENCH += ["quatre-vingts", *(f"quatre-vingt-{one}" for one in FRENCH[1:20])]
 
 
 def english(n: int) -> str:
     """Spell 0 to 9999 in American English: 2101 -> "two thousand one hundred one"."""
-    for size, word in ((1000, "thousand"), (100, "hundred")):
-        if n >= size:
-            return f"{ENGLISH[n // size]} {word}" + _rest(n % size, english)
-    if n < 20:
+    if n < 100:
         return ENGLISH[n]
-    return ENGLISH_TENS[n // 10] + (f"-{ENGLISH[n % 10]}" if n % 10 else "")
+    size, name = (1000, "thousand") if n >= 1000 else (100, "hundred")
+    rest = f" {english(n % size)}" if n % size else ""
+    return f"{ENGLISH[n // size]} {name}{rest}"
 
 
 def french(n: int) -> str:
@@ -57,28 +60,13 @@ def french(n: int) -> str:
 
     "cent" and "quatre-vingt" take an s if multiplied and last: deux cents, deux cent un.
     """
-    if n >= 1000:
-        return ("mille" if n < 2000 else f"{FRENCH[n // 1000]} mille") + _rest(n % 1000, french)
-    if n >= 200 and n % 100 == 0:
-        return f"{FRENCH[n // 100]} cents"
-    if n >= 100:
-        return ("cent" if n < 200 else f"{FRENCH[n // 100]} cent") + _rest(n % 100, french)
-    if n < 20:
+    if n < 100:
         return FRENCH[n]
-    if n == 80:
-        return "quatre-vingts"
-    tens, ones = divmod(n, 10)
-    if tens in (7, 9):  # seventy is sixty and ten, ninety is four twenties and ten
-        ones += 10
-    if ones == 0:
-        return FRENCH_TENS[tens]
-    if ones in (1, 11) and tens < 8:
-        return f"{FRENCH_TENS[tens]} et {FRENCH[ones]}"
-    return f"{FRENCH_TENS[tens]}-{FRENCH[ones]}"
-
-
-def _rest(n: int, spell: Callable[[int], str]) -> str:
-    return f" {spell(n)}" if n else ""
+    size, name = (1000, "mille") if n >= 1000 else (100, "cent")
+    times = f"{FRENCH[n // size]} " if n >= 2 * size else ""
+    plural = "s" if times and name == "cent" and n % size == 0 else ""
+    rest = f" {french(n % size)}" if n % size else ""
+    return f"{times}{name}{plural}{rest}"
 
 
 def translation_examples(split: str) -> list[dict]:
@@ -121,7 +109,7 @@ def score_qa(prediction: str, example: dict) -> bool:
 
 
 def _normalized(text: str) -> list[str]:
-    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
+    words = re.findall(r"\w+", text.lower())
     return [word for word in words if word not in ("a", "an", "the")]
 
 
@@ -164,15 +152,6 @@ def _expression(steps: tuple[str, ...]) -> str:
     return text
 
 
-FUNCTIONS = {
-    "add": lambda x, n: x + n,
-    "subtract": lambda x, n: x - n,
-    "times": lambda x, n: x * n,
-    "double": lambda x: x * 2,
-    "triple": lambda x: x * 3,
-    "square": lambda x: x * x,
-    "negate": lambda x: -x,
-}
 INPUTS = range(-3, 12)  # more than the degree of any program
 
 
@@ -189,8 +168,8 @@ def code_tests(example: dict) -> str:
 
 def _apply(steps: str, x: int) -> int:
     """("add 7 then double", 1) -> 16."""
-    for verb, *numbers in map(str.split, steps.split(" then ")):
-        x = FUNCTIONS[verb](x, *map(int, numbers))
+    for step in steps.split(" then "):
+        x = eval(STEPS[step][0].format(f"({x})"))  # one of our templates and a whole number
     return x
 
 

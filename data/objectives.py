@@ -63,24 +63,20 @@ def span_corruption(
     A text starts with kept tokens and ends with a span. T5 ends the target with one more sentinel;
     here the pads end it.
     """
-    tokens = [int(t) for t in tokens]
     hidden, n = span_counts(len(tokens))
-    kept_lengths = _partition(len(tokens) - hidden, n, rng)
-    lengths = zip(kept_lengths, _partition(hidden, n, rng))
-    prefix = []
-    target = []
-    start = 0
-    for sentinel, (kept, cut) in zip(sentinels, lengths):
-        prefix += [*tokens[start : start + kept], sentinel]
-        target += [sentinel, *tokens[start + kept : start + kept + cut]]
-        start += kept + cut
+    kept = _partition(len(tokens) - hidden, n, rng)
+    cut = _partition(hidden, n, rng)
+    ends = np.column_stack([kept, cut]).cumsum()
+    parts = [part.tolist() for part in np.split(np.asarray(tokens, dtype=np.int64), ends[:-1])]
+    prefix = [i for part, sentinel in zip(parts[::2], sentinels) for i in (*part, sentinel)]
+    target = [i for sentinel, part in zip(sentinels, parts[1::2]) for i in (sentinel, *part)]
     return prefix, target
 
 
-def _partition(total: int, n: int, rng: np.random.Generator) -> list[int]:
+def _partition(total: int, n: int, rng: np.random.Generator) -> np.ndarray:
     """Draw n whole numbers of at least 1 with this sum. All such lists are equally likely."""
     cuts = np.sort(rng.choice(total - 1, size=n - 1, replace=False) + 1)
-    return np.diff([0, *cuts, total]).tolist()
+    return np.diff([0, *cuts, total])
 
 
 def collate(

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 
-from configurator import configure, run, setting
+from configurator import configure, require, run, setting
 from data.sources import SetConfig, is_held_out, local, read_lines, write_set
 
 FLICKR = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw"
@@ -83,31 +83,20 @@ def stream(source: str, target: str, task_prefix: str) -> Iterator[dict]:
     """Yield the same, so no file has to fit into memory."""
     source = local(source, CHECKSUMS)
     target = local(target, CHECKSUMS)
-    pairs = _zipped(source, target) if target else _tabbed(source)
     number = 0
-    for number, (given, translation) in enumerate(pairs, start=1):
+    lines = zip_longest(read_lines(source), read_lines(target) if target else ())
+    for number, (given, translation) in enumerate(lines, start=1):
+        if not target:
+            given, tab, rest = given.partition("\t")
+            require(tab, f"{source}, line {number}: no tab; give --target=FILE or tabbed lines")
+            translation = rest.split("\t")[0]
+        if given is None or translation is None:
+            fault = f"{source} or {target} has {number - 1} lines, the other has more"
+            raise ValueError(f"{fault}; line i must translate line i")
         given = given.strip()
         example = {"id": str(number), "source": given, "prefix": task_prefix + given}
         yield example | {"target": translation.strip()}
-    if not number:
-        raise ValueError(f"{source}: empty")
-
-
-def _zipped(source: str, target: str) -> Iterator[tuple[str, str]]:
-    both = zip_longest(read_lines(source), read_lines(target))
-    for number, (given, translation) in enumerate(both):
-        if given is None or translation is None:
-            fault = f"{source} or {target} has {number} lines, the other has more"
-            raise ValueError(f"{fault}; line i must translate line i")
-        yield given, translation
-
-
-def _tabbed(path: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(read_lines(path), start=1):
-        source, tab, rest = line.partition("\t")
-        if not tab:
-            raise ValueError(f"{path}, line {number}: no tab; give --target=FILE or tabbed lines")
-        yield source, rest.split("\t")[0]
+    require(number, f"{source}: empty")
 
 
 def both_ways(examples: Iterable[dict], reverse_prefix: str) -> Iterator[dict]:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configurator import configure, run, setting
+from configurator import configure, require, run, setting
 from data.sources import SetConfig, hash_number, percent, write_set, write_texts
 from data.syntax import parse_python
 
@@ -52,11 +52,7 @@ def read_corpus(source: str) -> tuple[dict, dict, Counter]:
     pairs = {"train": [], "valid": []}
     dropped = Counter()
     seen = set()
-    paths = [
-        (split_of(path.relative_to(root).as_posix()), path)
-        for root in _roots(source)
-        for path in _walk(root, dropped)
-    ]
+    paths = [found for root in _roots(source) for found in _walk(root, dropped)]
     # Training files first: of equal files in both splits, the held-out one is dropped.
     for split, path in sorted(paths, key=lambda item: item[0]):
         text = _read(path)
@@ -107,26 +103,25 @@ def split_of(path: str) -> str:
 
 
 def _roots(source: str) -> list[Path]:
-    paths = sysconfig.get_paths()
     kinds = {"stdlib": ["stdlib"], "all": ["stdlib", "purelib", "platlib"]}
-    if source in kinds:
-        return list(dict.fromkeys(Path(paths[kind]) for kind in kinds[source]))
-    if not Path(source).exists():
-        raise ValueError(f"--source must be stdlib, all or a path; {source!r} does not exist")
-    return [Path(source)]
+    fault = f"--source must be stdlib, all or a path; {source!r} does not exist"
+    require(source in kinds or Path(source).exists(), fault)
+    paths = [sysconfig.get_path(kind) for kind in kinds.get(source, ())] or [source]
+    return [Path(path) for path in dict.fromkeys(paths)]
 
 
-def _walk(root: Path, dropped: Counter) -> Iterator[Path]:
-    """Yield the .py files below root in sorted order."""
+def _walk(root: Path, dropped: Counter) -> Iterator[tuple[str, Path]]:
+    """Yield the split and the path of the .py files below root in sorted order."""
     for path in sorted(root.rglob("*.py")):
-        folders = set(path.relative_to(root).parts[:-1])
+        inside = path.relative_to(root)
+        folders = set(inside.parts[:-1])
         if folders & PACKAGES or not path.is_file():
             continue
         table = path.stat().st_size > MAX_FILE
         if table or folders & SKIPPED or re.match(TEST_FILE, path.name):
             dropped["files of tests, demos, tables"] += 1
         else:
-            yield path
+            yield split_of(inside.as_posix()), path
 
 
 def _read(path: Path) -> str:

@@ -233,8 +233,8 @@ def _write(writer, cfg: SetConfig, splits: dict, target_length: int, block_size:
     if folder.parent != Path(cfg.out):
         raise ValueError(f"--name=NAME must be a plain folder name, got {cfg.name!r}")
     meta = writer(folder, splits, cfg.tokenizer, target_length, block_size, **free)
-    sizes = ("target_length", "block_size")
-    print(folder, meta["tokenizer"], *(f"{name} {meta[name]}" for name in sizes), sep=" | ")
+    sizes = f"target_length {target_length} | block_size {block_size}"
+    print(f"{folder} | {meta['tokenizer']} | {sizes}")
     for field in ("splits", "left_out"):
         for split, counts in meta.get(field, {}).items():
             numbers = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items())

@@ -11,7 +11,7 @@ files are downloaded. Of a single file, some paragraphs are held out.
 
 from dataclasses import dataclass
 
-from configurator import configure, run, setting
+from configurator import configure, require, run, setting
 from data.sources import SetConfig, is_held_out, local, parse_json, read_text, write_set
 
 SITE = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
@@ -52,16 +52,14 @@ def read(source: str) -> list[dict]:
             for text in (*example.values(), *answers):
                 if not isinstance(text, str):
                     raise TypeError(f"expected text, got {str(text)[:40]}")
-            if item["id"] in examples:
-                raise ValueError(f"{path}: id {item['id']!r} occurs twice")
+            require(item["id"] not in examples, f"{path}: id {item['id']!r} occurs twice")
             prefix = f"{context}\nQuestion: {item['question']}\nAnswer:"
             pair = {"prefix": prefix, "target": f" {answers[0]}"}
             examples[item["id"]] = example | {"answers": answers} | pair
     except (KeyError, TypeError, IndexError) as error:
         fault = f"not SQuAD 1.1 after question {len(examples)} ({type(error).__name__}: {error})"
         raise ValueError(f"{path}: {fault}") from None
-    if not examples:
-        raise ValueError(f"{path}: has no questions")
+    require(examples, f"{path}: has no questions")
     return list(examples.values())
 
 

@@ -11,7 +11,7 @@ some of the prefixes, so that no prefix is in both splits.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from configurator import configure, run, setting
+from configurator import configure, require, run, setting
 from data.sources import SetConfig, hash_number, read_json_lines, read_text, write_set, write_texts
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")  # a .json file is never meant as plain text
@@ -66,18 +66,16 @@ def main(argv: list[str]) -> None:
     cfg = configure(TextFileConfig, argv)
     inputs = [arg.removeprefix("--input=") for arg in argv if arg.startswith("--input=")]
     inputs = inputs or [cfg.input]  # a config file gives one
-    if not all(inputs):
-        raise ValueError("no input: give --input=FILE (.txt or .jsonl)")
+    require(all(inputs), "no input: give --input=FILE (.txt or .jsonl)")
     command = ["data.text_file", *argv]
     items = [item for path in inputs for item in read_items(path)]
     texts = [item["text"] for item in items if "text" in item]
-    if not texts:
-        write_set(cfg, split_pairs(items, cfg.held_out), command, fit=100)
-    elif len(texts) == len(items):
+    require(len(texts) in (0, len(items)), "--input: give texts or pairs, not both")
+    if texts:
         parts = [split_text(text.replace("\r\n", "\n"), cfg.held_out) for text in texts]
         write_texts(cfg, dict(zip(("train", "valid"), zip(*parts))), command)
     else:
-        raise ValueError("--input: give texts or pairs, not both")
+        write_set(cfg, split_pairs(items, cfg.held_out), command, fit=100)
 
 
 if __name__ == "__main__":

@@ -25,20 +25,19 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import suggest
+from configurator import require, suggest
 
 FILE = "tokenizer.json"
 MASK_MARK = "▁"  # a mask in decoded text (U+2581)
 MIN_RESERVED = 32
 MULTIPLE = 128  # matrix products are faster if the vocabulary is a multiple of 128
-# tiktoken fails on about a million spaces in a row: its regular expression overflows.
+# Longer runs of spaces are cut. On a million of them tiktoken's regular expression overflows.
 LONGEST_SPACES = 100_000
 # How data.bpe cuts a text into words before it merges: GPT-2's rule, for `tokenizers` and tiktoken.
 BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LOADED = {}  # tokenizers of files by name: equal names mean equal content
 PATH_HINT = f"a tokenizer is bytes, gpt2, or the path of a {FILE}"
-Encode = Callable[[str], list[int]]
 
 
 class Tokenizer:
@@ -48,7 +47,7 @@ class Tokenizer:
     pieces (the bytes of each id), file (the text of its tokenizer.json, or "").
     """
 
-    def __init__(self, name: str, pieces: list[bytes], vocab_size: int, encode: Encode, file=""):
+    def __init__(self, name: str, pieces: list[bytes], vocab_size: int, encode: Callable, file=""):
         self.name = name
         self.n_ordinary = len(pieces)
         self.vocab_size = vocab_size
@@ -68,7 +67,11 @@ class Tokenizer:
         Raises ValueError on a lone surrogate: Python's form of a byte that is not UTF-8.
         """
         text.encode("utf-8")  # tiktoken would replace the surrogate
-        return self._encode_ordinary(text)
+        cuts = [0]
+        for run in re.finditer(r"\s{1000,}", text):
+            cuts += range(run.start() + LONGEST_SPACES, run.end(), LONGEST_SPACES)
+        parts = itertools.pairwise([*cuts, len(text)])
+        return [i for start, end in parts for i in self._encode_ordinary(text[start:end])]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a text that a sequence begins with."""
@@ -99,21 +102,23 @@ def get_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
         return BUILT_IN[name]()
     if name in _LOADED:
         return _LOADED[name]
-    if name.startswith(f"{FILE}@"):
-        path = Path(folder or "").expanduser() / FILE
-        tokenizer = _read_file(path)
-        if tokenizer.name != name:
-            raise ValueError(f"{path}: was replaced: it is {tokenizer.name!r}, expected {name!r}")
-        return tokenizer
-    ids = re.fullmatch("ids-([0-9]{1,8})-([0-9]{1,8})", name)
-    if ids:
+    if ids := re.fullmatch("ids-([0-9]{1,8})-([0-9]{1,8})", name):
         return _ids(name, int(ids[1]), int(ids[2]))
-    path = Path(name).expanduser()
+    stored = name.startswith(f"{FILE}@")
+    path = Path(folder or "", FILE) if stored else Path(name)
+    path = path.expanduser()
     if path.is_dir():
         path = path / FILE
-    if path.suffix != ".json":
-        raise ValueError(f"unknown tokenizer {name!r}{suggest(name, BUILT_IN)}; {PATH_HINT}")
-    return _read_file(path)
+    unknown = f"unknown tokenizer {name!r}{suggest(name, BUILT_IN)}; {PATH_HINT}"
+    require(path.suffix == ".json", unknown)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        raise ValueError(f"{path}: no such file, or not UTF-8; {PATH_HINT}") from None
+    tokenizer = tokenizer_from_json(text, str(path))
+    replaced = f"{path}: was replaced: it is {tokenizer.name!r}, expected {name!r}"
+    require(tokenizer.name == name or not stored, replaced)
+    return tokenizer
 
 
 def tokenizer_from_json(text: str, source: str) -> Tokenizer:
@@ -127,14 +132,6 @@ def tokenizer_from_json(text: str, source: str) -> Tokenizer:
         # A foreign file gets our reserved ids, and with them another name.
         _LOADED[name] = _LOADED[tokenizer.name] = tokenizer
     return _LOADED[name]
-
-
-def _read_file(path: Path) -> Tokenizer:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError):
-        raise ValueError(f"{path}: no such file, or not UTF-8; {PATH_HINT}") from None
-    return tokenizer_from_json(text, str(path))
 
 
 def _parse(name: str, text: str) -> Tokenizer:
@@ -153,7 +150,7 @@ def _parse(name: str, text: str) -> Tokenizer:
     ranks = {piece: i for i, piece in enumerate(pieces)}
     encoding = tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
     vocab_size = len(pieces) + len(content["added_tokens"])
-    return Tokenizer(name, pieces, vocab_size, _in_parts(encoding.encode_ordinary), text)
+    return Tokenizer(name, pieces, vocab_size, encoding.encode_ordinary, text)
 
 
 def _own_pieces(content: dict) -> list[bytes]:
@@ -191,22 +188,9 @@ def padded_size(n_ordinary: int, rows: int = 0) -> int:
 
 
 # GPT-2's character for each byte: itself, or from U+0100 on if it is invisible.
-_VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _others = itertools.count(256)
-ALPHABET = "".join(chr(byte if byte in _VISIBLE else next(_others)) for byte in range(256))
-
-
-def _in_parts(encode: Encode) -> Encode:
-    """Cut runs of more than LONGEST_SPACES spaces before encoding. Other texts are not changed."""
-
-    def encode_parts(text: str) -> list[int]:
-        cuts = [0]
-        for run in re.finditer(r"\s{1000,}", text):
-            cuts += range(run.start() + LONGEST_SPACES, run.end(), LONGEST_SPACES)
-        parts = itertools.pairwise([*cuts, len(text)])
-        return [i for start, end in parts for i in encode(text[start:end])]
-
-    return encode_parts
+_visible = (byte if byte > 32 and chr(byte).isprintable() else next(_others) for byte in range(256))
+ALPHABET = "".join(map(chr, _visible))
 
 
 @functools.cache
@@ -243,7 +227,7 @@ def _gpt2() -> Tokenizer:
             "a folder with tiktoken's two cached files, or connect to the internet once"
         ) from None
     pieces = [bpe.decode_single_token_bytes(i) for i in range(bpe.n_vocab)]
-    return Tokenizer("gpt2", pieces, 50304, _in_parts(bpe.encode_ordinary))
+    return Tokenizer("gpt2", pieces, 50304, bpe.encode_ordinary)
 
 
 BUILT_IN = {"bytes": _bytes, "gpt2": _gpt2}

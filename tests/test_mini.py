@@ -65,6 +65,8 @@ def test_answers_are_those_of_the_facts(items):
 
 
 def test_programs_pass_the_tests_that_are_made_from_their_sentence(items):
+    steps = "subtract 3 then square then negate then triple then times 4 then double then add 1"
+    assert "(1, -95)" in mini.code_tests({"prefix": f"py {steps}"})
     programs = items["code", "valid"][:200]
     for item, other in zip(programs, programs[1:]):
         scope = {}

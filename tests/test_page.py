@@ -15,8 +15,8 @@ from data.tokenizer import Tokenizer
 from extras.adapter import AdapterConfig, DraftModel
 from tests.browser import Browser
 from tests.eval_models import BYTES, CACHED, save_model, tiny_model
-from view.page import Track, write_page
 from view.record import TOP, UNKNOWN, Frame, Recorder
+from view.watch import pack, write_page
 
 AR = dict(block_size=40, target_length=13)
 DIFFUSION = AR | CACHED | dict(shift=True)
@@ -54,21 +54,18 @@ def frame(name: str, ids: list[int], p: float = 0.5, calls: int = 0) -> Frame:
     return Frame(name, calls, 0.01 * calls, table)
 
 
-def track_of(frames, tokenizer=WORDS, title="a track") -> Track:
-    return Track(title, "--steps=3", frames, tokenizer, [False] * len(frames[0].table))
-
-
-def nasty_tracks() -> list[Track]:
+def nasty_frames() -> list[list[Frame]]:
     n = len(NASTY)
     last = [*range(n), HALF, HALF + 1]
     steps = [[8] * (n + 2), [0, 8, *range(2, n), 8, 8], last, [*last[:7], 8, *last[8:]]]
-    one = [frame(f"{k}", ids, k / 4, k) for k, ids in enumerate(steps)]
     grown = [frame(f"{k + 1}", [7] * (k + 1) + [-1] * (2 - k), calls=k + 1) for k in range(3)]
-    return [track_of(one, title="diffusion </script>"), track_of(grown, title="left to right")]
+    return [[frame(f"{k}", ids, k / 4, k) for k, ids in enumerate(steps)], grown]
 
 
-def page_of(tmp_path, tracks, prompt="p", facts=None) -> str:
-    write_page(tmp_path / "a.html", prompt, facts or {}, tracks)
+def page_of(tmp_path, texts: list[list[Frame]], tokenizer=WORDS, prompt="p", facts=None) -> str:
+    sizes = [len(frames[0].table) for frames in texts]
+    texts = [pack("</script>", "", f, tokenizer, [False] * n) for f, n in zip(texts, sizes)]
+    write_page(tmp_path / "a.html", prompt, facts or {}, texts)
     return (tmp_path / "a.html").read_text(encoding="utf-8")
 
 
@@ -114,7 +111,7 @@ def test_the_last_frame_is_the_text_and_the_page_replays_all(module, settings, t
     assert frames[-1].calls == out.calls[0]
     times = [one.seconds for one in frames]
     assert times == sorted(times) and 0 < times[-1] and recorder.seconds > 0
-    (track,) = data_of(page_of(tmp_path, [track_of(frames, BYTES)]))["tracks"]
+    (track,) = data_of(page_of(tmp_path, [frames], BYTES))["tracks"]
     assert_replays(track, frames)
 
 
@@ -134,7 +131,7 @@ def test_probabilities_are_the_softmax_of_the_network():
 
 def test_no_text_can_leave_its_place(tmp_path):
     facts = {"<b>": "</script>"}
-    text = page_of(tmp_path, nasty_tracks(), NASTY[0], facts)
+    text = page_of(tmp_path, nasty_frames(), WORDS, NASTY[0], facts)
     assert len(re.findall("<script", text)) == len(re.findall("</script>", text)) == 2
     assert "<!--" not in text and "alert(1)</script>" not in text
     data = data_of(text)
@@ -145,7 +142,7 @@ def test_no_text_can_leave_its_place(tmp_path):
 
 
 def test_the_page_requests_nothing_and_must_not(tmp_path):
-    text = page_of(tmp_path, nasty_tracks())
+    text = page_of(tmp_path, nasty_frames())
     policy = re.search('Content-Security-Policy" content="(.*?)"', text)[1]
     assert "default-src 'none'" in policy and "unsafe" not in policy
     for tag in ("script", "style"):
@@ -183,8 +180,7 @@ def test_the_script_matches_the_frames(tmp_path):
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")
-    tracks = nasty_tracks()
-    text = page_of(tmp_path, tracks)
+    text = page_of(tmp_path, nasty_frames())
     script = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)[0]
     ask = """
     const text = require("fs").readFileSync(process.argv[2], "utf8");
@@ -206,7 +202,7 @@ def test_the_script_matches_the_frames(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
-        "ids": [[one.ids.tolist() for one in track.frames] for track in tracks],
+        "ids": [[one.ids.tolist() for one in frames] for frames in nasty_frames()],
         "texts": SHOWN,
         "final": [[1, 2, *[1] * 5, 3, 0, 1, 2, 2], [0, 1, 2]],
         "flips": [0] * 7 + [1] + [0] * 4,
@@ -227,7 +223,7 @@ ABOUT = "document.getElementById('about').innerText"
 @pytest.fixture
 def page(tmp_path):
     page = Browser()
-    write_page(tmp_path / "a.html", NASTY[0], {"seed": "1"}, nasty_tracks())
+    page_of(tmp_path, nasty_frames(), WORDS, NASTY[0], {"seed": "1"})
     page.open(tmp_path / "a.html")
     yield page
     page.close()

@@ -1,1 +1,1 @@
-"""Watch a text being generated: terminal.py, page.py. Imported by sample.py and eval/ only."""
+"""Watch a text being generated: terminal.py draws it, watch.py writes a page."""

@@ -1,5 +1,6 @@
 """Choose the characters that show tokens. No token can move the cursor or send a command."""
 
+import re
 import unicodedata
 
 from data.tokenizer import Tokenizer
@@ -15,13 +16,10 @@ def spans(ids: list[int], tokenizer: Tokenizer) -> list[tuple[str, int, int]]:
     cells = []
     start = 0
     while start < len(ids):
-        end = start + 1
-        text = PAD
-        if ids[start] != tokenizer.pad_id:
-            ends = range(end, min(start + 5, len(ids) + 1))
-            end = next((e for e in ends if _is_text(ids[start:e], tokenizer)), end)
-            text = "".join(map(visible, tokenizer.decode(ids[start:end])))
-        cells.append((text, start, end))
+        ends = range(start + 1, min(start + 5, len(ids) + 1))
+        end = next((e for e in ends if _is_text(ids[start:e], tokenizer)), start + 1)
+        text = "".join(map(visible, tokenizer.decode(ids[start:end])))
+        cells.append((PAD if ids[start] == tokenizer.pad_id else text, start, end))
         start = end
     return cells
 
@@ -45,5 +43,4 @@ def width(char: str) -> int:
 
 def printable(text: str) -> str:
     """Replace control characters, so that no text can send a command to the terminal."""
-    safe = (c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") for c in text)
-    return "".join(c if ok else UNPRINTABLE for c, ok in zip(text, safe))
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", UNPRINTABLE, text)

@@ -58,7 +58,12 @@ class Recorder:
         for r in active:
             table = self._table(step, canvas[r], None if logits is None else logits[r])
             self.history[r].append(Frame(f"{step}", self.calls, self.clock, table))
+        if 0 in active:
+            self.draw()
         self.seconds += time.perf_counter() - now
+
+    def draw(self) -> None:
+        """Called after each frame of the first candidate."""
 
     def _table(self, step: int, ids: Tensor, logits: Tensor | None) -> Tensor:
         """Return the table of a frame for ids (S,) with logits (S, V), or (1, V) if growing."""

@@ -5,7 +5,6 @@ from itertools import takewhile
 
 import torch
 
-from data.tokenizer import get_tokenizer
 from view.cells import printable
 
 
@@ -50,7 +49,7 @@ def print_checks(checks: list) -> bool:
 def sample_line(run, step: int) -> str:
     """Generate a target for one validation prefix of a training run."""
     run.model.eval()
-    tokenizer = get_tokenizer(run.valid_set.tokenizer_name)
+    tokenizer = run.valid_set.tokenizer
     batch = run.valid_set.batch(0, 0, 8)
     prompt = batch.prefix[:1].to(run.ctx.device)
     if run.cfg.model.sep_id < 0:
@@ -58,6 +57,5 @@ def sample_line(run, step: int) -> str:
     out = run.paradigm.generate(run.model, prompt, run.paradigm.SamplerConfig())
     answer = out.tokens[0]
     answer = answer[(answer == tokenizer.pad_id).cumsum(0) == 0]  # up to the first pad
-    ids = [prompt[0, prompt[0] != tokenizer.pad_id], answer]
-    texts = [repr(tokenizer.decode(part.tolist())) for part in ids]
+    texts = [repr(tokenizer.decode(part.tolist())) for part in (prompt[0], answer)]
     return f"step {step} sample: {' -> '.join(texts)}"

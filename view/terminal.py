@@ -12,7 +12,6 @@ import time
 from contextlib import suppress
 
 import torch
-from torch import Tensor
 
 from view.cells import NEWLINE, spans, width
 from view.record import UNKNOWN, Recorder
@@ -54,15 +53,7 @@ class TerminalView(Recorder):
             if self.history[0] and kind in (None, KeyboardInterrupt):
                 write(*(line for line, _ in self._lines()), self._status(), end="\n")
 
-    def __call__(self, step: int, canvas: Tensor, logits: Tensor | None, rows: Tensor) -> None:
-        drawn = len(self.history[0])
-        super().__call__(step, canvas, logits, rows)
-        start = time.perf_counter()
-        if len(self.history[0]) > drawn:
-            self._draw()
-        self.seconds += time.perf_counter() - start
-
-    def _draw(self) -> None:
+    def draw(self) -> None:
         columns, height = shutil.get_terminal_size((80, 24))
         self.columns = max(columns - 1, 2)  # a full last column makes some terminals wrap
         lines = self._lines()
@@ -88,7 +79,7 @@ class TerminalView(Recorder):
             codes = next((codes for least, codes in self.levels.items() if p >= least), NOISE)
             if codes != NOISE and changed[part].any():
                 codes += NEW
-            cells += [(char, codes) for char in encodable(text)]
+            cells += [(char, codes) for char in text]
         return cells
 
     def _lines(self) -> list[tuple[str, bool]]:
@@ -121,11 +112,8 @@ def lay_out(cells: list[tuple[str, str]], columns: int) -> list[list[tuple[str, 
     return lines
 
 
-def encodable(text: str) -> str:
-    """Replace what the encoding of stdout lacks by question marks."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)
-
-
 def write(*rows: str, end: str = "") -> None:
-    print(*map(encodable, rows), sep="\n", end=end, flush=True)
+    """Print the rows. What the encoding of stdout lacks becomes a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = "\n".join(rows).encode(encoding, "replace").decode(encoding)
+    print(text, end=end, flush=True)

@@ -1,15 +1,25 @@
-"""What sample.py shows: --show draws in the terminal, --html writes a page."""
+"""What sample.py shows: --show draws in the terminal, --html writes a page that plays the texts.
 
+page.html is the template of the page. The page needs no network: its Content-Security-Policy
+forbids every request, and allows only the script and the style whose hashes it names.
+"""
+
+import base64
+import hashlib
+import json
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 import autoregressive
 from configurator import require
+from data.tokenizer import Tokenizer
+from infra.checkpoint import write_atomically
 from infra.device import pick_device
-from view.page import Track, write_page
-from view.record import Recorder
+from view.record import Frame, Recorder
 from view.terminal import TerminalView
 
 
@@ -46,15 +56,15 @@ def fixed_slots(decoder) -> list[bool]:
     return [token >= 0 for token in template]
 
 
-def track_of(decoder, recorder: Recorder, out) -> Track:
+def track_of(decoder, recorder: Recorder, out) -> dict:
     settings = vars(decoder.sampler)
     title = settings.get("sampler", decoder.module.__name__.removeprefix("extras."))
     flags = " ".join(f"--{name}={value}" for name, value in settings.items())
     frames = recorder.frames(out.tokens[0])
-    return Track(title, flags, frames, decoder.tokenizer, fixed_slots(decoder))
+    return pack(title, flags, frames, decoder.tokenizer, fixed_slots(decoder))
 
 
-def write(cfg, text: str, first: Track, others: list, generate, demo: Path) -> None:
+def write(cfg, text: str, first: dict, others: list, generate, demo: Path) -> None:
     """Write the page: the first track and those of other decoders, which generate here."""
     tracks = [first]
     for other in others:
@@ -67,3 +77,55 @@ def write(cfg, text: str, first: Track, others: list, generate, demo: Path) -> N
     facts |= {"threads": str(torch.get_num_threads()), "torch": torch.__version__}
     write_page(cfg.html, text, facts, tracks)
     print(cfg.html, file=sys.stderr)
+
+
+def write_page(path, prompt: str, facts: dict[str, str], tracks: list[dict]) -> None:
+    """Write the page atomically. facts: its foot, such as the seed. tracks: see pack."""
+    data = {"prompt": prompt, "facts": facts, "tracks": tracks}
+    page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    for tag in ("style", "script"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        page = page.replace(f"sha256-{tag}", f"sha256-{digest}")
+    # Without "<" no text in the data can end the element or start a comment.
+    page = page.replace("{{DATA}}", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(page.encode("utf-8", errors="replace")))
+
+
+def pack(
+    title: str, flags: str, frames: Iterable[Frame], tokenizer: Tokenizer, fixed: list
+) -> dict:
+    """Return one text of the page as plain values. A frame holds only the positions that changed,
+    each as [position, *row of the frame's table], with probabilities in thousandths.
+
+    flags: the sampler's settings. fixed (S,): True at tokens that were given (infilling).
+    """
+    packed = []
+    used = {tokenizer.pad_id}
+    before = [[]] * len(fixed)
+    for frame in frames:
+        table = frame.table.clone()
+        table[:, 1::2] = (1000 * table[:, 1::2]).round().clamp(min=-1)
+        rows = table.long().tolist()
+        pairs = enumerate(zip(rows, before))
+        changes = [[s, *row] for s, (row, old) in pairs if row != old and row[0] >= 0]
+        used.update(token for row in changes for token in row[1::2] if token >= 0)
+        ms = round(1000 * frame.seconds, 3)
+        packed.append({"name": frame.name, "calls": frame.calls, "ms": ms, "changes": changes})
+        before = rows
+    return {
+        "title": title,
+        "flags": flags,
+        "length": len(fixed),
+        "pad": tokenizer.pad_id,
+        "fixed": [i for i, given in enumerate(fixed) if given],
+        "vocabulary": {i: _piece(i, tokenizer) for i in sorted(used)},
+        "frames": packed,
+    }
+
+
+def _piece(i: int, tokenizer: Tokenizer) -> str | list[int]:
+    """Return the token's text, or its bytes if they are only part of a character."""
+    text = tokenizer.decode([i])
+    return list(tokenizer.piece(i)) if "\ufffd" in text else text

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-from configurator import run, suggest
+from configurator import require, run, suggest
 from diffusion import SAMPLERS, SamplerConfig, SamplerState, generate, sample_noise
 from infra.rng import RENOISE, make_rng
 from model import ModelConfig, attention_mask
@@ -45,10 +45,8 @@ def grade_sampler(margin: Callable) -> Iterator[Check]:
         expected = noise.clone()
         expected[0, kept] = best[0, kept]
         yield f"step {step + 1} of 4 keeps {len(kept)} slots", state.canvas.equal(expected)
-        yield (
-            "output and scored are most probable",
-            torch.equal(state.output, best) and torch.equal(state.scored, best),
-        )
+        likeliest = state.output.equal(best) and state.scored.equal(best)
+        yield "output and scored are most probable", likeliest
         yield "no row converges", not state.converged.any()
     state = after(0, [True, True, False, True])
     yield "a given slot does not change", state.output.tolist() == [[65, 66, 7, 68]]
@@ -84,10 +82,8 @@ def grade_mask_schedule(near_first: Callable) -> Iterator[Check]:
     none = torch.zeros(1, 0, dtype=torch.bool)
     tokens = torch.ones(1, T, dtype=torch.bool)
     masks = [near_first(T, k / n) for k in range(n + 1)]
-    yield (
-        "a (T, T) mask of booleans",
-        all(m.shape == (T, T) and not m.is_floating_point() for m in masks),
-    )
+    fits = all(mask.shape == (T, T) and not mask.is_floating_point() for mask in masks)
+    yield "a (T, T) mask of booleans", fits
     for kind, edges in (("causal", masks[0]), ("bidirectional", masks[n])):
         mask = attention_mask("bidirectional", none, tokens, extra_edges=edges)
         yield f"the {kind} end", mask.equal(attention_mask(kind, none, tokens))
@@ -180,12 +176,11 @@ def grade(name: str, path: str | Path) -> list[Check]:
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] not in EXERCISES:
-        raise ValueError(f"name one exercise{suggest(' '.join(argv[:1]), EXERCISES)}")
-    path = Path(argv[1] if argv[1:] else Path(__file__).parent / f"{argv[0]}.py")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    checks = grade(argv[0], path)
+    name = " ".join(argv[:1])
+    require(name in EXERCISES, f"name one exercise{suggest(name, EXERCISES)}")
+    path = Path(argv[1] if argv[1:] else Path(__file__).parent / f"{name}.py")
+    require(path.is_file(), f"{path}: no such file")
+    checks = grade(name, path)
     for text, passed in checks:
         print(f"{'ok  ' if passed else 'FAIL'}  {text}")
     if not all(passed for _, passed in checks):
