@@ -24,7 +24,7 @@ from hf.load import resolve_source
 OUT = "out/real"
 DATA = f"{OUT}/data"
 SOURCES = f"{OUT}/sources"  # of the raw files; it may be a link
-STEPS = (1, 2, 4, 20)  # of the curves, in addition to 10
+STEPS = (1, 2, 4, 10, 20)  # of the curves
 CANDIDATES = (4, 8)  # in addition to 1
 SAMPLERS = ("argmax_unrolled", "confidence", "entropy_bound", "diffusion_gemma")
 SAMPLER_STEPS = (4, 10)

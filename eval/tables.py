@@ -257,16 +257,19 @@ REAL_ROWS = {
 
 
 def real_table(lines: Lines) -> str:
-    """Return the main rows of the three real tasks."""
+    """Return the main rows of the real tasks that have run."""
     columns = [columns[0] for columns in REAL_COLUMNS.values()]
+    run = [i for i, column in enumerate(columns) if column.jobs.format(1, "ar") in lines]
     body = []
     for label, rows in REAL_ROWS.items():
-        body.append([label])
-        for column, row in zip(columns, rows):
-            calls = cell(lines, column._replace(metric="calls_per_sample"), row)
-            found = cell(lines, column, row)
-            body[-1].append(found if found == "-" else f"{found} in {calls}")
-    return markdown(["row", *(f"{column.title} in calls" for column in columns)], body)
+        cells = []
+        for i in run:
+            calls = cell(lines, columns[i]._replace(metric="calls_per_sample"), rows[i])
+            found = cell(lines, columns[i], rows[i])
+            cells.append(found if found == "-" else f"{found} in {calls}")
+        if set(cells) != {"-"}:
+            body.append([label, *cells])
+    return markdown(["row", *(f"{columns[i].title} in calls" for i in run)], body)
 
 
 def real_task_table(task: str, lines: Lines) -> str:
@@ -285,8 +288,7 @@ def real_task_table(task: str, lines: Lines) -> str:
 
 def real_steps_table(lines: Lines) -> str:
     """Return the first metric of a task by steps and by candidates."""
-    steps = sorted((*real.STEPS, 10))
-    settings = {f"{n}, 1": "" if n == 10 else f"_{n}" for n in steps}
+    settings = {f"{n}, 1": f"_{n}" for n in real.STEPS}
     settings |= {f"10, {candidates}": f"_10_{candidates}" for candidates in real.CANDIDATES}
     body = []
     for task in ("squad", "multi30k"):
@@ -301,7 +303,7 @@ def real_steps_table(lines: Lines) -> str:
 
 def real_samplers_table(lines: Lines) -> str:
     """Return the first metric, and the calls of a text, by sampler and most steps."""
-    ends = {("resample", n): "" if n == 10 else f"_{n}" for n in real.SAMPLER_STEPS}
+    ends = {("resample", n): f"_{n}" for n in real.SAMPLER_STEPS}
     for name, n in itertools.product(real.SAMPLERS, real.SAMPLER_STEPS):
         ends[name, n] = f"_{name}_{n}"
     columns = []
