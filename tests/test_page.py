@@ -1,4 +1,4 @@
-"""The page of sample.py --html: it shows what was recorded, is harmless, works in a browser."""
+"""The page of sample.py --html: it shows what was recorded, and is harmless."""
 
 import base64
 import hashlib
@@ -13,7 +13,6 @@ import torch
 
 from data.tokenizer import Tokenizer
 from extras.adapter import AdapterConfig, DraftModel
-from tests.browser import Browser
 from tests.eval_models import BYTES, CACHED, save_model, tiny_model
 from view.record import TOP, UNKNOWN, Frame, Recorder
 from view.watch import pack, write_page
@@ -173,7 +172,7 @@ def test_sample_writes_the_printed_text_and_a_second_track(tmp_path, capsys):
     assert only["fixed"] == [0, *range(4, 12)]
 
 
-# The script, without a browser
+# The script
 
 
 def test_the_script_matches_the_frames(tmp_path):
@@ -211,66 +210,3 @@ def test_the_script_matches_the_frames(tmp_path):
         "at": [-1, -1, 0, 1, 2],
         "percent": ["<1%", "1%", "50%", "100%", "unknown"],
     }
-
-
-# In a browser
-
-TEXTS = """[...document.querySelectorAll('.track')].map((track) =>
-  [...track.querySelectorAll('.tokens span')].map((span) => span.textContent))"""
-ABOUT = "document.getElementById('about').innerText"
-
-
-@pytest.fixture
-def page(tmp_path):
-    page = Browser()
-    page_of(tmp_path, nasty_frames(), WORDS, NASTY[0], {"seed": "1"})
-    page.open(tmp_path / "a.html")
-    yield page
-    page.close()
-
-
-def press(page: Browser, *keys: str) -> None:
-    for key in keys:
-        event = f"new KeyboardEvent('keydown', {{key: '{key}', bubbles: true}})"
-        page.run(f"document.activeElement.dispatchEvent({event}) && 0")
-
-
-@pytest.mark.slow
-def test_a_browser_plays_to_the_last_step_and_requests_only_the_file(page, tmp_path):
-    press(page, " ")
-    end = "new Promise((done) => { const f = () => playing ? setTimeout(f, 20) : done(at); f(); })"
-    assert page.run(end) == page.run("times.length - 1") > 0
-    assert page.run(TEXTS) == [SHOWN, ["a"] * 3]
-    assert page.run("document.getElementById('prompt').textContent") == NASTY[0]
-    assert page.requests == [(tmp_path / "a.html").as_uri()] and page.errors == []
-    blocked = "fetch('data:text/plain,x').then(() => 'sent', () => 'blocked')"
-    assert page.run(blocked) == "blocked" and page.errors
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("unit", ["step", "calls", "ms"])
-def test_the_slider_and_the_keys_on_every_clock(page, unit):
-    page.run(f"$('unit').value = '{unit}', $('unit').dispatchEvent(new Event('change'))")
-    for key, at, first in (("Home", 0, "b"), ("ArrowRight", 1, NASTY[0]), ("ArrowLeft", 0, "b")):
-        press(page, key)
-        assert page.run("at") == at and page.run(TEXTS)[0][0] == first
-    page.run("$('scrub').value = times[3], $('scrub').dispatchEvent(new Event('input'))")
-    assert page.run("at") == 3 and page.run(TEXTS)[0][7] == "b"
-    press(page, "ArrowLeft")
-    assert page.run(TEXTS)[1] == ["a", "a", "a" if unit == "step" else ""]  # one token per call
-
-
-@pytest.mark.slow
-def test_a_token_shows_its_history_and_the_arrows_walk_the_text(page):
-    press(page, "End")
-    page.run("tracks[0].spans[7].click()")
-    told = page.run(ABOUT)
-    assert "Slot 8 of 12, pinned" in told and "75%" in told and "changes of mind: 1" in told
-    assert re.search(r"0\s+b\s+unknown\s+1\s+a\s+25%\s+3\s+b\s+75%", told)
-    page.run("tracks[0].spans[7].focus()")
-    press(page, "Escape", "ArrowRight")
-    assert "Slot 9 of 12" in page.run(ABOUT) and "pinned" not in page.run(ABOUT)
-    press(page, "ArrowUp")  # a newline token separates two lines
-    assert page.run("chosen.index") < 5
-    press(page, "ArrowDown", "Enter")
-    assert page.run("chosen.index") >= 5 and "pinned" in page.run(ABOUT) and page.errors == []

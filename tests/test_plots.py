@@ -1,7 +1,6 @@
 """Pictures: what is in them, and what is refused."""
 
 import json
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -14,7 +13,6 @@ import diffusion  # noqa: E402
 from eval import plots  # noqa: E402
 from infra.checkpoint import load_model  # noqa: E402
 from model import attention_mask  # noqa: E402
-from tests.browser import Browser  # noqa: E402
 from view.cells import spans  # noqa: E402
 from view.record import UNKNOWN, Frame  # noqa: E402
 
@@ -117,24 +115,6 @@ def test_cells_show_what_changed_and_how_probable_it_is():
     opacity = [float(cell.get("fill-opacity")) for cell in second]
     assert opacity == pytest.approx([0.6, 0.3, 0.15, 0.0])
     assert {cell.get("fill-opacity") for cell in first} == {"0"}
-
-
-def test_a_browser_shows_one_frame_at_a_time():
-    """At the middle of each frame. The picture in docs/ has the same form."""
-    page = Browser()
-    picture = Path(__file__).parent.parent / "docs" / "canvas.svg"
-    try:
-        page.open(picture)
-        for k in range(len(frames_of(picture.read_text(encoding="utf-8")))):
-            at = 1000 * plots.STEP_SECONDS * (k + 0.5)
-            seen = page.run(
-                f"document.getAnimations().forEach(a => {{ a.pause(); a.currentTime = {at}; }});"
-                "[...document.querySelectorAll('g')].flatMap((g, k) =>"
-                " getComputedStyle(g).visibility == 'visible' ? [k] : [])"
-            )
-            assert seen == [k]
-    finally:
-        page.close()
 
 
 # The figures of the docs
