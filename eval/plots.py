@@ -1,4 +1,4 @@
-"""Draw the pictures: training curves, quality, a moving canvas, the figures of docs/method.md.
+"""Draw the pictures: training curves, quality, a moving canvas, the figures of the docs.
 
     python -m eval.plots RUN_DIR [RUN_DIR ...] --out=out/loss.png
     python -m eval.plots --canvas=CKPT --prompt="fr nine hundred eighty-one" --out=out/canvas.svg
@@ -23,7 +23,9 @@ from torch.nn import functional as F
 from configurator import configure, group, run, setting
 from data.tokenizer import get_tokenizer
 from diffusion import SAMPLERS, SamplerConfig, corrupt, generate
+from eval import real
 from eval.common import Settings, write_text
+from eval.study import plain, read_results
 from infra.checkpoint import load_model, write_atomically
 from infra.rng import make_rng
 from model import ModelConfig, attention_mask
@@ -40,7 +42,7 @@ class PlotConfig(Settings):
     sampler: SamplerConfig = group(SamplerConfig)
     canvas: str = setting("", "diffusion checkpoint: draw how it writes a text", path=True)
     prompt: str = setting("", "of the canvas")
-    docs: str = setting("", "folder: draw the figures of docs/method.md", path=True)
+    docs: str = setting("", "folder: draw the figures of the docs", path=True)
     out: str = setting("out/loss.png", "picture", path=True)
 
 
@@ -88,20 +90,38 @@ def plot_runs(folders: list[str], path: str) -> None:
 
 def plot_quality(series: dict[str, list[dict]], ar: dict, path: str | Path) -> None:
     """Draw exact match against network calls, from results of eval.exact_match."""
+    title = "Mini translation: 200 held-out numbers (528 at 10 steps)"
+    save_figure(draw_quality(series, ar, "exact_match", "interval", title), path)
+
+
+def draw_quality(series: dict, ar: dict, metric: str, interval: str, title: str):
+    """Draw a metric against network calls: a line for each list of results, a star for AR."""
     figure = new_figure(5.2)
     panel = figure.subplots()
     for name, results in (series | {"autoregressive": [ar]}).items():
         results = sorted(results, key=lambda result: result["calls_per_sample"])
         calls = [round(result["calls_per_sample"], 1) for result in results]
-        shares = [result["exact_match"] for result in results]
-        errors = [[abs(r["exact_match"] - r["interval"][end]) for r in results] for end in (0, 1)]
-        panel.errorbar(calls, shares, errors, fmt="o-", capsize=3, label=name)
-    panel.axhline(ar["exact_match"], color="black", ls="--")
-    panel.set(xlabel="network calls", ylabel="exact match")
-    panel.set_title("Mini translation: 200 held-out numbers (528 at 10 steps)")
+        values = [result[metric] for result in results]
+        errors = [[abs(r[metric] - r[interval][end]) for r in results] for end in (0, 1)]
+        form = "k*" if results == [ar] else "o-"
+        panel.errorbar(calls, values, errors, fmt=form, capsize=3, label=name)
+    panel.axhline(ar[metric], color="black", ls="--")
+    panel.set(xlabel="network calls", ylabel=metric.replace("_", " "), title=title)
     panel.yaxis.set_major_formatter("{x:.0%}")
     panel.legend()
-    save_figure(figure, path)
+    return figure
+
+
+def draw_squad():
+    """Draw the F1 of SmolLM2-135M on SQuAD by sampler and steps."""
+    lines = read_results(Path(__file__).parent.parent / "results/real.jsonl")
+    row = f"real_1_squad_{plain(real.FIRST)}"
+    jobs = {"resample": [f"{row}_{steps}" for steps in real.STEPS]}
+    for name in real.SAMPLERS:
+        jobs[name] = [f"{row}_{name}_{steps}" for steps in real.SAMPLER_STEPS]
+    series = {name: [lines[job] for job in found] for name, found in jobs.items()}
+    title = "SmolLM2-135M on SQuAD, converted: 200 questions (AR: 1,000)"
+    return draw_quality(series, lines["real_1_squad_ar"], "f1", "f1_interval", title)
 
 
 # One canvas, a frame per step
@@ -278,7 +298,7 @@ def draw_samplers():
     return figure
 
 
-FIGURES = {"mask": draw_masks, "noise": draw_noise, "samplers": draw_samplers}
+FIGURES = {"mask": draw_masks, "noise": draw_noise, "samplers": draw_samplers, "squad": draw_squad}
 
 
 def main(argv: list[str]) -> None:
