@@ -105,11 +105,11 @@ def batch(B: int = 4, seed: int = 0) -> Batch:
     return Batch(ids(B, 3, seed=1), F.pad(text, (1, 0), value=SEP), torch.arange(B))
 
 
-def network(scale: float = 2.0, **settings) -> Transformer:
+def network(**settings) -> Transformer:
     torch.manual_seed(0)
     model = build_model(ModelConfig(**SIZES | settings)).double().eval()
     for p in model.parameters():
-        p.data *= scale
+        p.data *= 2
     if model.cfg.self_conditioning:
         nn.init.normal_(model.self_cond_proj.weight)
     return model
@@ -256,7 +256,7 @@ def test_self_conditioning_is_the_expected_embedding_of_the_last_prediction(shif
         lambda model: loss(model, batch(), LossConfig(unroll_steps=3), rng_of(4)),
         lambda model: generate(model, ids(3, 2), SamplerConfig(steps=3, candidates=2)),
     ):
-        model = Fake(from_table, listens=False, self_conditioning=True, shift=shift)
+        model = Fake(from_table, self_conditioning=True, shift=shift)
         run(model)
         assert model.hints[0] is None and len(model.hints) == 3
         for k in (1, 2):
