@@ -106,7 +106,7 @@ def draw_quality(series: dict, ar: dict, metric: str, interval: str, title: str)
         form = "k*" if results == [ar] else "o-"
         panel.errorbar(calls, values, errors, fmt=form, capsize=3, label=name)
     panel.axhline(ar[metric], color="black", ls="--")
-    panel.set(xlabel="network calls", ylabel=metric.replace("_", " "), title=title)
+    panel.set(xlabel="network calls", ylabel=metric.replace("_", " ").capitalize(), title=title)
     panel.yaxis.set_major_formatter("{x:.0%}")
     panel.legend()
     return figure
