@@ -152,6 +152,20 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def read_lines(path: str | Path, key: str = "what") -> list[dict]:
+    """Return the objects of a JSON-lines file, all with a key. None if there is no file."""
+    text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+            lines[-1][key]
+        except (ValueError, KeyError, TypeError):
+            fault = f"not a JSON object with {key!r}; remove the line"
+            raise ValueError(f"{path}:{number}: {fault}") from None
+    return lines
+
+
 def write_lines(path: str | Path, lines: Iterable[dict]) -> None:
     """Write a JSON-lines file."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -190,6 +204,14 @@ def _cpu() -> str:
     text = info.read_text() if info.exists() else ""
     names = re.findall(r"model name\s*: (.+)", text) or [platform.machine()]
     return f"{names[0]} x {len(names)}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def memory(name: str) -> int:
+    """Return VmRSS (in use) or VmHWM (its peak) of this process in bytes. Linux only.
+
+    Not ru_maxrss, which starts at that of the parent.
+    """
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def cost_line(cost: dict) -> str:
@@ -252,12 +274,11 @@ def choose(examples: Collection, n: int, what: str = "the set") -> list:
 
 
 @dataclass
-class TaskConfig(EvalConfig):
+class TaskConfig(PairsConfig):
     """Settings of the three tasks: which examples, whose answers."""
 
     n: int = setting(0, "examples, evenly spaced over the set; 0: all", minimum=0)
     source: str = setting("", "file of the examples, also .gz; default: held-out pairs", path=True)
-    data: str = setting("", "set of pairs; default: that of the checkpoint", path=True)
     predictions: str = setting("", "score this JSON of {id: text or list of texts}", path=True)
     reference: bool = setting(False, "score the references, without a model")
     items: bool = setting(True, "keep every answer in the JSON file, for --against")
@@ -305,23 +326,16 @@ class TaskRun:
         samples, cost = self.samples(1)
         return [texts[0] for texts in samples], cost
 
-    def samples(self, n: int) -> tuple[list[list[str]], dict]:
-        """Return n texts per example, of the model or the references, and the mean cost.
-
-        A file of predictions has its own n.
-        """
-        if self.generator:
-            return self.generate(n)
-        if self.cfg.reference:
-            return [[example["target"]] * n for example in self.examples], {}
-        return read_predictions(self.cfg.predictions, [e["id"] for e in self.examples]), {}
-
-    def generate(self, n_samples: int) -> tuple[list[list[str]], dict]:
-        """Return the texts of the model for each example, and the mean cost.
+    def samples(self, n_samples: int) -> tuple[list[list[str]], dict]:
+        """Return texts per example, and the mean cost. A file of predictions has its own number.
 
         A prompt that is too long counts as empty answers. A text depends on the example and the
         number of the sample, not on how many there are.
         """
+        if self.cfg.reference:
+            return [[example["target"]] * n_samples for example in self.examples], {}
+        if not self.generator:
+            return read_predictions(self.cfg.predictions, [e["id"] for e in self.examples]), {}
         model_cfg = self.generator.model.cfg
         longest = model_cfg.block_size - model_cfg.target_length
         encode = self.generator.tokenizer.encode_prompt

@@ -14,24 +14,26 @@ The prompts are tasks of MBPP and questions of SQuAD. Held-out ones are of the t
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import autoregressive
-from configurator import configure, flatten, run, setting
+from configurator import configure, run, setting
 from data import squad
 from data.loader import open_dataset
 from data.sources import read_json_lines
-from eval.common import Settings, markdown, origin, write_lines
-from eval.speed import read_lines
+from eval.common import Settings, markdown, read_lines, write_lines
+from eval.speed import add_lines
 from extras.adapter import AdapterConfig, DraftModel
 from extras.draft import DATA, DraftConfig, evaluate, read_prompts
 from extras.speculative import SamplerConfig, generate, open_draft
 from infra import device as devices
 from infra.checkpoint import load_model
 
+SEED = 0  # of the random adapter
 TRAIN, HELD_OUT = 300, 100  # prompts of a file
 TOKENS = (0, 15_000, 50_000, 150_000, 500_000)  # of the curve
 
@@ -80,7 +82,7 @@ def spread(items: list, n: int) -> list:
 
 def random_drafter(model) -> DraftModel:
     """Return an untrained adapter of one mask that changes its hidden states."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     made = DraftModel(model, AdapterConfig(masks=1)).eval()
     for name, p in made.learned.items():
         if name.endswith("adapter_b"):
@@ -127,10 +129,9 @@ def exact(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
             found[name]["tokens"] += int(lengths.sum())
             for row in (out.tokens != expected).any(1).nonzero()[:, 0].tolist():
                 slot = int((out.tokens[row] != expected[row]).int().argmax())
-                margin = round(margins[row, slot].item(), 6)
-                found[name]["parted"].append(
-                    {"prompt": start + row, "slot": slot, "margin": margin}
-                )
+                place = {"prompt": start + row, "slot": slot}
+                place["margin"] = round(margins[row, slot].item(), 6)
+                found[name]["parted"].append(place)
         print(f"{min(start + cfg.batch_size, len(prompts))} of {len(prompts)} prompts", flush=True)
     for result in found.values():
         result["calls_per_token"] = round(result["calls"] / result["tokens"], 4)
@@ -146,15 +147,14 @@ def curve(cfg: DraftsConfig, model, prompts) -> dict:
     accepted: share of right drafts by mask. tokens_per_call: expected, with 1 to K masks.
     """
     folder = Path(cfg.draft)
-    pairs = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    pairs = [pair for _, pair in read_json_lines(folder / "answers.jsonl")]
     settings = json.loads((folder / "settings.json").read_text())
     mean = sum(len(answer) for _, answer in pairs) / len(pairs)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     untrained = DraftModel(model, AdapterConfig()).eval()
     asked = DraftConfig(prompts=cfg.prompts, batch_size=settings["batch_size"])
     start = evaluate(untrained, open_dataset(folder / DATA, "valid"), asked)
     points = {0: start}
-    for entry in log:
+    for entry in read_lines(folder / "log.jsonl", "step"):
         if "accepted" in entry:
             tokens = round(entry["step"] * settings["batch_size"] * mean)
             points[tokens] = {key: entry[key] for key in start}
@@ -163,24 +163,20 @@ def curve(cfg: DraftsConfig, model, prompts) -> dict:
     return {"what": "drafts_curve", "rows": rows}
 
 
-def main(argv: list[str]) -> dict:
-    """Print and return the result, and add it as a line to --json."""
+def main(argv: list[str]) -> list[dict]:
+    """Measure what argv asks for. Return the new lines of the results file."""
     cfg = configure(DraftsConfig, argv)
     if cfg.what == "prompts":
         write_prompts(Path(cfg.texts), Path(cfg.out_dir))
-        return {}
+        return []
     model, tokenizer, _ = load_model(cfg.init_from, devices.pick_device(cfg.device))
     model.cfg = replace(model.cfg, target_length=cfg.length + 1)
     settings = DraftConfig(prompts=cfg.prompts, chat=cfg.chat, answer_tokens=cfg.length)
     prompts = spread(read_prompts(settings, tokenizer, model.cfg), cfg.n)
     measure = {"exact": exact, "curve": curve}[cfg.what]
     with devices.autocast(model.tok.weight.device, cfg.dtype):
-        line = measure(cfg, model, prompts)
-    line["origin"] = origin("drafts", argv, flatten(cfg) | {"seed": 0})
-    if cfg.json:
-        write_lines(cfg.json, [*read_lines(cfg.json), line])
-    print(tables([line]))
-    return line
+        measurement = partial(measure, cfg, model, prompts)
+        return add_lines("drafts", argv, cfg, [measurement], SEED, tables)
 
 
 def tables(lines: list[dict]) -> str:

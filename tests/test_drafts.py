@@ -9,7 +9,7 @@ import torch
 import autoregressive
 import sample
 from eval import drafts
-from eval.speed import read_lines
+from eval.common import read_lines
 from extras import draft, speculative
 from infra.checkpoint import load_model
 
@@ -28,9 +28,8 @@ def adapter(tmp_path, monkeypatch):
 
 def measure(what: str, *flags: str) -> dict:
     argv = [f"--what={what}", f"--init_from={sample.DEMO / 'ar.pt'}", "--draft=d", *flags]
-    return drafts.main(
-        [*argv, "--prompts=p.jsonl", "--length=12", "--device=cpu", "--json=r.jsonl"]
-    )
+    flags = ["--prompts=p.jsonl", "--length=12", "--device=cpu", "--json=r.jsonl"]
+    return drafts.main([*argv, *flags])[0]
 
 
 def test_texts_are_equal_and_calls_are_those_of_the_decoder(adapter, capsys):
@@ -77,7 +76,7 @@ def test_a_text_that_parts_is_reported_with_its_place_and_margin(adapter, monkey
 
 def test_the_curve_starts_untrained_and_ends_at_the_last_evaluation(adapter):
     rows = measure("curve")["rows"]
-    log = read_lines("d/log.jsonl")
+    log = read_lines("d/log.jsonl", "step")
     assert list(rows)[0] == "0 tokens" and len(rows) == 2
     assert list(rows.values())[-1]["accepted"] == log[-1]["accepted"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval import study
-from eval.study import MINI, Job, Row, Runner, Stage, judge, read_results
+from eval.study import Job, Row, Runner, Stage, judge, read_results
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,21 +21,20 @@ def setting(line: str, name: str) -> str:
 def test_every_job_has_its_line_with_this_recipe():
     """So the command that prints the tables runs nothing in a fresh clone."""
     lines = read_results(ROOT / "results/study.jsonl")
-    for seed in (1, 2, 3):
-        for job in study.jobs_of(MINI, seed):
-            assert lines[job.name]["recipe"] == job.stage.recipe, job.name
+    for job in study.jobs(3):
+        assert lines[job.name]["recipe"] == job.stage.recipe, job.name
 
 
 def test_jobs_have_unique_names_and_recipes():
-    jobs = [job for seed in (1, 2) for job in study.jobs_of(MINI, seed)]
+    jobs = list(study.jobs(2))
     assert max(Counter(job.name for job in jobs).values()) == 1
     assert len({job.stage.folder for job in jobs}) == len(jobs)
 
 
 def test_jobs_share_models_up_to_the_first_difference():
-    one = judge(MINI, 1, Row(1), "mini_qa")
-    other = judge(MINI, 1, Row(1), "mini_code")
-    seed = judge(MINI, 2, Row(1), "mini_qa")
+    one = judge(1, Row(1), "mini_qa")
+    other = judge(1, Row(1), "mini_code")
+    seed = judge(2, Row(1), "mini_qa")
     assert one.source.folder != other.source.folder
     assert one.source.source.folder == other.source.source.folder
     assert seed.source.source.folder != one.source.source.folder
@@ -45,9 +44,9 @@ def test_jobs_share_models_up_to_the_first_difference():
 
 def test_equal_flops_counts_two_passes_a_diffusion_step():
     """A AR steps and N diffusion steps of two passes cost as much as N + A / 2 diffusion steps."""
-    row = study.main_rows(MINI)["diffusion, equal FLOPs"]
-    steps = int(setting(judge(MINI, 1, row, "mini_qa").recipe[0], "max_steps"))
-    assert 2 * steps == MINI.ar_steps + 2 * MINI.adapt_steps
+    row = study.ROWS["diffusion, equal FLOPs"]
+    steps = int(setting(judge(1, row, "mini_qa").recipe[0], "max_steps"))
+    assert 2 * steps == study.AR_STEPS + 2 * study.N
 
 
 def test_the_quickstart_counts_flops_the_same_way_and_names_configs_that_exist():
@@ -121,8 +120,7 @@ def test_every_kind_of_job_starts(tmp_path, monkeypatch):
     from eval import tables
 
     monkeypatch.chdir(tmp_path)
-    one = {"mini_code": MINI.tasks["mini_code"]}
-    monkeypatch.setattr(tables, "MINI", MINI._replace(tasks=one))
+    monkeypatch.setattr(study, "TASKS", {"mini_code": study.TASKS["mini_code"]})
     tables.main(["--scale=mini", "--quick"])
     lines = read_results(Path("out/tables/quick/study.jsonl"))
     assert len(lines) == 8 + 5 + 4 and all("pass@1" in line for line in lines.values())
