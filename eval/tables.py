@@ -246,7 +246,7 @@ def real_table(lines: Lines) -> str:
         cells = []
         for task, row in zip(REAL_METRICS, names):
             if task in tasks:
-                first, *_, calls = (cell(lines, column, row) for column in real_columns(task))
+                first, calls = (cell(lines, real_columns(task)[i], row) for i in (0, -1))
                 cells.append(first if first == "-" else f"{first} in {calls}")
         if set(cells) != {"-"}:
             body.append([label, *cells])
@@ -293,8 +293,8 @@ def real_samplers_table(lines: Lines) -> str:
         body.append([name, f"{n}"])
         for task in tasks:
             row = real.TASKS[task].curves[0]
-            first, *_, calls = (cell(lines, column, row) for column in real_columns(task, end))
-            body[-1] += [first, calls]
+            columns = real_columns(task, end)
+            body[-1] += [cell(lines, columns[i], row) for i in (0, -1)]
     heads = [head for task in tasks for head in (real_columns(task)[0].title, "calls")]
     return markdown(["sampler", "most steps", *heads], body)
 
