@@ -153,7 +153,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_lines(path: str | Path, key: str = "what") -> list[dict]:
-    """Return the objects of a JSON-lines file, all with a key. None if there is no file."""
+    """Return the objects of a JSON-lines file, all with a key; [] if there is no file."""
     text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
     lines = []
     for number, line in enumerate(text.splitlines(), 1):

@@ -11,13 +11,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import product, zip_longest
 from pathlib import Path
 
 from configurator import require
+from eval import study
 from eval.study import ROOT, SCRATCH, Job, Stage, plain
 from hf.load import resolve_source
 
@@ -257,14 +258,6 @@ def jobs(seeds: int) -> Iterator[Job]:
 
 def quick(job: Job) -> Job:
     """Return the job with 20 steps of training and 10 items."""
-    training = "--max_steps=20 --batch_size=2 --grad_accum_steps=1"
-    training += " --eval_interval=20 --eval_batches=1"
-    more = {"train.py": training, "-m": TASKS[job.name.split("_")[2]].quick}
-
-    def shorten(stage: Stage | None) -> Stage | None:
-        if stage is None:
-            return None
-        flags = more.get(stage.argv[0], "").split()
-        return replace(stage, argv=(*stage.argv, *flags), source=shorten(stage.source))
-
-    return job._replace(stage=shorten(job.stage))
+    training = study.QUICK["train.py"] + " --batch_size=2 --grad_accum_steps=1"
+    judging = TASKS[job.name.split("_")[2]].quick
+    return study.quick(job, {"train.py": training, "-m": judging})

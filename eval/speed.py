@@ -350,7 +350,10 @@ def main(argv: list[str]) -> list[dict]:
 
 
 def add_lines(name, argv, cfg, measurements: Iterable, seed=SEED, table=None) -> list[dict]:
-    """Make the measurements. Print each, and add it to cfg.json. Return the new lines."""
+    """Make the measurements. Print each, by default with lines_table. Add it to cfg.json.
+
+    Returns the new lines. seed: that of the measurements.
+    """
     settings = origin(name, argv, flatten(cfg) | {"seed": seed})
     old = read_lines(cfg.json)
     new = []

@@ -80,7 +80,7 @@ N = 200  # steps of adaptation
 TUNE_STEPS = 200
 SCRATCH_STEPS = 300  # diffusion pretraining of Table 1
 SAMPLED_ITEMS = 200  # of Table 3: an item costs up to 160 network calls there
-QUICK = {  # more flags of each command
+QUICK = {  # more flags of each command, to test that it starts
     "train.py": "--max_steps=20 --batch_size=4 --eval_batches=1 --eval_interval=20",
     "-m": "--n=10",
 }
@@ -176,14 +176,14 @@ def jobs(seeds: int) -> Iterator[Job]:
             yield Job(f"{name}_table1_{arch}_{objective}", judge(seed, row, task))
 
 
-def quick(job: Job) -> Job:
-    """Return the job with 20 steps of training and 10 items."""
+def quick(job: Job, flags: dict[str, str] = QUICK) -> Job:
+    """Return the job with more flags of each command: by default 20 steps and 10 items."""
 
     def shorten(stage: Stage | None) -> Stage | None:
         if stage is None:
             return None
-        flags = QUICK.get(stage.argv[0], "").split()
-        return Stage(stage.name, (*stage.argv, *flags), shorten(stage.source))
+        more = flags.get(stage.argv[0], "").split()
+        return Stage(stage.name, (*stage.argv, *more), shorten(stage.source))
 
     return Job(job.name, shorten(job.stage))
 

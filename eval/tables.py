@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import configure, run, setting
-from eval import drafts, real, speed, study
+from eval import real, study
 from eval.common import Settings, environment, markdown, read_lines, write_lines, write_text
 from eval.plots import plot_quality
 from eval.study import Runner, plain, read_results
@@ -234,7 +234,7 @@ REAL_ROWS = {
     "diffusion from scratch, equal FLOPs": ("", "diffusion, equal FLOPs", ""),
     "AR2Diff_0": ("AR2Diff_0", "AR2Diff_0", "AR2Diff_0"),
     "AR2Diff_N": ("AR2Diff_0.3M", "AR2Diff_N", "AR2Diff_0.1M"),
-    "AR2Diff_0 of an AR model of the task": (real.FIRST, "", real.FIRST),
+    real.FIRST: (real.FIRST, "", real.FIRST),
 }
 
 
@@ -299,15 +299,18 @@ def real_samplers_table(lines: Lines) -> str:
     return markdown(["sampler", "most steps", *heads], body)
 
 
-def measured(table: Callable[[list], str], **wanted: str) -> Callable[[Path], str]:
+def measured(module: str, table: str, **wanted: str) -> Callable[[Path], str]:
     """Return a table, and the origins, of the wanted measurements of each file."""
 
     def make(results: Path) -> str:
+        from eval import drafts, speed  # here, because they need extras/, which may be deleted
+
         lines = []
         for name, kinds in wanted.items():
             found = read_lines(results / f"{name}.jsonl")
             lines += [line for line in found if line["what"] in kinds.split()]
-        return f"{table(lines)}\n\n{speed.origins(lines)}"
+        make_table = getattr({"drafts": drafts, "speed": speed}[module], table)
+        return f"{make_table(lines)}\n\n{speed.origins(lines)}"
 
     return make
 
@@ -329,10 +332,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "real_samplers": of_files(real_samplers_table, "real"),
     "smollm2": of_files(smollm2_table, "smollm2"),
     "faults": faults_table,
-    "drafts": measured(drafts.tables, drafts="drafts_exact drafts_curve"),
-    "decode": measured(speed.decode_table, speed="decode"),
+    "drafts": measured("drafts", "tables", drafts="drafts_exact drafts_curve"),
+    "decode": measured("speed", "decode_table", speed="decode"),
     "speed": measured(
-        speed.lines_table, speed="train unroll loop", speed_smollm2="decode unroll memory"
+        "speed", "lines_table", speed="train unroll loop", speed_smollm2="decode unroll memory"
     ),
 }
 

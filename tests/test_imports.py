@@ -112,5 +112,6 @@ def test_without_extras_the_core_trains_converts_and_generates(tmp_path):
                 term.backward()
             module.generate(model, batch.prefix, module.SamplerConfig())
         sample.sampler_configs()
+        importlib.import_module("eval.tables")  # the last command of the quickstart
 
     run_without(["extras"], work, tmp_path / "output")
