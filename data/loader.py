@@ -237,7 +237,7 @@ def _read_meta(folder: Path) -> dict:
         good = (
             meta["format"] == FORMAT
             and meta["dtype"] in ("uint16", "uint32")
-            and type(meta["tokenizer"]) is type(meta["sha256"]) is str
+            and all(type(meta[name]) is str for name in ("tokenizer", "sha256"))
             and all(type(n) is int and n > 0 for n in (*numbers, *sizes))
             and 2 <= sizes[0] <= sizes[1] < 1 << 31
         )

@@ -1,1 +1,1 @@
-"""Watch a text being generated: terminal.py draws it, watch.py writes a page."""
+"""Watch a text being generated: terminal.py, watch.py. Imported by sample.py and eval/ only."""
