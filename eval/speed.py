@@ -1,33 +1,34 @@
 """Measure the speed of decoding and of training, and print the tables of results/speed.jsonl.
 
     python -m eval.speed --quick                        # a small shape, every measurement
-    python -m eval.speed --json=results/speed.jsonl     # GPT-2 small's shape
-    python -m eval.speed --what=train --shape=six       # one measurement
+    python -m eval.speed --json=results/speed.jsonl     # the shapes of GPT-2 small and SmolLM2-135M
+    python -m eval.speed --what=unroll                  # one measurement
 
 decode  seconds per batch of texts by length: AR, and 10-step diffusion with the same weights, plain
-        and compiled, next to transformers' generate. Baseline: our fastest AR decoder.
-train   an optimizer step of our AR model. Baseline: the same step of torch's own Transformer.
-unroll  a diffusion step of two passes. Baseline: an AR step over the same tokens.
+        and compiled. Baseline: the faster AR decoder.
 loop    the sampling loop without its network calls. Baseline: the whole loop.
+unroll  an optimizer step of two passes of diffusion. Baseline: an AR step over the same tokens.
+memory  the peak memory of three such steps on the CPU, each kind in a process of its own.
 
 The systems of a case run in turn, A B C, C B A, A B C, ..., after a warm-up call each. A ratio
 compares runs of one round, so other work on the machine slows both. Decoders have random weights,
 and every text has its full length. The roofline is the shortest time that the machine allows: AR
-reads all weights for each token, training multiplies matrices.
+reads all weights for each token.
 """
 
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
+from multiprocessing import get_context
 from statistics import median
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.benchmark import timer
 
 import autoregressive
@@ -35,39 +36,43 @@ import diffusion
 from ar2diff import convert
 from configurator import configure, flatten, run, setting
 from data.objectives import Batch
-from eval.common import Settings, environment, markdown, origin, read_lines, write_lines
+from eval.common import Settings, environment, markdown, memory, origin, read_lines, write_lines
 from extras.fast_decode import speed_up
 from infra import device as devices
-from infra.flops import train_flops
-from infra.optimizers import BETAS, make_optimizers
+from infra.optimizers import make_optimizers
 from infra.rng import make_rng
 from model import ModelConfig, Transformer
 from train import PARADIGMS, TrainConfig
 
-BLOCK = {"norm": "layernorm", "activation": "gelu_tanh", "position": "learned", "bias": True}
+GPT = {"norm": "layernorm", "activation": "gelu_tanh", "position": "learned", "bias": True}
+SMOLLM2 = {"n_layer": 30, "n_head": 9, "n_kv_head": 3, "n_embd": 576, "n_hidden": 1536}
 SHAPES = {
-    "six": {"n_layer": 6, "n_head": 6, "n_embd": 384, "vocab_size": 256},
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257},
+    "six": GPT | {"n_layer": 6, "n_head": 6, "n_embd": 384, "vocab_size": 256},
+    "gpt2": GPT | {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257},
+    "smollm2": SMOLLM2 | {"vocab_size": 49280},
 }
-DIFFUSION = {"cached prefix": "bidirectional", "full attention": "joint"}  # prefix_attention
+DIFFUSION = {"paradigm": "diffusion", "target_attention": "bidirectional", "shift": True}
+NETWORKS = {  # of unroll and memory
+    "AR": {},
+    "causal prefix": DIFFUSION,
+    "causal prefix, self-conditioning": DIFFUSION | {"self_conditioning": True},
+}
 SEED = 1337
 PROMPT = 64  # tokens before the generated ones
-LONGEST = 4096  # tokens of a text
+LENGTHS = (64, 128, 256, 512, 1024)  # tokens of a text, of decode
+LOOP_LENGTH = 256
+BATCHES = (1, 8)  # texts at a time, of decode and loop
 STEPS = 10
-TRAIN_LENGTH = 256  # tokens of a training row
-TRAIN_ROWS = {"six": 16, "gpt2": 2}
+WIDTHS = ((192, 24), (32, 224))  # tokens of prefix and target, of an optimizer step
+ROWS = 8  # of an optimizer step
 ROUND_LIMIT = 60.0  # seconds after which a case starts no new round
 
 
 @dataclass
 class SpeedConfig(Settings):
-    what: str = setting("all", "measurement", ("all", "decode", "train", "unroll", "loop"))
-    quick: bool = setting(False, "6 layers, float32, small batches, two lengths")
-    json: str = setting("", "add the results to this file, skip the cases it has", path=True)
-    shape: str = setting("", "default: gpt2, with --quick six", ("", *SHAPES))
-    dtype: str = setting("", "default: both, if bfloat16 is fast", ("", "float32", "bfloat16"))
-    batches: str = setting("", "texts at a time, of decode and loop; default: 1,8")
-    lengths: str = setting("", "tokens, of decode; default: 64,128,256,512,1024")
+    what: str = setting("all", "measurement", ("all", "decode", "loop", "unroll", "memory"))
+    quick: bool = setting(False, "6 layers, float32, batch 1, two lengths")
+    json: str = setting("", "add the results to this file", path=True)
     runs: int = setting(5, "timed runs of each system", minimum=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
 
@@ -118,34 +123,35 @@ def measured_bandwidth(device: torch.device) -> float:
 # Networks
 
 
-def model_config(shape: dict, prefix: int, target: int, **settings) -> ModelConfig:
+def model_config(shape: str, prefix: int, target: int, **settings) -> ModelConfig:
     """Return the config of a shape. The last three token ids are pad, separator and mask."""
-    V = shape["vocab_size"]
+    V = SHAPES[shape]["vocab_size"]
     ids = {"n_ordinary": V - 3, "pad_id": V - 3, "sep_id": V - 2, "mask_id": V - 1}
     sizes = {"block_size": prefix + target, "target_length": target}
-    return ModelConfig(**BLOCK | shape | ids | sizes | settings)
+    return ModelConfig(**SHAPES[shape] | ids | sizes | settings)
 
 
-def random_batch(cfg: ModelConfig, rows: int, prefix: int, target: int, device) -> Batch:
+def random_batch(cfg: ModelConfig, rows: int, device: torch.device) -> Batch:
+    """Return rows that fill the model: prefix (rows, block_size - target_length), target."""
     generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(cfg.n_ordinary, (rows, prefix + target), generator=generator).to(device)
-    return Batch(ids[:, :prefix], ids[:, prefix:], torch.arange(rows, device=device))
+    ids = torch.randint(cfg.n_ordinary, (rows, cfg.block_size), generator=generator).to(device)
+    P = cfg.block_size - cfg.target_length
+    return Batch(ids[:, :P], ids[:, P:], torch.arange(rows, device=device))
 
 
 @functools.lru_cache(maxsize=1)
 def random_networks(shape: str, dtype: str, device: torch.device) -> dict[str, Transformer]:
-    """Return AR and diffusion networks that share random weights. They never end a text."""
+    """Return an AR and a diffusion network that share random weights. They never end a text."""
     torch.manual_seed(SEED)
-    ar = Transformer(model_config(SHAPES[shape], PROMPT, LONGEST + 1)).eval().requires_grad_(False)
+    cfg = model_config(shape, PROMPT, max(LENGTHS) + 1)
+    ar = Transformer(cfg).eval().requires_grad_(False)
     ar.tok.weight[-3:] = 0  # a logit of 0 is never the largest of thousands
-    networks = {"AR": ar.to(device, getattr(torch, dtype))}
-    settings = {"paradigm": "diffusion", "target_attention": "bidirectional", "shift": True}
-    for name, kind in DIFFUSION.items():
-        networks[name] = convert(ar, copy=False, prefix_attention=kind, **settings).eval()
-    return networks
+    ar.to(device, getattr(torch, dtype))
+    cached = convert(ar, copy=False, prefix_attention="bidirectional", **DIFFUSION)
+    return {"AR": ar, "cached prefix": cached.eval()}
 
 
-compiled = functools.lru_cache(maxsize=8)(speed_up)
+compiled = functools.lru_cache(maxsize=2)(speed_up)
 
 
 def at_length(network, length: int):
@@ -165,46 +171,28 @@ def recorded(network, prefix: Tensor) -> SimpleNamespace:
     return SimpleNamespace(cfg=network.cfg, tok=network.tok, **methods)
 
 
-class BaselineGPT(nn.Module):
-    """The GPT of `train`, made of torch's own modules."""
+def training_step(model_cfg: ModelConfig, rows: int, dtype: str, device) -> Callable[[], float]:
+    """Return a function that makes one optimizer step, as train.py does, and returns the loss."""
+    cfg = TrainConfig(model=model_cfg, dtype=dtype, optimizer="adamw")
+    torch.manual_seed(SEED)
+    model = Transformer(model_cfg).to(device)
+    optimizers = make_optimizers(model, cfg)
+    batch = random_batch(model_cfg, rows, device)
+    rng = make_rng(SEED, batch.example)
 
-    def __init__(self, n_layer: int, n_head: int, n_embd: int, vocab_size: int, length: int):
-        super().__init__()
-        self.tok = nn.Embedding(vocab_size, n_embd)
-        self.pos = nn.Embedding(length, n_embd)
-        options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
-        gelu = partial(F.gelu, approximate="tanh")
-        layer = nn.TransformerEncoderLayer(n_embd, n_head, 4 * n_embd, activation=gelu, **options)
-        norm = nn.LayerNorm(n_embd)
-        self.blocks = nn.TransformerEncoder(layer, n_layer, norm, enable_nested_tensor=False)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
+    def step() -> float:
+        loss = 0.0
+        with devices.autocast(device, dtype):
+            for term in PARADIGMS[model_cfg.paradigm].losses(model, batch, cfg.loss, rng):
+                term.backward()
+                loss += term.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return float(loss)
 
-    def terms(self, batch: Batch) -> Iterator[Tensor]:
-        """Yield the loss of the target (B, T): each token predicts the next one."""
-        x = self.tok(batch.target) + self.pos.weight  # (B, T, C)
-        x = self.blocks(x, mask=self.mask, is_causal=True)
-        logits = F.linear(x, self.tok.weight)  # (B, T, V)
-        expected = F.pad(batch.target[:, 1:], (0, 1), value=-100)
-        yield F.cross_entropy(logits.flatten(0, 1), expected.flatten())
-
-
-def transformers_generate(model: Transformer, prompt: Tensor, length: int) -> Callable:
-    """Return a call of transformers' generate with a GPT-2 of the same shape."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    cfg = model.cfg
-    sizes = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    sizes |= {"n_positions": cfg.block_size, "activation_function": "gelu_pytorch_tanh"}
-    config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
-    network = GPT2LMHeadModel(config).eval().to(prompt.device, model.tok.weight.dtype)
-    ids = F.pad(prompt, (0, 1))  # our models read a separator after the prompt
-    return partial(transformers_text, network, ids, length)
-
-
-def transformers_text(network, ids: Tensor, length: int, **options) -> Tensor:
-    """Return ids (B, P) and `length` greedy tokens of a network of transformers."""
-    options |= {"max_new_tokens": length, "do_sample": False, "eos_token_id": None}
-    return network.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+    return step
 
 
 # Measurements: each takes a case and returns one line of the results file
@@ -215,34 +203,31 @@ def decode_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
         compiled.cache_clear()
         torch.compiler.reset()
     networks = random_networks(case["shape"], case["dtype"], device)
-    prompt = random_batch(networks["AR"].cfg, case["batch"], PROMPT, 1, device).prefix
-    length = case["length"]
+    ar = networks["AR"]
+    prompt = random_batch(ar.cfg, case["batch"], device).prefix
+    decoders = {
+        "AR": partial(autoregressive.generate, cfg=autoregressive.SamplerConfig()),
+        "cached prefix": partial(diffusion.generate, cfg=diffusion.SamplerConfig(steps=STEPS)),
+    }
     calls = {}
-    for name, network in networks.items():
-        generate = partial(autoregressive.generate, cfg=autoregressive.SamplerConfig())
-        if name != "AR":
-            generate = partial(diffusion.generate, cfg=diffusion.SamplerConfig(steps=STEPS))
-            name += f", {STEPS} steps"
-        calls[name] = partial(generate, at_length(network, length), prompt)
-        fast = at_length(compiled(network), length)
-        calls[f"{name}, compiled"] = partial(generate, fast, prompt)
-    with suppress(ImportError):  # transformers is optional
-        calls["transformers"] = transformers_generate(networks["AR"], prompt, length)
-    weights = sum(p.nbytes for p in networks["AR"].parameters())
-    weights -= networks["AR"].pos.weight.nbytes  # few of its rows are read
-    floor = length * weights / measured_bandwidth(device)
+    for name, generate in decoders.items():
+        label = name if name == "AR" else f"{name}, {STEPS} steps"
+        for network, end in ((networks[name], ""), (compiled(networks[name]), ", compiled")):
+            calls[label + end] = partial(generate, at_length(network, case["length"]), prompt)
     seconds = time_in_turn(calls, cfg.runs, device)
-    ar = ("AR", "AR, compiled")
-    line = make_line("decode", case, seconds, min(ar, key=lambda name: median(seconds[name])))
-    for name in ar:
-        line["systems"][name]["roofline"] = floor
+    ar_names = ("AR", "AR, compiled")
+    line = make_line("decode", case, seconds, min(ar_names, key=lambda n: median(seconds[n])))
+    weights = sum(p.nbytes for p in ar.parameters()) - ar.pos.weight.nbytes  # reads few positions
+    roofline = case["length"] * weights / measured_bandwidth(device)
+    for name in ar_names:
+        line["systems"][name]["roofline"] = roofline
     return line
 
 
 def loop_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
     network = random_networks(case["shape"], case["dtype"], device)["cached prefix"]
+    prompt = random_batch(network.cfg, case["batch"], device).prefix
     network = at_length(network, case["length"])
-    prompt = random_batch(network.cfg, case["batch"], PROMPT, 1, device).prefix
     sampler = diffusion.SamplerConfig(steps=3)
     calls = {
         "loop": partial(diffusion.generate, recorded(network, prompt), prompt, sampler),
@@ -252,87 +237,61 @@ def loop_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
     return make_line("loop", case, seconds, "whole", "time", aim="<= 0.10")
 
 
-def train_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
-    shape = SHAPES[case["shape"]]
-    length = case["length"]
-    model_cfg = model_config(shape, 0, length)
-    batch = random_batch(model_cfg, case["batch"], 0, length, device)
-    model = BaselineGPT(**shape, length=length).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=BETAS, fused=True)
-    dtype = case["dtype"]
-    calls = {
-        "ours": our_step(model_cfg, batch, dtype),
-        "torch": optimizer_step(model, [optimizer], partial(model.terms, batch), device, dtype),
-    }
-    line = make_line("train", case, time_in_turn(calls, cfg.runs, device), "torch", aim=">= 0.97")
-    flops = case["batch"] * train_flops(model_cfg, 0, length)
-    line["systems"]["ours"]["roofline"] = flops / devices.measured_flops(device, dtype)
-    return line
+def training_steps(case: dict, device: torch.device) -> dict[str, Callable]:
+    """Return, for each network, a call that makes its training_step. A new process can make it."""
+    steps = {}
+    for name, settings in NETWORKS.items():
+        model_cfg = model_config(case["shape"], case["prefix"], case["target"], **settings)
+        steps[name] = partial(training_step, model_cfg, case["batch"], case["dtype"], device)
+    return steps
 
 
 def unroll_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
-    half = case["length"] // 2
-    models = {"AR": model_config(SHAPES[case["shape"]], half, half)}
-    batch = random_batch(models["AR"], case["batch"], half, half, device)
-    settings = {"paradigm": "diffusion", "target_attention": "bidirectional"}
-    for name, kind in DIFFUSION.items():
-        models[name] = replace(models["AR"], prefix_attention=kind, **settings)
-    full = models["full attention"]
-    models["full attention, self-conditioning"] = replace(full, self_conditioning=True)
-    calls = {name: our_step(m, batch, case["dtype"]) for name, m in models.items()}
-    seconds = time_in_turn(calls, cfg.runs, device)
-    return make_line("unroll", case, seconds, "AR", "time", aim="<= 2.0")
+    steps = {name: make_step() for name, make_step in training_steps(case, device).items()}
+    seconds = time_in_turn(steps, cfg.runs, device)
+    aim = "<= 1.35" if case["prefix"] > case["target"] else "<= 2.0"
+    return make_line("unroll", case, seconds, "AR", "time", aim=aim)
 
 
-def our_step(model_cfg: ModelConfig, batch: Batch, dtype: str) -> Callable[[], float]:
-    """Return an optimizer step on our loss, as train.py makes it."""
-    cfg = TrainConfig(model=model_cfg, dtype=dtype, optimizer="adamw")
-    torch.manual_seed(SEED)
-    device = batch.target.device
-    model = Transformer(model_cfg).to(device)
-    rng = make_rng(SEED, batch.example)
-    terms = partial(PARADIGMS[model_cfg.paradigm].losses, model, batch, cfg.loss, rng)
-    return optimizer_step(model, make_optimizers(model, cfg), terms, device, dtype)
+def memory_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
+    """Measure GiB in place of seconds. Linux only."""
+    peaks = {}
+    for name, make_step in training_steps(case, torch.device("cpu")).items():
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            peaks[name] = [process.submit(peak_gib, make_step).result()]
+    return make_line("memory", case, peaks, "AR", "time", aim="<= 1.15")
 
 
-def optimizer_step(model, optimizers, terms, device, dtype: str) -> Callable[[], float]:
-    """Return a function that makes one optimizer step and returns the loss."""
-
-    def step() -> float:
-        loss = 0.0
-        with devices.autocast(device, dtype):
-            for term in terms():
-                term.backward()
-                loss += term.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        loss = float(loss)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    return step
+def peak_gib(make_step: Callable) -> float:
+    """Make three steps. Return the peak memory of this process in GiB."""
+    devices.disable_malloc_trim()
+    step = make_step()
+    for _ in range(3):
+        step()
+    return memory("VmHWM") / 2**30
 
 
 # The command
 
-CASES = {"train": train_case, "unroll": unroll_case, "loop": loop_case, "decode": decode_case}
+CASES = {"unroll": unroll_case, "loop": loop_case, "decode": decode_case, "memory": memory_case}
 
 
 def plan(cfg: SpeedConfig, device: torch.device) -> Iterator[tuple[str, dict]]:
     """Yield (measurement, case)."""
-    shape = cfg.shape or ("six" if cfg.quick else "gpt2")
-    batches = cfg.batches or ("1" if cfg.quick else "1,8")
-    lengths = cfg.lengths or ("64,256" if cfg.quick else "64,128,256,512,1024")
-    rows = 2 if cfg.quick else TRAIN_ROWS[shape]
+    lengths = LENGTHS[:2] if cfg.quick else LENGTHS
+    batches = BATCHES[:1] if cfg.quick else BATCHES
     both = devices.has_fast_bf16(device) and not cfg.quick
-    for dtype in [cfg.dtype] if cfg.dtype else ["float32", "bfloat16"][: 1 + both]:
+    for dtype in ["float32", "bfloat16"][: 1 + both]:
         for what in CASES if cfg.what == "all" else [cfg.what]:
-            is_training = what in ("train", "unroll")
-            for batch in [rows] if is_training else map(int, batches.split(",")):
-                for length in map(int, lengths.split(",")) if what == "decode" else [TRAIN_LENGTH]:
-                    case = {"shape": shape, "dtype": dtype, "batch": batch, "length": length}
-                    yield what, case
+            if what in ("unroll", "memory"):
+                shape = "six" if cfg.quick else "smollm2"
+                sizes = [{"batch": ROWS, "prefix": P, "target": T} for P, T in WIDTHS]
+            else:
+                shape = "six" if cfg.quick else "gpt2"
+                texts = product(batches, lengths if what == "decode" else [LOOP_LENGTH])
+                sizes = [{"batch": batch, "length": length} for batch, length in texts]
+            for size in sizes:
+                yield what, {"shape": shape, "dtype": dtype} | size
 
 
 def main(argv: list[str]) -> list[dict]:
@@ -340,12 +299,8 @@ def main(argv: list[str]) -> list[dict]:
     cfg = configure(SpeedConfig, argv)
     device = devices.pick_device(cfg.device)
     devices.disable_malloc_trim()  # as train.py does
-    machine = environment()
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    old = [o for o in read_lines(cfg.json) if o["origin"]["hardware"] == machine["hardware"]]
-    done = [(line["what"], line["case"]) for line in old]
-    todo = [wanted for wanted in plan(cfg, device) if wanted not in done]
-    measurements = (partial(CASES[what], cfg, case, device) for what, case in todo)
+    print(", ".join(f"{name} {value}" for name, value in environment().items()))
+    measurements = (partial(CASES[what], cfg, case, device) for what, case in plan(cfg, device))
     return add_lines("speed", argv, cfg, measurements)
 
 

@@ -1,7 +1,9 @@
 """eval.speed at tiny sizes; its arithmetic is checked by hand. How fast anything is: results/."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 import autoregressive
 import diffusion
 from eval import speed
-from eval.speed import at_length, lines_table, make_line, model_config
+from eval.speed import at_length, lines_table, make_line
 from model import Transformer
 
 CPU = torch.device("cpu")
@@ -21,11 +23,10 @@ PROMPT = torch.zeros(2, 3, dtype=torch.long)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Tiny shapes, no compiler, no 512 MiB."""
-    shapes = {"six": SIZES | {"vocab_size": 30}, "gpt2": SIZES | {"vocab_size": 40}}
-    monkeypatch.setattr(speed, "SHAPES", shapes)
-    monkeypatch.setattr(speed, "TRAIN_LENGTH", 8)
-    monkeypatch.setattr(speed, "LONGEST", 20)
-    monkeypatch.setattr(speed, "PROMPT", 3)
+    monkeypatch.setattr(speed, "SHAPES", {"six": speed.GPT | SIZES | {"vocab_size": 30}})
+    sizes = {"LOOP_LENGTH": 6, "LENGTHS": (4, 6, 16), "PROMPT": 3, "WIDTHS": ((5, 3),), "ROWS": 2}
+    for name, value in sizes.items():
+        monkeypatch.setattr(speed, name, value)
     monkeypatch.setattr(speed, "compiled", lambda network: network)
     monkeypatch.setattr(speed, "measured_bandwidth", lambda device: 1e9)
     speed.random_networks.cache_clear()
@@ -38,24 +39,28 @@ def networks() -> dict[str, Transformer]:
 # The command
 
 
-def test_every_measurement_adds_its_lines_once(tmp_path, capsys):
+def test_every_measurement_adds_its_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
     file = tmp_path / "new" / "speed.jsonl"
-    flags = ["--runs=2", "--shape=six", "--dtype=float32", "--lengths=4,6", f"--json={file}"]
-    lines = speed.main([*flags, "--batches=1"])
-    assert [line["what"] for line in lines] == ["train", "unroll", "loop", "decode", "decode"]
-    assert [json.loads(line) for line in file.read_text().splitlines()] == lines
+    flags = ["--quick", "--runs=2", "--device=cpu", f"--json={file}"]
+    lines = speed.main(flags)
+    assert [line["what"] for line in lines] == ["unroll", "loop", "decode", "decode", "memory"]
     for line in lines:
-        assert line["systems"][line["baseline"]]["ratio"] == [1.0, 1.0]
+        n = 1 if line["what"] == "memory" else 2
+        assert line["systems"][line["baseline"]]["ratio"] == [1.0] * n
         for entry in line["systems"].values():
-            assert len(entry["seconds"]) == len(entry["ratio"]) == 2 and min(entry["ratio"]) > 0
-    names = ["AR", "cached prefix, 10 steps", "full attention, 10 steps"]
-    found = lines[3]["systems"].keys() - {"transformers"}
-    assert found == {*names, *(f"{name}, compiled" for name in names)}
-    more = speed.main([*flags, "--batches=1,2"])  # skips what the file holds
-    assert [line["case"]["batch"] for line in more] == [2, 2, 2]
-    assert len(file.read_text().splitlines()) == 8
-    file.write_text(file.read_text().replace(lines[0]["origin"]["hardware"], "another machine"))
-    assert len(speed.main([*flags, "--batches=1", "--what=loop"])) == 1
+            assert len(entry["seconds"]) == len(entry["ratio"]) == n and min(entry["ratio"]) > 0
+    names = ["AR", "cached prefix, 10 steps"]
+    assert lines[2]["systems"].keys() == {*names, *(f"{name}, compiled" for name in names)}
+    lines += speed.main([*flags, "--what=loop"])
+    assert [json.loads(line) for line in file.read_text().splitlines()] == lines
+
+
+@pytest.mark.slow  # starts Python 3 times
+def test_memory_is_that_of_a_process_for_each_network():
+    (line,) = speed.main(["--quick", "--what=memory"])
+    for system in line["systems"].values():
+        assert 0.05 < system["seconds"][0] < 5 and 0.8 < system["ratio"][0] < 1.5
 
 
 @pytest.mark.parametrize("fast", (True, False))
@@ -63,9 +68,7 @@ def test_the_plan(fast, monkeypatch):
     monkeypatch.setattr(speed.devices, "has_fast_bf16", lambda device: fast)
     cases = [case for _, case in speed.plan(speed.SpeedConfig(what="decode"), CPU)]
     assert {case["dtype"] for case in cases} == {"float32", *(["bfloat16"] if fast else [])}
-    assert {case["length"] for case in cases} == {64, 128, 256, 512, 1024}
-    quick = list(speed.plan(speed.SpeedConfig(quick=True), CPU))
-    assert {case["shape"] for _, case in quick} == {"six"} and len(quick) == 5
+    assert {(case["batch"], case["length"]) for case in cases} == {*product((1, 8), (4, 6, 16))}
 
 
 # Clocks, ratios and the roofline
@@ -105,9 +108,9 @@ def test_all_decoders_share_their_weights_and_never_end_a_text():
     weights = [network.state_dict() for network in networks().values()]
     for other in weights[1:]:
         assert all(torch.equal(weights[0][name], other[name]) for name in weights[0])
-    model = at_length(networks()["AR"], 16)
+    model = at_length(networks()["AR"], 14)
     out = autoregressive.generate(model, PROMPT, autoregressive.SamplerConfig())
-    assert out.calls.tolist() == [16, 16] and networks()["AR"].cfg.target_length == 21
+    assert out.calls.tolist() == [14, 14] and networks()["AR"].cfg.target_length == 17
 
 
 def test_a_recorded_network_repeats_one_call():
@@ -120,51 +123,12 @@ def test_a_recorded_network_repeats_one_call():
     assert torch.equal(out.tokens, expected[:, :-1, :-3].argmax(-1))
 
 
-def as_baseline(state: dict) -> dict:
-    """Our weights under the names of torch's Transformer."""
-    names = {"attn.qkv": "self_attn.in_proj_", "attn.proj": "self_attn.out_proj."}
-    names |= {"mlp.up": "linear1.", "mlp.down": "linear2.", "norm1": "norm1.", "norm2": "norm2."}
-    found = {f"{name}.weight": state[f"{name}.weight"] for name in ("tok", "pos")}
-    for key, value in state.items():
-        if key.startswith("norm."):
-            found[f"blocks.{key}"] = value
-        elif key.startswith("blocks."):
-            _, layer, module = key.split(".", 2)
-            module, kind = module.rsplit(".", 1)
-            found[f"blocks.layers.{layer}.{names[module]}{kind}"] = value
-    return found
-
-
-def test_our_step_and_the_baseline_train_alike():
-    """From the same weights on the same tokens, the losses of torch's Transformer are ours."""
-    shape = speed.SHAPES["six"]
-    cfg = speed.TrainConfig(model=model_config(shape, 0, 8), optimizer="adamw", learning_rate=1e-3)
-    batch = speed.random_batch(cfg.model, 2, 0, 8, CPU)
-    ours = Transformer(cfg.model)
-    theirs = speed.BaselineGPT(**shape, length=8)
-    missing = theirs.load_state_dict(as_baseline(ours.state_dict()), strict=False).missing_keys
-    assert missing == ["mask"]
-    rng = speed.make_rng(0, batch.example)
-    terms = {
-        ours: partial(autoregressive.losses, ours, batch, cfg.loss, rng),
-        theirs: partial(theirs.terms, batch),
-    }
-    losses = []
-    for model, compute in terms.items():
-        optimizers = speed.make_optimizers(model, cfg)
-        step = speed.optimizer_step(model, optimizers, compute, CPU, "float32")
-        losses.append([step() for _ in range(12)])
-    assert losses[0][-1] < 0.9 * losses[0][0]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-
-
-def test_the_gpt2_of_transformers_has_our_size_and_writes_the_whole_text():
-    pytest.importorskip("transformers")
-    model = networks()["AR"]
-    call = speed.transformers_generate(model, PROMPT, 6)
-    theirs = call.args[0]
-    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.parameters())
-    assert call().shape == (2, 4 + 6)
+@pytest.mark.parametrize("network", speed.NETWORKS)
+def test_a_training_step_trains(network):
+    cfg = speed.model_config("six", 4, 4, **speed.NETWORKS[network])
+    step = speed.training_step(cfg, 2, "float32", CPU)
+    losses = [step() for _ in range(40)]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 # Tables
