@@ -35,7 +35,8 @@ from infra.checkpoint import load_model
 
 SEED = 0  # of the random adapter
 TRAIN, HELD_OUT = 300, 100  # prompts of a file
-TOKENS = (0, 15_000, 50_000, 150_000, 500_000)  # of the curve
+LENGTH = 128  # most tokens of a text
+BATCH = 8  # texts at a time
 
 
 @dataclass
@@ -45,10 +46,7 @@ class DraftsConfig(Settings):
     draft: str = setting("out/draft", "the adapter", path=True)
     prompts: str = setting("out/prompts/code.jsonl", "as of extras.draft", path=True)
     chat: bool = setting(False, "put prompts into the chat template")
-    draft_tokens: int = setting(0, "drafted in one call; 0: the fastest here")
-    n: int = setting(100, "prompts", minimum=1)
-    length: int = setting(128, "most tokens of a text", minimum=2)
-    batch_size: int = setting(8, "texts at a time, of exact", minimum=1)
+    draft_tokens: int = setting(0, "drafted in one call; 0: the fastest here, of curve all")
     dtype: str = setting("float32", "autocast", ("float32", "bfloat16"))
     device: str = setting("auto", "auto, cpu, cuda, mps")
     texts: str = setting("../shared/data", "folder of MBPP and SQuAD, of prompts", path=True)
@@ -91,11 +89,6 @@ def random_drafter(model) -> DraftModel:
     return made.requires_grad_()
 
 
-def pad_right(prompts: list[list[int]], model) -> Tensor:
-    rows = [torch.tensor(ids, device=model.tok.weight.device) for ids in prompts]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.cfg.pad_id)
-
-
 def greedy_with_margins(model, prefix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the tokens (B, T - 1) and the difference of the two largest logits at each."""
     margins = torch.zeros(len(prefix), model.cfg.target_length - 1)
@@ -108,58 +101,61 @@ def greedy_with_margins(model, prefix: Tensor) -> tuple[Tensor, Tensor]:
     return autoregressive.generate(model, prefix, greedy, on_step=on_step).tokens, margins
 
 
-def exact(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
+def exact(cfg: DraftsConfig, model, trained: DraftModel, tokenizer) -> dict:
     """Return, for a trained and a random adapter, equal texts and calls a token."""
-    sampler = SamplerConfig(draft=cfg.draft, draft_tokens=cfg.draft_tokens)
-    trained = open_draft(model, sampler, cfg.init_from)
+    settings = DraftConfig(prompts=cfg.prompts, chat=cfg.chat, answer_tokens=LENGTH)
+    prompts = spread(read_prompts(settings, tokenizer, model.cfg), HELD_OUT)
+    pad = model.cfg.pad_id
     drafters = {"trained": trained, "random": random_drafter(model)}
-    samplers = {"trained": sampler, "random": SamplerConfig(draft_tokens=1)}
+    tokens_of = {"trained": cfg.draft_tokens or trained.drafts, "random": 1}
     found = {name: {"n": 0, "calls": 0, "tokens": 0, "parted": []} for name in drafters}
-    for start in range(0, len(prompts), cfg.batch_size):
-        prefix = pad_right(prompts[start : start + cfg.batch_size], model)
+    for start in range(0, len(prompts), BATCH):
+        rows = [torch.tensor(ids) for ids in prompts[start : start + BATCH]]
+        prefix = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        prefix = prefix.to(model.tok.weight.device)
         expected, margins = greedy_with_margins(model, prefix)
         if start >= len(prompts) / 4:
             drafters.pop("random", None)
         for name, drafter in drafters.items():
-            out = generate(drafter, prefix, samplers[name])
-            ends = (out.tokens == model.cfg.pad_id).sum(1) > 0  # its pad is a token, too
-            lengths = (out.tokens != model.cfg.pad_id).sum(1) + ends
-            found[name]["n"] += len(prefix)
-            found[name]["calls"] += int(out.calls.sum())
-            found[name]["tokens"] += int(lengths.sum())
-            for row in (out.tokens != expected).any(1).nonzero()[:, 0].tolist():
-                slot = int((out.tokens[row] != expected[row]).int().argmax())
-                place = {"prompt": start + row, "slot": slot}
-                place["margin"] = round(margins[row, slot].item(), 6)
-                found[name]["parted"].append(place)
-        print(f"{min(start + cfg.batch_size, len(prompts))} of {len(prompts)} prompts", flush=True)
+            out = generate(drafter, prefix, SamplerConfig(draft_tokens=tokens_of[name]))
+            ends = (out.tokens == pad).any(1)  # its pad is a token, too
+            result = found[name]
+            result["n"] += len(prefix)
+            result["calls"] += int(out.calls.sum())
+            result["tokens"] += int((out.tokens != pad).sum() + ends.sum())
+            differs = out.tokens != expected  # (B, T - 1)
+            first = differs.int().argmax(1)
+            for row in differs.any(1).nonzero()[:, 0].tolist():
+                margin = round(margins[row, first[row]].item(), 6)
+                result["parted"].append({"prompt": start + row, "margin": margin})
+        print(f"{start + len(prefix)} of {len(prompts)} prompts", flush=True)
     for result in found.values():
         result["calls_per_token"] = round(result["calls"] / result["tokens"], 4)
         result["equal"] = result["n"] - len(result["parted"])
     case = {"prompts": Path(cfg.prompts).stem, "n": len(prompts), "dtype": cfg.dtype}
-    case |= {"length": cfg.length, "draft_tokens": cfg.draft_tokens or trained.drafts}
+    case |= {"length": LENGTH, "draft_tokens": tokens_of["trained"]}
     return {"what": "drafts_exact", "case": case, "rows": found}
 
 
-def curve(cfg: DraftsConfig, model, prompts) -> dict:
-    """Return the held-out acceptance after about TOKENS tokens, as the log of the training has it.
+def curve(cfg: DraftsConfig, model, trained: DraftModel, tokenizer) -> dict:
+    """Return the held-out acceptance at each evaluation in the log of the training.
 
     accepted: share of right drafts by mask. tokens_per_call: expected, with 1 to K masks.
     """
     folder = Path(cfg.draft)
     pairs = [pair for _, pair in read_json_lines(folder / "answers.jsonl")]
-    settings = json.loads((folder / "settings.json").read_text())
-    mean = sum(len(answer) for _, answer in pairs) / len(pairs)
-    untrained = DraftModel(model, AdapterConfig()).eval()
-    asked = DraftConfig(prompts=cfg.prompts, batch_size=settings["batch_size"])
-    start = evaluate(untrained, open_dataset(folder / DATA, "valid"), asked)
-    points = {0: start}
-    for entry in read_lines(folder / "log.jsonl", "step"):
+    batch_size = json.loads((folder / "settings.json").read_text())["batch_size"]
+    tokens_per_step = batch_size * sum(len(answer) for _, answer in pairs) / len(pairs)
+    K = cfg.draft_tokens or trained.adapter.masks
+    settings = DraftConfig(adapter=trained.adapter, prompts=cfg.prompts, batch_size=batch_size)
+    untrained = DraftModel(model, trained.adapter).eval()
+    start = evaluate(untrained, open_dataset(folder / DATA, "valid"), settings)
+    log = [{"step": 0} | start, *read_lines(folder / "log.jsonl", "step")]
+    rows = {}
+    for entry in log:
         if "accepted" in entry:
-            tokens = round(entry["step"] * settings["batch_size"] * mean)
-            points[tokens] = {key: entry[key] for key in start}
-    nearest = {min(points, key=lambda tokens: abs(tokens - wanted)) for wanted in TOKENS}
-    rows = {f"{tokens:,} tokens": points[tokens] for tokens in sorted(nearest)}
+            shares = {name: entry[name][:K] for name in start}
+            rows[f"{round(entry['step'] * tokens_per_step):,} tokens"] = shares
     return {"what": "drafts_curve", "rows": rows}
 
 
@@ -170,12 +166,12 @@ def main(argv: list[str]) -> list[dict]:
         write_prompts(Path(cfg.texts), Path(cfg.out_dir))
         return []
     model, tokenizer, _ = load_model(cfg.init_from, devices.pick_device(cfg.device))
-    model.cfg = replace(model.cfg, target_length=cfg.length + 1)
-    settings = DraftConfig(prompts=cfg.prompts, chat=cfg.chat, answer_tokens=cfg.length)
-    prompts = spread(read_prompts(settings, tokenizer, model.cfg), cfg.n)
+    model.cfg = replace(model.cfg, target_length=LENGTH + 1)
+    sampler = SamplerConfig(draft=cfg.draft, draft_tokens=cfg.draft_tokens)
+    trained = open_draft(model, sampler, cfg.init_from)
     measure = {"exact": exact, "curve": curve}[cfg.what]
     with devices.autocast(model.tok.weight.device, cfg.dtype):
-        measurement = partial(measure, cfg, model, prompts)
+        measurement = partial(measure, cfg, model, trained, tokenizer)
         return add_lines("drafts", argv, cfg, [measurement], SEED, tables)
 
 
@@ -184,16 +180,16 @@ def tables(lines: list[dict]) -> str:
     texts = []
     curves = []
     for line in lines:
-        for name, row in line.get("rows", {}).items():
+        case = line.get("case", {})
+        for name, row in line["rows"].items():
             if line["what"] == "drafts_curve":
                 shares = [f"{share:.2f}" for share in row["accepted"]]
                 curves.append([name, *shares, f"{row['tokens_per_call'][-1]:.2f}"])
-                continue
-            case = line["case"]
-            margin = max((text["margin"] for text in row["parted"]), default=0.0)
-            equal = f"{row['equal']} of {row['n']}"
-            cells = [equal, f"{margin:.3f}", f"{row['calls_per_token']:.2f}"]
-            texts.append([f"{case['prompts']}, {case['dtype']}", name, *cells])
+            else:
+                margin = max((text["margin"] for text in row["parted"]), default=0.0)
+                cells = [f"{row['equal']} of {row['n']}", f"{margin:.3f}"]
+                cells.append(f"{row['calls_per_token']:.2f}")
+                texts.append([f"{case['prompts']}, {case['dtype']}", name, *cells])
     found = []
     if texts:
         heads = ["prompts", "adapter", "equal texts", "largest margin", "calls a token"]

@@ -9,10 +9,9 @@ The canvas takes the settings of the sampler, such as --steps=5. All others need
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from types import SimpleNamespace
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -29,6 +28,7 @@ from eval.study import plain, read_results
 from infra.checkpoint import load_model, write_atomically
 from infra.rng import make_rng
 from model import ModelConfig, attention_mask
+from sample import DEMO
 from view.cells import NEWLINE, UNPRINTABLE, spans, visible
 from view.record import Frame, Recorder
 
@@ -64,34 +64,19 @@ def save_figure(figure, path: str | Path) -> None:
 
 
 def plot_runs(folders: list[str], path: str) -> None:
-    """Draw the losses in the logs of some runs, those of diffusion also by corruption rate."""
+    """Draw the losses in the logs of some runs."""
     figure = new_figure(4.6)
-    losses, by_rate = figure.subplots(1, 2)
+    panel = figure.subplots()
     for folder in map(Path, folders):
-        curves: dict[tuple, list] = {}
         text = (folder / "log.jsonl").read_text(encoding="utf-8")
         # The last line of a running training may be incomplete.
-        for entry in map(json.loads, text.rpartition("\n")[0].splitlines()):
-            step = entry["step"]
-            for name in {"loss", "val_loss"} & entry.keys():
-                curves.setdefault((losses, name), []).append((step, entry[name]))
-            for rate, loss in entry.get("val_loss_by_rate", {}).items():
-                curves.setdefault((by_rate, rate), []).append((step, loss))
-        for (panel, name), points in curves.items():
-            look = {"alpha": 0.3} if name == "loss" else {"marker": "."}
+        entries = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
+        for name, look in {"loss": {"alpha": 0.3}, "val_loss": {"marker": "."}}.items():
+            points = [(entry["step"], entry[name]) for entry in entries if name in entry]
             panel.plot(*zip(*points), label=f"{folder.name}, {name}", **look)
-    losses.set_title("loss: AR and diffusion cannot be compared")
-    by_rate.set_title("validation L(1) by corruption rate")
-    for panel in (losses, by_rate):
-        panel.set(xlabel="step", yscale="log", visible=bool(panel.lines))
-        panel.legend(handles=panel.lines, fontsize=8)
+    panel.set(xlabel="step", yscale="log", title="loss: AR and diffusion cannot be compared")
+    panel.legend(handles=panel.lines, fontsize=8)
     save_figure(figure, path)
-
-
-def plot_quality(series: dict[str, list[dict]], ar: dict, path: str | Path) -> None:
-    """Draw exact match against network calls, from results of eval.exact_match."""
-    title = "Mini translation: 200 held-out numbers (528 at 10 steps)"
-    save_figure(draw_quality(series, ar, "exact_match", "interval", title), path)
 
 
 def draw_quality(series: dict, ar: dict, metric: str, interval: str, title: str):
@@ -193,8 +178,6 @@ def svg_text(text: str) -> str:
 BYTES = get_tokenizer("bytes")
 TEXT = "neuf cent quatre-vingt-un"
 IDS = torch.tensor(BYTES.encode(TEXT))  # (S,)
-SIZES = {"block_size": len(TEXT) + 2, "target_length": len(TEXT) + 1}
-DIFFUSION = ModelConfig(paradigm="diffusion", target_attention="bidirectional", **SIZES)
 PATTERNS = {  # name -> prefix_attention, target_attention
     "GPT": ("causal", "causal"),
     "prefix LM": ("bidirectional", "causal"),
@@ -247,9 +230,10 @@ def draw_noise():
     chars = {i: chr(i) for i in range(32, 127)} | {BYTES.mask_id: "_"}
     figure = new_figure(3.4)
     target = torch.cat([torch.tensor([BYTES.sep_id]), IDS]).repeat(len(rates), 1)
+    diffusion = {"paradigm": "diffusion", "target_attention": "bidirectional"}
     rng = make_rng(6, torch.zeros(len(rates), dtype=torch.long))
     for panel, noise in zip(figure.subplots(1, 2), ("uniform", "mask")):
-        noisy = corrupt(target, rates[:, None], replace(DIFFUSION, noise=noise), rng)[:, 1:]
+        noisy = corrupt(target, rates[:, None], ModelConfig(noise=noise, **diffusion), rng)[:, 1:]
         colours = ["#E6F0F7", "#FCE3D4"]
         draw_cells(panel, noisy != IDS, colours, [""] * len(TEXT), rates.tolist())
         for (y, x), token in np.ndenumerate(noisy):
@@ -259,42 +243,26 @@ def draw_noise():
     return figure
 
 
-def toy_logits(cache, target, self_cond=None) -> Tensor:
-    """Take the place of a network: the more neighbours of a letter are right, the surer it is.
-
-    Some letters are hard: with fewer than two right neighbours another letter is more likely.
-    """
-    ease = make_rng(2, torch.zeros(1, dtype=torch.long)).uniform(0, len(TEXT))[0][0]  # (S,)
-    right = (target[:, 1:] == IDS).float()  # (R, S)
-    near = F.avg_pool1d(right[:, None], 5, stride=1, padding=2)[:, 0] * 5 - right
-    strength = 3.5 + 2.5 * ease + 1.5 * near + right  # logit of the favourite letter
-    favourite = torch.where((ease < 0.6) & (near < 2), IDS + 1, IDS)
-    logits = strength[..., None] * F.one_hot(favourite, DIFFUSION.vocab_size)
-    return F.pad(logits, (0, 0, 1, 0))  # slot 0 is not predicted
-
-
-TOY = SimpleNamespace(cfg=DIFFUSION, encode=lambda *_, **options: None, decode=toy_logits)
-
-
 def draw_samplers():
-    """Each sampler on the toy network, a row per step: blue is right, orange has changed."""
+    """Each sampler of the demonstration model, a row per step: blue is right, orange changed."""
     steps = 8
     rows = math.ceil(len(SAMPLERS) / 2)
     figure = new_figure(2.3 * rows)
-    settings = {"steps": steps, "stop_entropy": 0.0, "entropy_bound": 1.5}
+    model, tokenizer, _ = load_model(DEMO / "diffusion.pt")
+    prompt = torch.tensor([tokenizer.encode_prompt("fr nine hundred eighty-one")])
     for number, name in enumerate(SAMPLERS, 1):
         panel = figure.add_subplot(rows, 2, number)
         fraction = 0.5 if name in ("resample", "argmax_unrolled") else 1.0
-        sampler = SamplerConfig(sampler=name, update_fraction=fraction, **settings)
-        with Recorder(BYTES.pad_id, growing=False, candidates=1) as recorder:
-            out = generate(TOY, torch.zeros(1, 1).long(), sampler, 3, on_step=recorder)
+        sampler = SamplerConfig(sampler=name, update_fraction=fraction, steps=steps)
+        with Recorder(tokenizer.pad_id, growing=False, candidates=1) as recorder:
+            out = generate(model, prompt, sampler, 3, on_step=recorder)
         frames = list(recorder.frames(out.tokens[0]))[: steps + 1]
-        ids = torch.stack([frame.ids for frame in frames])  # (steps + 1, S)
-        draw_cells(panel, ids == IDS, [GREY, "#409BC9"], TEXT, range(steps + 1))
+        ids = torch.stack([frame.ids[: len(TEXT)] for frame in frames])  # (steps + 1, S) or fewer
+        draw_cells(panel, ids == IDS, [GREY, "#409BC9"], TEXT, range(len(ids)))
         y, x = (ids[1:] != ids[:-1]).nonzero().T
         panel.scatter(x + 0.5, y + 1.5, 180, marker="s", facecolors="none", edgecolors="#D55E00")
         note = f", update_fraction {fraction}" if fraction < 1 else ""
-        panel.set(ylabel="step", title=f"{name}{note}")
+        panel.set(ylabel="step", title=f"{name}{note}", ylim=(steps + 1, 0))
     return figure
 
 

@@ -20,23 +20,24 @@ PROMPTS = ["fr one", "fr two hundred", "qa ann 4821. bob 9035. ann?", "py add 3"
 def adapter(tmp_path, monkeypatch):
     """An adapter of the demonstration model, trained for two steps."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(drafts, "LENGTH", 12)
+    monkeypatch.setattr(drafts, "BATCH", 3)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
-    flags = "--prompts=p.jsonl --out_dir=d --max_steps=2 --eval_interval=1 --batch_size=2 --rank=4"
+    flags = "--prompts=p.jsonl --out_dir=d --max_steps=2 --eval_interval=1 --batch_size=2 --masks=2"
     draft.main([f"--init_from={sample.DEMO / 'ar.pt'}", "--device=cpu", *flags.split()])
     return "d"
 
 
 def measure(what: str, *flags: str) -> dict:
     argv = [f"--what={what}", f"--init_from={sample.DEMO / 'ar.pt'}", "--draft=d", *flags]
-    flags = ["--prompts=p.jsonl", "--length=12", "--device=cpu", "--json=r.jsonl"]
-    return drafts.main([*argv, *flags])[0]
+    return drafts.main([*argv, "--prompts=p.jsonl", "--device=cpu", "--json=r.jsonl"])[0]
 
 
 def test_texts_are_equal_and_calls_are_those_of_the_decoder(adapter, capsys):
-    line = measure("exact", "--batch_size=3")
+    line = measure("exact")
     assert read_lines("r.jsonl") == [line]
     equal = {name: (row["equal"], row["n"]) for name, row in line["rows"].items()}
-    assert equal == {"trained": (4, 4), "random": (3, 3)}  # random: batches in the first quarter
+    assert equal == {"trained": (4, 4), "random": (3, 3)}  # random: the first batch
     model, tokenizer, _ = load_model(sample.DEMO / "ar.pt")
     model.cfg = drafts.replace(model.cfg, target_length=13)
     sampler = speculative.SamplerConfig(draft=adapter)
@@ -53,7 +54,7 @@ def test_texts_are_equal_and_calls_are_those_of_the_decoder(adapter, capsys):
     assert trained["calls_per_token"] == round(calls / tokens, 4)
 
 
-def test_a_text_that_parts_is_reported_with_its_place_and_margin(adapter, monkeypatch):
+def test_a_text_that_parts_is_reported_with_its_margin(adapter, monkeypatch):
     generate = speculative.generate
 
     def wrong(*args):
@@ -62,6 +63,7 @@ def test_a_text_that_parts_is_reported_with_its_place_and_margin(adapter, monkey
         return out
 
     monkeypatch.setattr(drafts, "generate", wrong)
+    monkeypatch.setattr(drafts, "BATCH", 4)
     parted = measure("exact")["rows"]["random"]["parted"]
     model, tokenizer, _ = load_model(sample.DEMO / "ar.pt")
     seen = []
@@ -71,14 +73,16 @@ def test_a_text_that_parts_is_reported_with_its_place_and_margin(adapter, monkey
         model, prefix, greedy, on_step=lambda s, t, logits, r: seen.append(logits)
     )
     best, second = seen[2][0, 0].topk(2).values.tolist()
-    assert parted == [{"prompt": 1, "slot": 2, "margin": pytest.approx(best - second, abs=1e-4)}]
+    assert parted == [{"prompt": 1, "margin": pytest.approx(best - second, abs=1e-4)}]
 
 
-def test_the_curve_starts_untrained_and_ends_at_the_last_evaluation(adapter):
-    rows = measure("curve")["rows"]
-    log = read_lines("d/log.jsonl", "step")
-    assert list(rows)[0] == "0 tokens" and len(rows) == 2
-    assert list(rows.values())[-1]["accepted"] == log[-1]["accepted"]
+@pytest.mark.parametrize("masks", [2, 1])
+def test_the_curve_starts_untrained_and_ends_at_the_last_evaluation(adapter, masks):
+    rows = measure("curve", *([f"--draft_tokens={masks}"] if masks < 2 else []))["rows"]
+    assert list(rows)[0] == "0 tokens" and len(rows) == 3
+    assert {len(shares) for row in rows.values() for shares in row.values()} == {masks}
+    last = read_lines("d/log.jsonl", "step")[-1]["accepted"]
+    assert list(rows.values())[-1]["accepted"] == last[:masks]
 
 
 def test_held_out_prompts_are_not_trained_on(tmp_path, monkeypatch):

@@ -23,43 +23,27 @@ SVG = "{http://www.w3.org/2000/svg}"
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are drawn, in place of files."""
+def test_the_curves_are_those_of_the_logs(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    return figures
-
-
-def lines_of(axis) -> dict[str, list[tuple]]:
-    return {line.get_label(): list(zip(*line.get_data())) for line in axis.get_lines()}
-
-
-def test_the_curves_are_those_of_the_logs(tmp_path, drawn):
     entries = [{"step": step, "loss": 1 / step} for step in range(1, 7)]
     entries[2] |= {"val_loss": 0.5}
-    (tmp_path / "ar").mkdir()
     text = "".join(json.dumps(entry) + "\n" for entry in entries)
-    (tmp_path / "ar" / "log.jsonl").write_text(text + '{"step": 7, "loss": 1}')  # incomplete
-    entries[2] |= {"val_loss_by_rate": {"0.1": 0.1, "0.9": 0.9}}
-    (tmp_path / "diffusion").mkdir()
-    (tmp_path / "diffusion" / "log.jsonl").write_text(json.dumps(entries[2]) + "\n")
-    plots.plot_runs([tmp_path / "ar", tmp_path / "diffusion"], "loss.png")
-    losses, by_rate = map(lines_of, drawn[0].axes)
-    assert losses == {
-        "ar, loss": [(step, 1 / step) for step in range(1, 7)],
-        "ar, val_loss": [(3, 0.5)],
-        "diffusion, loss": [(3, 1 / 3)],
-        "diffusion, val_loss": [(3, 0.5)],
-    }
-    assert by_rate == {"diffusion, 0.1": [(3, 0.1)], "diffusion, 0.9": [(3, 0.9)]}
+    (tmp_path / "log.jsonl").write_text(text + '{"step": 7, "loss": 1}')  # incomplete
+    plots.plot_runs([tmp_path], "loss.png")
+    lines = {line.get_label(): line.get_data() for line in figures[0].axes[0].get_lines()}
+    assert [list(zip(*data)) for data in lines.values()] == [
+        [(step, 1 / step) for step in range(1, 7)],
+        [(3, 0.5)],
+    ]
+    assert list(lines) == [f"{tmp_path.name}, loss", f"{tmp_path.name}, val_loss"]
 
 
-def test_quality_shows_shares_and_intervals(drawn):
+def test_quality_shows_shares_and_intervals():
     result = {"calls_per_sample": 10, "exact_match": 0.5, "interval": [0.4, 0.6]}
     ar = {"calls_per_sample": 22.5, "exact_match": 0.9, "interval": [0.8, 0.95]}
-    plots.plot_quality({"a": [result | {"calls_per_sample": 20}, result]}, ar, "q.png")
-    (panel,) = drawn[0].axes
+    series = {"a": [result | {"calls_per_sample": 20}, result]}
+    (panel,) = plots.draw_quality(series, ar, "exact_match", "interval", "").axes
     assert list(panel.get_lines()[0].get_xdata()) == [10, 20]
     ends = panel.collections[0].get_segments()[0][:, 1]
     assert list(ends) == pytest.approx([0.4, 0.6])
