@@ -66,7 +66,7 @@ wait $first || failed=1
 wait $second || failed=1
 [ $failed = 0 ] || exit 1
 
-# 4. The table, and pictures of the losses, of quality against steps, and of one canvas.
+# 4. The table, and pictures of the losses and of one canvas.
 run tables python -m eval.tables --quickstart
 run plots python -m eval.plots out/ar2diff_1_ar out/ar2diff_2_adapt out/ar2diff_3_finetune --out=out/loss.png
 run canvas python -m eval.plots --canvas=out/ar2diff_3_finetune/ckpt.pt \
@@ -74,4 +74,4 @@ run canvas python -m eval.plots --canvas=out/ar2diff_3_finetune/ckpt.pt \
 python sample.py --init_from=out/ar2diff_3_finetune/ckpt.pt --prompt="fr nine hundred eighty-one" --show --pause=0.05
 echo
 cat out/quickstart.md
-echo "$((SECONDS - begin)) s. Table: out/quickstart.md. Pictures: out/quality.png, out/loss.png, out/canvas.svg"
+echo "$((SECONDS - begin)) s. Table: out/quickstart.md. Pictures: out/loss.png, out/canvas.svg"

@@ -206,14 +206,6 @@ def _cpu() -> str:
     return f"{names[0]} x {len(names)}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def memory(name: str) -> int:
-    """Return VmRSS (in use) or VmHWM (its peak) of this process in bytes. Linux only.
-
-    Not ru_maxrss, which starts at that of the parent.
-    """
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
 def cost_line(cost: dict) -> str:
     calls = f"{cost['calls_per_sample']:.1f} network calls"
     return f"{calls}, {cost['seconds_per_sample']:.4f} s per sample"

@@ -4,13 +4,12 @@
     python -m eval.harness --init_from=out/run/ckpt.pt --tasks=gsm8k,my_task.yaml --n=100
 
 A task is one of the harness's names, whose data it downloads, or a YAML file of its format, which
-may name a local JSONL file. A task needs some of:
+may name a local JSONL file. It may need:
 
-    generate_until         text after a prompt, cut at the task's stop strings
-    loglikelihood          log p(continuation | prompt). AR: exact. Diffusion: minus the bound of
-                           eval.bound, for the continuation and the end of the text; is_greedy is
-                           False, so metrics built on it (lambada's acc) mean nothing
-    loglikelihood_rolling  log p(text), in windows of one target, each with all the prefix that fits
+    generate_until  text after a prompt, cut at the task's stop strings
+    loglikelihood   log p(continuation | prompt). AR: exact. Diffusion: minus the bound of
+                    eval.bound, for the continuation and the end of the text; is_greedy is False, so
+                    metrics built on it (lambada's acc) mean nothing
 
 The sampler is set here, not by the task. A prompt that is too long loses its beginning.
 """
@@ -69,24 +68,17 @@ class Model:
         """Return (log p in nats, is_greedy) for each (prompt, continuation)."""
         texts = [request.args for request in requests]
         pairs = [(self._prompt(prompt), self._target(after)) for prompt, after in texts]
-        greedy = is_greedy(self.model, pairs, self.generator.cfg.batch_size)
-        return list(zip(self._log_p(pairs), greedy))
+        run = self.generator.cfg
+        places = range(len(pairs))
+        nats = target_nats(self.model, pairs, places, self.bound, run.batch_size, run.seed)
+        if self.measure == EXACT:  # of the continuation only, as the harness defines it
+            log_p = [-text for text in nats[0]]
+        else:  # a bound is one number for the canvas
+            log_p = [-text - pads for text, pads in zip(*nats)]
+        return list(zip(log_p, is_greedy(self.model, pairs, run.batch_size)))
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Return log p in nats of each (text,). Each token counts once."""
-        windows = []
-        owners = []
-        first = len(self.generator.tokenizer.bos_ids)  # these are given
-        for number, request in enumerate(requests):
-            ids = self.generator.tokenizer.encode_prompt(request.args[0])
-            for start in range(first, len(ids), self.longest_answer):
-                context = ids[max(0, start - self.longest_prefix) : start]
-                windows.append((context, ids[start : start + self.longest_answer]))
-                owners.append(number)
-        totals = [0.0] * len(requests)
-        for number, log_p in zip(owners, self._log_p(windows)):
-            totals[number] += log_p
-        return totals
+        raise ValueError("loglikelihood_rolling is not supported: choose another task")
 
     def _prompt(self, text: str) -> list[int]:
         ids = self.generator.tokenizer.encode_prompt(text)
@@ -99,14 +91,6 @@ class Model:
         fault = f"a continuation has {len(ids)} tokens, {limit}: {text[:40]!r}"
         require(len(ids) <= self.longest_answer, fault)
         return ids
-
-    def _log_p(self, pairs: list) -> list[float]:
-        run = self.generator.cfg
-        places = range(len(pairs))
-        nats = target_nats(self.model, pairs, places, self.bound, run.batch_size, run.seed)
-        if self.measure == EXACT:  # of the continuation only, as the harness defines it
-            return [-text for text in nats[0]]
-        return [-text - pads for text, pads in zip(*nats)]  # a bound is one number for the canvas
 
 
 def until(text: str, stops: str | list[str] | None) -> str:

@@ -1,4 +1,4 @@
-"""Draw the pictures: training curves, quality, a moving canvas, the figures of the docs.
+"""Draw the pictures: training curves, a moving canvas, the figures of the docs.
 
     python -m eval.plots RUN_DIR [RUN_DIR ...] --out=out/loss.png
     python -m eval.plots --canvas=CKPT --prompt="fr nine hundred eighty-one" --out=out/canvas.svg
@@ -60,7 +60,7 @@ def save_figure(figure, path: str | Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
-# Training curves and quality
+# Training curves
 
 
 def plot_runs(folders: list[str], path: str) -> None:
@@ -77,36 +77,6 @@ def plot_runs(folders: list[str], path: str) -> None:
     panel.set(xlabel="step", yscale="log", title="loss: AR and diffusion cannot be compared")
     panel.legend(handles=panel.lines, fontsize=8)
     save_figure(figure, path)
-
-
-def draw_quality(series: dict, ar: dict, metric: str, interval: str, title: str):
-    """Draw a metric against network calls: a line for each list of results, a star for AR."""
-    figure = new_figure(5.2)
-    panel = figure.subplots()
-    for name, results in (series | {"autoregressive": [ar]}).items():
-        results = sorted(results, key=lambda result: result["calls_per_sample"])
-        calls = [round(result["calls_per_sample"], 1) for result in results]
-        values = [result[metric] for result in results]
-        errors = [[abs(r[metric] - r[interval][end]) for r in results] for end in (0, 1)]
-        form = "k*" if results == [ar] else "o-"
-        panel.errorbar(calls, values, errors, fmt=form, capsize=3, label=name)
-    panel.axhline(ar[metric], color="black", ls="--")
-    panel.set(xlabel="network calls", ylabel=metric.replace("_", " ").capitalize(), title=title)
-    panel.yaxis.set_major_formatter("{x:.0%}")
-    panel.legend()
-    return figure
-
-
-def draw_squad():
-    """Draw the F1 of SmolLM2-135M on SQuAD by sampler and steps."""
-    lines = read_results(Path(__file__).parent.parent / "results/real.jsonl")
-    row = f"real_1_squad_{plain(real.FIRST)}"
-    jobs = {"resample": [f"{row}_{steps}" for steps in real.STEPS]}
-    for name in real.SAMPLERS:
-        jobs[name] = [f"{row}_{name}_{steps}" for steps in real.SAMPLER_STEPS]
-    series = {name: [lines[job] for job in found] for name, found in jobs.items()}
-    title = "SmolLM2-135M on SQuAD, converted: 200 questions (AR: 1,000)"
-    return draw_quality(series, lines["real_1_squad_ar"], "f1", "f1_interval", title)
 
 
 # One canvas, a frame per step
@@ -173,7 +143,35 @@ def svg_text(text: str) -> str:
     return escape("".join(map(visible, text)).replace("\n", NEWLINE))
 
 
-# The figures of docs/method.md
+# The figures of the docs
+
+
+def draw_squad():
+    """The F1 of SmolLM2-135M on SQuAD against network calls, by sampler. Bars: 95% intervals."""
+    found = read_results(Path(__file__).parent.parent / "results/real.jsonl")
+    row = f"real_1_squad_{plain(real.FIRST)}"
+    jobs = {"resample": [f"{row}_{steps}" for steps in real.STEPS]}
+    for name in real.SAMPLERS:
+        jobs[name] = [f"{row}_{name}_{steps}" for steps in real.SAMPLER_STEPS]
+    jobs["autoregressive"] = ["real_1_squad_ar"]
+    figure = new_figure(5.2)
+    panel = figure.subplots()
+    for name, names in jobs.items():
+        results = sorted(
+            (found[job] for job in names), key=lambda result: result["calls_per_sample"]
+        )
+        calls = [round(result["calls_per_sample"], 1) for result in results]
+        values = [result["f1"] for result in results]
+        errors = [[abs(r["f1"] - r["f1_interval"][end]) for r in results] for end in (0, 1)]
+        form = "k*" if name == "autoregressive" else "o-"
+        panel.errorbar(calls, values, errors, fmt=form, capsize=3, label=name)
+    panel.axhline(values[-1], color="black", ls="--")
+    title = "SmolLM2-135M on SQuAD, converted: 200 questions (AR: 1,000)"
+    panel.set(xlabel="network calls", ylabel="F1", title=title)
+    panel.yaxis.set_major_formatter("{x:.0%}")
+    panel.legend()
+    return figure
+
 
 BYTES = get_tokenizer("bytes")
 TEXT = "neuf cent quatre-vingt-un"

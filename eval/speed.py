@@ -6,9 +6,7 @@
 
 decode  seconds per batch of texts by length: AR, and 10-step diffusion with the same weights, plain
         and compiled. Baseline: the faster AR decoder.
-loop    the sampling loop without its network calls. Baseline: the whole loop.
 unroll  an optimizer step of two passes of diffusion. Baseline: an AR step over the same tokens.
-memory  the peak memory of three such steps on the CPU, each kind in a process of its own.
 
 The systems of a case run in turn, A B C, C B A, A B C, ..., after a warm-up call each. A ratio
 compares runs of one round, so other work on the machine slows both. Decoders have random weights,
@@ -19,16 +17,13 @@ reads all weights for each token.
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from statistics import median
-from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.benchmark import timer
 
 import autoregressive
@@ -36,7 +31,7 @@ import diffusion
 from ar2diff import convert
 from configurator import configure, flatten, run, setting
 from data.objectives import Batch
-from eval.common import Settings, environment, markdown, memory, origin, read_lines, write_lines
+from eval.common import Settings, environment, markdown, origin, read_lines, write_lines
 from extras.fast_decode import speed_up
 from infra import device as devices
 from infra.optimizers import make_optimizers
@@ -52,7 +47,7 @@ SHAPES = {
     "smollm2": SMOLLM2 | {"vocab_size": 49280},
 }
 DIFFUSION = {"paradigm": "diffusion", "target_attention": "bidirectional", "shift": True}
-NETWORKS = {  # of unroll and memory
+NETWORKS = {  # of unroll
     "AR": {},
     "causal prefix": DIFFUSION,
     "causal prefix, self-conditioning": DIFFUSION | {"self_conditioning": True},
@@ -60,8 +55,7 @@ NETWORKS = {  # of unroll and memory
 SEED = 1337
 PROMPT = 64  # tokens before the generated ones
 LENGTHS = (64, 128, 256, 512, 1024)  # tokens of a text, of decode
-LOOP_LENGTH = 256
-BATCHES = (1, 8)  # texts at a time, of decode and loop
+BATCHES = (1, 8)  # texts at a time, of decode
 STEPS = 10
 WIDTHS = ((192, 24), (32, 224))  # tokens of prefix and target, of an optimizer step
 ROWS = 8  # of an optimizer step
@@ -70,7 +64,7 @@ ROUND_LIMIT = 60.0  # seconds after which a case starts no new round
 
 @dataclass
 class SpeedConfig(Settings):
-    what: str = setting("all", "measurement", ("all", "decode", "loop", "unroll", "memory"))
+    what: str = setting("all", "measurement", ("all", "decode", "unroll"))
     quick: bool = setting(False, "6 layers, float32, batch 1, two lengths")
     json: str = setting("", "add the results to this file", path=True)
     runs: int = setting(5, "timed runs of each system", minimum=1)
@@ -161,16 +155,6 @@ def at_length(network, length: int):
     return other
 
 
-@torch.no_grad()
-def recorded(network, prefix: Tensor) -> SimpleNamespace:
-    """Return a decoder that repeats the logits of one call: what remains is the loop."""
-    cache = network.encode(prefix)
-    size = (len(prefix), network.cfg.target_length)
-    logits = network.decode(cache, torch.full(size, network.cfg.sep_id, device=prefix.device))
-    methods = {"encode": lambda *_, **__: cache, "decode": lambda *_, **__: logits}
-    return SimpleNamespace(cfg=network.cfg, tok=network.tok, **methods)
-
-
 def training_step(model_cfg: ModelConfig, rows: int, dtype: str, device) -> Callable[[], float]:
     """Return a function that makes one optimizer step, as train.py does, and returns the loss."""
     cfg = TrainConfig(model=model_cfg, dtype=dtype, optimizer="adamw")
@@ -224,74 +208,35 @@ def decode_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
     return line
 
 
-def loop_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
-    network = random_networks(case["shape"], case["dtype"], device)["cached prefix"]
-    prompt = random_batch(network.cfg, case["batch"], device).prefix
-    network = at_length(network, case["length"])
-    sampler = diffusion.SamplerConfig(steps=3)
-    calls = {
-        "loop": partial(diffusion.generate, recorded(network, prompt), prompt, sampler),
-        "whole": partial(diffusion.generate, network, prompt, sampler),
-    }
-    seconds = time_in_turn(calls, cfg.runs, device)
-    return make_line("loop", case, seconds, "whole", "time", aim="<= 0.10")
-
-
-def training_steps(case: dict, device: torch.device) -> dict[str, Callable]:
-    """Return, for each network, a call that makes its training_step. A new process can make it."""
+def unroll_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
+    P = case["prefix"]
+    T = case["target"]
     steps = {}
     for name, settings in NETWORKS.items():
-        model_cfg = model_config(case["shape"], case["prefix"], case["target"], **settings)
-        steps[name] = partial(training_step, model_cfg, case["batch"], case["dtype"], device)
-    return steps
-
-
-def unroll_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
-    steps = {name: make_step() for name, make_step in training_steps(case, device).items()}
+        model_cfg = model_config(case["shape"], P, T, **settings)
+        steps[name] = training_step(model_cfg, case["batch"], case["dtype"], device)
     seconds = time_in_turn(steps, cfg.runs, device)
-    aim = "<= 1.35" if case["prefix"] > case["target"] else "<= 2.0"
+    aim = "<= 1.35" if P > T else "<= 2.0"
     return make_line("unroll", case, seconds, "AR", "time", aim=aim)
-
-
-def memory_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
-    """Measure GiB in place of seconds. Linux only."""
-    peaks = {}
-    for name, make_step in training_steps(case, torch.device("cpu")).items():
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            peaks[name] = [process.submit(peak_gib, make_step).result()]
-    return make_line("memory", case, peaks, "AR", "time", aim="<= 1.15")
-
-
-def peak_gib(make_step: Callable) -> float:
-    """Make three steps. Return the peak memory of this process in GiB."""
-    devices.disable_malloc_trim()
-    step = make_step()
-    for _ in range(3):
-        step()
-    return memory("VmHWM") / 2**30
 
 
 # The command
 
-CASES = {"unroll": unroll_case, "loop": loop_case, "decode": decode_case, "memory": memory_case}
+CASES = {"decode": decode_case, "unroll": unroll_case}
 
 
 def plan(cfg: SpeedConfig, device: torch.device) -> Iterator[tuple[str, dict]]:
     """Yield (measurement, case)."""
     lengths = LENGTHS[:2] if cfg.quick else LENGTHS
     batches = BATCHES[:1] if cfg.quick else BATCHES
+    texts = [{"batch": batch, "length": length} for batch, length in product(batches, lengths)]
+    rows = [{"batch": ROWS, "prefix": P, "target": T} for P, T in WIDTHS]
     both = devices.has_fast_bf16(device) and not cfg.quick
     for dtype in ["float32", "bfloat16"][: 1 + both]:
-        for what in CASES if cfg.what == "all" else [cfg.what]:
-            if what in ("unroll", "memory"):
-                shape = "six" if cfg.quick else "smollm2"
-                sizes = [{"batch": ROWS, "prefix": P, "target": T} for P, T in WIDTHS]
-            else:
-                shape = "six" if cfg.quick else "gpt2"
-                texts = product(batches, lengths if what == "decode" else [LOOP_LENGTH])
-                sizes = [{"batch": batch, "length": length} for batch, length in texts]
-            for size in sizes:
-                yield what, {"shape": shape, "dtype": dtype} | size
+        for what, shape, sizes in (("decode", "gpt2", texts), ("unroll", "smollm2", rows)):
+            case = {"shape": "six" if cfg.quick else shape, "dtype": dtype}
+            if cfg.what in ("all", what):
+                yield from ((what, case | size) for size in sizes)
 
 
 def main(argv: list[str]) -> list[dict]:

@@ -21,7 +21,6 @@ from typing import NamedTuple
 from configurator import configure, run, setting
 from eval import real, study
 from eval.common import Settings, environment, markdown, read_lines, write_lines, write_text
-from eval.plots import draw_quality, save_figure
 from eval.study import Runner, plain, read_results
 
 
@@ -341,7 +340,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 
 def quickstart(out: Path) -> str:
-    """Collect the evaluations of quickstart.sh into one file, one table and one picture."""
+    """Collect the evaluations of quickstart.sh into one file and one table."""
     lines = {}
     for path in sorted((out / "quickstart").glob("*.json")):
         lines[path.stem] = {"job": path.stem, **json.loads(path.read_text(encoding="utf-8"))}
@@ -353,13 +352,6 @@ def quickstart(out: Path) -> str:
     table = quickstart_table(lines)
     origin = f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}"
     write_text(out / "quickstart.md", f"{table}\n\n{origin}\n")
-    series = {}
-    for row in list(QUICKSTART)[2:]:
-        jobs = [job for job in lines if job == row or job.startswith(f"{row}_")]
-        series[QUICKSTART[row]] = [lines[job] for job in jobs]
-    title = "Mini translation: 200 held-out numbers (528 at 10 steps)"
-    figure = draw_quality(series, lines["ar_finetune"], "exact_match", "interval", title)
-    save_figure(figure, out / "quality.png")
     return table
 
 

@@ -100,16 +100,6 @@ def test_a_diffusion_model_answers_by_the_bound_and_says_so():
     assert ours.measure == BOUND
 
 
-def test_a_rolling_likelihood_reads_each_token_once_with_all_that_fits_before_it():
-    """17 letters in targets of 7: three windows, after nothing, 7 and the 12 of a prefix."""
-    ours, text = adapted(), "abcdefghijklmnopq"
-    windows = [("", "abcdefg"), ("abcdefg", "hijklmn"), ("cdefghijklmn", "opq")]
-    parts = [p for p, _ in ours.loglikelihood(asked(*windows))]
-    total = ours.loglikelihood_rolling(asked((text,), ("ab",)))[0]
-    assert total == pytest.approx(sum(parts), rel=1e-5)
-    assert ours.loglikelihood_rolling(asked(("",))) == [0.0]
-
-
 def test_generation_obeys_stops_lengths_and_the_size_of_the_model(monkeypatch):
     ours, prompts = adapted(), []
 

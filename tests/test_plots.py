@@ -1,6 +1,7 @@
 """Pictures: what is in them, and what is refused."""
 
 import json
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -16,6 +17,7 @@ from model import attention_mask  # noqa: E402
 from view.cells import spans  # noqa: E402
 from view.record import UNKNOWN, Frame  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
 SIZES = {"block_size": 24, "target_length": 12}
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -37,16 +39,6 @@ def test_the_curves_are_those_of_the_logs(tmp_path, monkeypatch):
         [(3, 0.5)],
     ]
     assert list(lines) == [f"{tmp_path.name}, loss", f"{tmp_path.name}, val_loss"]
-
-
-def test_quality_shows_shares_and_intervals():
-    result = {"calls_per_sample": 10, "exact_match": 0.5, "interval": [0.4, 0.6]}
-    ar = {"calls_per_sample": 22.5, "exact_match": 0.9, "interval": [0.8, 0.95]}
-    series = {"a": [result | {"calls_per_sample": 20}, result]}
-    (panel,) = plots.draw_quality(series, ar, "exact_match", "interval", "").axes
-    assert list(panel.get_lines()[0].get_xdata()) == [10, 20]
-    ends = panel.collections[0].get_segments()[0][:, 1]
-    assert list(ends) == pytest.approx([0.4, 0.6])
 
 
 # The canvas
@@ -102,6 +94,15 @@ def test_cells_show_what_changed_and_how_probable_it_is():
 
 
 # The figures of the docs
+
+
+def test_squad_shows_shares_and_intervals():
+    (panel,) = plots.draw_squad().axes
+    found = plots.read_results(ROOT / "results/real.jsonl")["real_1_squad_ar"]
+    star = panel.containers[-1]
+    assert list(star[0].get_data()) == [[round(found["calls_per_sample"], 1)], [found["f1"]]]
+    ends = star[2][0].get_segments()[0][:, 1]
+    assert list(ends) == pytest.approx(found["f1_interval"])
 
 
 def test_the_figures_of_the_docs_are_drawn(tmp_path):
