@@ -26,8 +26,6 @@ import torch
 from torch import nn
 from torch.utils.benchmark import timer
 
-import autoregressive
-import diffusion
 from ar2diff import convert
 from configurator import configure, flatten, run, setting
 from data.objectives import Batch
@@ -134,18 +132,16 @@ def random_batch(cfg: ModelConfig, rows: int, device: torch.device) -> Batch:
 
 
 @functools.lru_cache(maxsize=1)
-def random_networks(shape: str, dtype: str, device: torch.device) -> dict[str, Transformer]:
-    """Return an AR and a diffusion network that share random weights. They never end a text."""
+def random_networks(shape: str, dtype: str, device: torch.device) -> dict:
+    """Return AR and diffusion networks that share random weights. They never end a text."""
     torch.manual_seed(SEED)
     cfg = model_config(shape, PROMPT, max(LENGTHS) + 1)
     ar = Transformer(cfg).eval().requires_grad_(False)
     ar.tok.weight[-3:] = 0  # a logit of 0 is never the largest of thousands
     ar.to(device, getattr(torch, dtype))
-    cached = convert(ar, copy=False, prefix_attention="bidirectional", **DIFFUSION)
-    return {"AR": ar, "cached prefix": cached.eval()}
-
-
-compiled = functools.lru_cache(maxsize=2)(speed_up)
+    cached = convert(ar, copy=False, prefix_attention="bidirectional", **DIFFUSION).eval()
+    networks = {"AR": ar, f"cached prefix, {STEPS} steps": cached}
+    return networks | {f"{name}, compiled": speed_up(net) for name, net in networks.items()}
 
 
 def at_length(network, length: int):
@@ -184,20 +180,17 @@ def training_step(model_cfg: ModelConfig, rows: int, dtype: str, device) -> Call
 
 def decode_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
     if device.type == "cuda":  # compile for the shapes of this case
-        compiled.cache_clear()
+        random_networks.cache_clear()
         torch.compiler.reset()
     networks = random_networks(case["shape"], case["dtype"], device)
     ar = networks["AR"]
     prompt = random_batch(ar.cfg, case["batch"], device).prefix
-    decoders = {
-        "AR": partial(autoregressive.generate, cfg=autoregressive.SamplerConfig()),
-        "cached prefix": partial(diffusion.generate, cfg=diffusion.SamplerConfig(steps=STEPS)),
-    }
+    steps = {"ar": {}, "diffusion": {"steps": STEPS}}
     calls = {}
-    for name, generate in decoders.items():
-        label = name if name == "AR" else f"{name}, {STEPS} steps"
-        for network, end in ((networks[name], ""), (compiled(networks[name]), ", compiled")):
-            calls[label + end] = partial(generate, at_length(network, case["length"]), prompt)
+    for name, network in networks.items():
+        decoder = PARADIGMS[network.cfg.paradigm]
+        sampler = decoder.SamplerConfig(**steps[network.cfg.paradigm])
+        calls[name] = partial(decoder.generate, at_length(network, case["length"]), prompt, sampler)
     seconds = time_in_turn(calls, cfg.runs, device)
     ar_names = ("AR", "AR, compiled")
     line = make_line("decode", case, seconds, min(ar_names, key=lambda n: median(seconds[n])))

@@ -1,10 +1,8 @@
 """eval/drafts.py: texts are compared token by token, calls are counted, prompts are held out."""
 
-import gzip
-import json
-
 import pytest
 import torch
+from data_files import write
 
 import autoregressive
 import sample
@@ -22,7 +20,7 @@ def adapter(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(drafts, "LENGTH", 12)
     monkeypatch.setattr(drafts, "BATCH", 3)
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    write(tmp_path / "p.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     flags = "--prompts=p.jsonl --out_dir=d --max_steps=2 --eval_interval=1 --batch_size=2 --masks=2"
     draft.main([f"--init_from={sample.DEMO / 'ar.pt'}", "--device=cpu", *flags.split()])
     return "d"
@@ -44,9 +42,8 @@ def test_texts_are_equal_and_calls_are_those_of_the_decoder(adapter, capsys):
     drafter = speculative.open_draft(model, sampler, "x")
     calls = tokens = 0
     for prompt in PROMPTS:
-        out = speculative.generate(
-            drafter, torch.tensor([tokenizer.encode_prompt(prompt)]), sampler
-        )
+        prefix = torch.tensor([tokenizer.encode_prompt(prompt)])
+        out = speculative.generate(drafter, prefix, sampler)
         calls += int(out.calls)
         tokens += min(12, len(tokenizer.decode(out.tokens[0].tolist()).encode()) + 1)
     trained = line["rows"]["trained"]
@@ -66,13 +63,11 @@ def test_a_text_that_parts_is_reported_with_its_margin(adapter, monkeypatch):
     monkeypatch.setattr(drafts, "BATCH", 4)
     parted = measure("exact")["rows"]["random"]["parted"]
     model, tokenizer, _ = load_model(sample.DEMO / "ar.pt")
-    seen = []
-    greedy = autoregressive.SamplerConfig()
     prefix = torch.tensor([tokenizer.encode_prompt(PROMPTS[1])])
-    autoregressive.generate(
-        model, prefix, greedy, on_step=lambda s, t, logits, r: seen.append(logits)
-    )
-    best, second = seen[2][0, 0].topk(2).values.tolist()
+    text = autoregressive.generate(model, prefix, autoregressive.SamplerConfig()).tokens
+    start = torch.tensor([[model.cfg.sep_id]])
+    logits = model(prefix, torch.cat([start, text[:, :2]], 1))[0, 2]
+    best, second = logits.topk(2).values.tolist()
     assert parted == [{"prompt": 1, "margin": pytest.approx(best - second, abs=1e-4)}]
 
 
@@ -88,23 +83,18 @@ def test_the_curve_starts_untrained_and_ends_at_the_last_evaluation(adapter, mas
 def test_held_out_prompts_are_not_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(drafts, "TRAIN", 10)
     monkeypatch.setattr(drafts, "HELD_OUT", 4)
-    (tmp_path / "mbpp").mkdir()
-    (tmp_path / "squad").mkdir()
     tasks = [{"task_id": i, "text": f"task {i}"} for i in (*range(1, 30), *range(595, 640))]
-    lines = "".join(json.dumps(task) + "\n" for task in tasks)
-    (tmp_path / "mbpp/mbpp.jsonl").write_text(lines)
+    write(tmp_path / "mbpp/mbpp.jsonl", tasks)
     for part in ("dev-v1.1", "train-subset-v1.1"):
-        answers = [{"text": "a"}]
-        qas = [{"question": f" {part} {i} ", "id": f"{i}", "answers": answers} for i in range(130)]
+        qas = [{"question": f" {part} {i} ", "id": f"{i}"} for i in range(130)]
+        qas = [question | {"answers": [{"text": "a"}]} for question in qas]
         article = {"title": "t", "paragraphs": [{"context": "a", "qas": qas}]}
-        content = json.dumps({"data": [article]})
-        with gzip.open(tmp_path / f"squad/{part}.json.gz", "wt") as file:
-            file.write(content)
+        write(tmp_path / f"squad/{part}.json.gz", {"data": [article]})
     drafts.main(["--what=prompts", f"--texts={tmp_path}", f"--out_dir={tmp_path / 'o'}"])
     found = {}
     for name, size in (("train", 10), ("code", 4), ("prose", 4)):
-        lines = (tmp_path / f"o/{name}.jsonl").read_text().splitlines()
-        found[name] = [json.loads(line)["prompt"] for line in lines]
+        lines = read_lines(tmp_path / f"o/{name}.jsonl", "prompt")
+        found[name] = [line["prompt"] for line in lines]
         assert len(set(found[name])) == size
     assert all(11 <= int(text.split()[1]) <= 510 for text in found["code"])
     assert all(text.startswith("dev-v1.1") for text in found["prose"])

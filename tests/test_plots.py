@@ -110,12 +110,6 @@ def test_the_figures_of_the_docs_are_drawn(tmp_path):
     assert {path.stem for path in tmp_path.iterdir()} == set(plots.FIGURES)
 
 
-def test_every_sampler_has_its_panel(monkeypatch):
-    monkeypatch.setattr(plots, "SAMPLERS", [*diffusion.SAMPLERS, "confidence"])
-    titles = [panel.get_title().split(",")[0] for panel in plots.draw_samplers().axes]
-    assert titles == plots.SAMPLERS
-
-
 def test_the_mask_patterns_are_those_of_the_docstring():
     """model.attention_mask draws them with two tokens of prefix and three of target."""
     lines = [line.split() for line in attention_mask.__doc__.splitlines()]

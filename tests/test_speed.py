@@ -25,7 +25,7 @@ def tiny(monkeypatch):
     sizes = {"LENGTHS": (4, 6, 16), "PROMPT": 3, "WIDTHS": ((5, 3),), "ROWS": 2}
     for name, value in sizes.items():
         monkeypatch.setattr(speed, name, value)
-    monkeypatch.setattr(speed, "compiled", lambda network: network)
+    monkeypatch.setattr(speed, "speed_up", lambda network: network)
     monkeypatch.setattr(speed, "measured_bandwidth", lambda device: 1e9)
     speed.random_networks.cache_clear()
 
@@ -134,9 +134,6 @@ def test_a_row_for_each_system():
     case = {"dtype": "float32", "batch": 2}
     line = make_line("train", case, {"a": [1.0, 2.0], "b": [4.0, 4.0]}, "b", aim=">= 1")
     line["systems"]["a"]["roofline"] = 0.75
-    row = lines_table([line]).splitlines()[2]
-    ratio = "3.00 (2.00 to 4.00) speed"
-    assert (
-        row
-        == f"| train, float32, batch 2 | a      | 1.5 s  | b: 4 s   | {ratio} | >= 1 | 50%      |"
-    )
+    row = [cell.strip() for cell in lines_table([line]).splitlines()[2].strip("|").split("|")]
+    assert row[:4] == ["train, float32, batch 2", "a", "1.5 s", "b: 4 s"]
+    assert row[4:] == ["3.00 (2.00 to 4.00) speed", ">= 1", "50%"]
