@@ -68,14 +68,14 @@ class Model:
         """Return (log p in nats, is_greedy) for each (prompt, continuation)."""
         texts = [request.args for request in requests]
         pairs = [(self._prompt(prompt), self._target(after)) for prompt, after in texts]
-        run = self.generator.cfg
+        cfg = self.generator.cfg
         places = range(len(pairs))
-        nats = target_nats(self.model, pairs, places, self.bound, run.batch_size, run.seed)
+        nats = target_nats(self.model, pairs, places, self.bound, cfg.batch_size, cfg.seed)
         if self.measure == EXACT:  # of the continuation only, as the harness defines it
             log_p = [-text for text in nats[0]]
         else:  # a bound is one number for the canvas
             log_p = [-text - pads for text, pads in zip(*nats)]
-        return list(zip(log_p, is_greedy(self.model, pairs, run.batch_size)))
+        return list(zip(log_p, is_greedy(self.model, pairs, cfg.batch_size)))
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         raise ValueError("loglikelihood_rolling is not supported: choose another task")

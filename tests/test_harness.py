@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from data_files import write
 from eval_models import BYTES, tiny_model
 
 import autoregressive
@@ -136,17 +137,13 @@ def task(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-    def write(kind: str, answers: list[str]):
-        data = tmp_path / f"{kind}.jsonl"
+    def write_task(kind: str, answers: list[str]):
         rows = [{"question": q, "answer": a} for q, a in zip("abcd", answers)]
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        files = {"data_files": {"test": str(data)}}
+        files = {"data_files": {"test": write(tmp_path / f"{kind}.jsonl", rows)}}
         names = dict(task=f"ours_{kind}", output_type=kind, dataset_kwargs=files)
-        path = tmp_path / f"{kind}.yaml"
-        path.write_text(json.dumps(FIELDS | names | KINDS[kind]))  # JSON is YAML
-        return path
+        return write(tmp_path / f"{kind}.yaml", FIELDS | names | KINDS[kind])  # JSON is YAML
 
-    return write
+    return write_task
 
 
 @pytest.fixture(params=["ar", "diffusion"])
