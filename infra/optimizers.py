@@ -33,6 +33,19 @@ def uses_muon(name: str, p: torch.Tensor) -> bool:
     return name.startswith("blocks.") and p.dim() == 2
 
 
+def clear_gradients(optimizers: list[torch.optim.Optimizer], keep: bool) -> None:
+    """Set the gradients to None or, if keep, to zeros in memory that stays theirs.
+
+    For a loss of several passes: a gradient that is allocated after the first one lies among the
+    activations, and fragments the memory of the next pass (by 6%, SmolLM2 with 8 x 256 tokens).
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p) if keep and p.grad is None else p.grad
+        optimizer.zero_grad(set_to_none=not keep)
+
+
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], learning_rate: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
