@@ -27,8 +27,8 @@ OLD_NAMES = {
 }
 REMOVED = (
     "ar_loss_weight ar_weight beta1 beta2 block_length bucket keep lookahead max_new_tokens "
-    "mean_span min_lr_ratio muon_lr_ratio patience rate_exponent self_conditioning_prob "
-    "span_density"
+    "mean_span min_lr_ratio muon_lr_ratio parallel patience rate_exponent "
+    "self_conditioning_prob span_density tensorboard"
 )
 OLD_NAMES |= dict.fromkeys(REMOVED.split(), "was removed; drop it")
 BOOLEANS = {None: True, "true": True, "1": True, "false": False, "0": False}

@@ -33,7 +33,13 @@ from data.objectives import ObjectiveConfig
 from data.tokenizer import get_tokenizer
 from infra import checkpoint, device, flops, run_dir
 from infra.distributed import DistributedContext, init_distributed
-from infra.optimizers import learning_rate_at, make_optimizers, set_learning_rate
+from infra.optimizers import (
+    clip_gradients,
+    learning_rate_at,
+    load_optimizers,
+    make_optimizers,
+    set_learning_rate,
+)
 from infra.rng import make_rng
 from model import ModelConfig, Transformer, build_model, model_from_state_dict, num_params
 
@@ -72,13 +78,11 @@ class TrainConfig:
     dtype: str = variable("float32", "of autocast", ("float32", "bfloat16", "auto"))
     compile: bool = variable(False, "use torch.compile")
     activation_checkpointing: bool = variable(False, "less memory, more time")
-    parallel: str = variable("ddp", "under torchrun", ("ddp", "fsdp"))
     log_interval: int = variable(20, "steps per speed report", minimum=1)
     eval_interval: int = variable(200, "steps per evaluation", minimum=1)
     eval_batches: int = variable(8, "batches per evaluation", minimum=1)
     sample_interval: int = variable(200, "steps per sample; 0: none")
     save_interval: int = variable(200, "steps per checkpoint", minimum=1)
-    tensorboard: bool = variable(False, "write its event files too")
 
     def __post_init__(self):
         validate(self)
@@ -87,7 +91,6 @@ class TrainConfig:
         enough = passes > 1 or not self.model.self_conditioning
         require(enough, f"self_conditioning needs unroll_steps=2, got {passes}")
         needs(flat, "compile", activation_checkpointing=False)
-        needs(flat, "parallel=fsdp", optimizer="adamw")
         needs(flat, "anneal_steps", paradigm="diffusion", target_attention="bidirectional")
         needs(flat, "prefix_attention=joint", mask_schedule="random")
 
@@ -103,7 +106,7 @@ class Run:
         self.paradigm = PARADIGMS[cfg.model.paradigm]
         self.train_set = open_dataset(cfg.data, "train", cfg.objective)
         self.valid_set = open_dataset(cfg.data, "valid", cfg.objective)
-        ctx.wrap(model, cfg.parallel)
+        model.to(ctx.device)
         self.optimizers = make_optimizers(model, cfg)
         self.environment = run_dir.environment(ctx.device, ctx.world_size)
         self.first_step = 0
@@ -111,7 +114,8 @@ class Run:
 
     def restore(self, state: dict) -> None:
         """Continue from a checkpoint. Print what makes the run differ."""
-        self.ctx.load_full_state(self.model, self.optimizers, state)
+        self.model.load_state_dict(state["model"])
+        load_optimizers(self.optimizers, state["optimizer"])
         self.first_step = state["step"]
         old = state["train_config"] | state["environment"]
         new = flatten(self.cfg) | self.environment
@@ -125,13 +129,13 @@ class Run:
             print(note)
 
     def checkpoint(self, name: str, step: int, keep_last: int = 1) -> None:
-        """Save to out_dir/name. All processes must call it."""
-        state = self.ctx.full_state(self.model, self.optimizers)
-        state["train_config"] = flatten(self.cfg)
-        state["environment"] = self.environment
-        state["fingerprint"] = self.train_set.fingerprint
-        state["best_loss"] = self.best_loss
+        """Save to out_dir/name. The other processes wait."""
         if self.ctx.is_main:
+            state = {"optimizer": [optimizer.state_dict() for optimizer in self.optimizers]}
+            state["train_config"] = flatten(self.cfg)
+            state["environment"] = self.environment
+            state["fingerprint"] = self.train_set.fingerprint
+            state["best_loss"] = self.best_loss
             tokenizer = self.train_set.tokenizer_name
             path = self.out / name
             checkpoint.save(path, self.model, step, tokenizer, keep_last, **state)
@@ -144,7 +148,7 @@ def train(run: Run) -> dict:
 
     cfg = run.cfg
     ctx = run.ctx
-    log = run_dir.Log(run.out / "log.jsonl", run.first_step, ctx.is_main, cfg.tensorboard)
+    log = run_dir.Log(run.out / "log.jsonl", run.first_step, ctx.is_main)
     peak_flops = device.measured_flops(ctx.device, cfg.dtype) * ctx.world_size
     batches = prefetch(run.train_set.batch, batch_places(run), ctx.device)
     if run.first_step == 0:
@@ -214,15 +218,15 @@ def train_step(run: Run, batches, step: int) -> dict:
     n_passes = cfg.loss.unroll_steps if diffuses else 1
     terms = [0.0] * n_passes
     counts = collections.Counter()
-    for micro in range(cfg.grad_accum_steps):
+    for _ in range(cfg.grad_accum_steps):
         batch = next(batches)
         P = batch.prefix.shape[1]
         B, T = batch.target.shape
-        backward(run, batch, step, terms, micro + 1 == cfg.grad_accum_steps)
+        backward(run, batch, step, terms)
         cost = flops.train_flops(cfg.model, P, T, n_passes)
         counts.update(tokens=B * (P + T), flops=B * cost)
     ctx.average_gradients(run.model)
-    norm = ctx.clip_gradients(run.model, cfg.grad_clip)
+    norm = clip_gradients(run.model, cfg.grad_clip)
     means = ctx.mean(dict(enumerate(terms)) | counts)
     terms = [means[k] for k in range(n_passes)]
     counts = {name: round(means[name] * ctx.world_size) for name in counts}
@@ -238,7 +242,7 @@ def train_step(run: Run, batches, step: int) -> dict:
     return entry | {"lr": learning_rate, "terms": terms} | counts
 
 
-def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
+def backward(run: Run, batch, step: int, terms: list) -> None:
     """Add the gradients of a micro-batch, and its loss terms to `terms`."""
     cfg = run.cfg
     rng = make_rng(cfg.seed, batch.example, step)
@@ -248,7 +252,6 @@ def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
         with device.autocast(run.ctx.device, cfg.dtype):
             losses = run.paradigm.losses(run.model, batch, cfg.loss, rng, **options)
             for k, term in enumerate(losses):
-                run.ctx.set_gradient_sync(run.model, is_last and k + 1 >= len(terms))
                 term.backward()  # frees the graph
                 if k < len(terms):  # the last one has value 0 (diffusion.losses)
                     terms[k] += term.detach()
@@ -385,8 +388,9 @@ def prepare(given: dict, out: Path, resume: bool, world_size: int):
 
 def resumed_config(given: dict, state: dict, train_set, path: Path) -> TrainConfig:
     """Return the stored settings, with changes that are allowed."""
-    stored = state["train_config"]
     fields = configurator.all_fields(TrainConfig)
+    removed = configurator.OLD_NAMES
+    stored = {k: v for k, v in state["train_config"].items() if k not in removed}
     allowed = [k for k, field in fields.items() if field.metadata.get("may_change")]
     reason = f"{path} was trained with"
     configurator.refuse_changes(given, stored, reason, allowed=allowed)

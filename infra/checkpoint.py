@@ -26,11 +26,10 @@ class CorruptCheckpoint(ValueError):
     """The file is not what was written."""
 
 
-def save(path, model, /, step: int, tokenizer: str, keep_last: int = 1, **fields) -> None:
+def save(path, model, step: int, tokenizer: str, keep_last: int = 1, **fields) -> None:
     """Write a checkpoint. A reader finds the old file or the new one, also after a power cut.
 
-    keep_last: with 2, the previous file stays as ckpt.1.pt.
-    fields: saved too. The field `model` replaces the weights of a model that holds only shards.
+    keep_last: with 2, the previous file stays as ckpt.1.pt. fields: saved too.
     """
     if tokenizer.startswith(f"{FILE}@"):  # it is a file: keep a copy next to the checkpoint
         text = get_tokenizer(tokenizer).file.encode()

@@ -1,13 +1,13 @@
 """Several processes train one model.
 
-    torchrun --nproc_per_node=8 train.py config/paper_1_ar.py --parallel=fsdp --optimizer=adamw
+    torchrun --nproc_per_node=8 train.py config/paper_1_ar.py
 
-Each process takes some rows of every global batch, and random numbers depend on the global row
-index. So every number of processes trains the same model, to rounding (except with dropout).
+Each process holds the whole model and takes some rows of every global batch. Random numbers depend
+on the global row index. So every number of processes trains the same model, to rounding (except
+with dropout).
 """
 
 import contextlib
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from configurator import one_line, require
+from configurator import one_line
 from infra.device import pick_device
 
 LOST = ("gloo", "nccl", "connection", "tcpstore")  # in a message if another process has ended
@@ -31,7 +31,6 @@ class DistributedContext:
     device: torch.device
     rank: int = 0
     world_size: int = 1
-    sharded: bool = False  # set by wrap(): each process holds a shard of each parameter
 
     @property
     def is_main(self) -> bool:
@@ -47,51 +46,14 @@ class DistributedContext:
         start = (self.rank * accum + micro) * size
         return slice(start, start + size)
 
-    def wrap(self, model: nn.Module, parallel: str) -> None:
-        """Move the model to the device, in place. fsdp: keep only a shard of each parameter here.
-
-        Call it before make_optimizers. fsdp needs AdamW, because Muon needs whole matrices.
-        """
-        model.to(self.device)
-        if parallel == "ddp":
-            return
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-        require(dist.is_initialized(), "--parallel=fsdp needs torchrun (see README.md)")
-        # If the prefix is cached, its backward pass comes last and needs all weights. Such a model
-        # is gathered and freed as a whole, once per step.
-        for part in [*model.blocks, model] if model.cfg.single_pass else [model]:
-            fully_shard(part)
-        model.set_reshard_after_backward(model.cfg.single_pass)
-        for name in ("encode", "decode"):  # the loss calls them instead of forward
-            register_fsdp_forward_method(model, name)
-        self.sharded = True
-
-    def set_gradient_sync(self, model, last: bool) -> None:
-        """fsdp: exchange gradients only in the last backward pass of a step."""
-        if self.sharded:
-            model.set_requires_gradient_sync(last and model.cfg.single_pass)
-
     def average_gradients(self, model: nn.Module) -> None:
         """Replace each gradient by its mean over the processes, in one exchange."""
-        if self.sharded and not model.cfg.single_pass:
-            # FSDP sees backward passes through logits only, so this one of value 0 starts it.
-            model.set_requires_gradient_sync(True)
-            model.set_reshard_after_backward(True)
-            token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            (model(token, token).sum() * 0).backward()
-            model.set_reshard_after_backward(False)
-        if self.world_size == 1 or self.sharded:
+        if self.world_size == 1:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         flat = parameters_to_vector(gradients)
         dist.all_reduce(flat)
         vector_to_parameters(flat / self.world_size, gradients)
-
-    def clip_gradients(self, model: nn.Module, max_norm: float) -> float:
-        """Scale all gradients down to this norm (0: never) and return the norm they had."""
-        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-        return float(norm.full_tensor() if self.sharded else norm)
 
     def mean(self, numbers: dict) -> dict:
         """Return each number as its mean over the processes, which have equally many rows."""
@@ -106,45 +68,6 @@ class DistributedContext:
         if self.world_size > 1:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
-
-    def full_state(self, model: nn.Module, optimizers: list) -> dict:
-        """Return {"model", "optimizer": list}, complete on rank 0. All processes must call it."""
-        states = [_whole(optimizer.state_dict()) for optimizer in optimizers]
-        return {"model": _whole(model.state_dict()), "optimizer": states}
-
-    def load_full_state(self, model: nn.Module, optimizers: list, state: dict) -> None:
-        """Load what full_state returned on rank 0, under any number of processes."""
-        own = model.state_dict()
-        model.load_state_dict({name: _cut(v, own[name]) for name, v in state["model"].items()})
-        try:
-            for optimizer, kept in zip(optimizers, state["optimizer"], strict=True):
-                p = [p for group in optimizer.param_groups for p in group["params"]]
-                moments = kept["state"].items()
-                cut = {i: {k: _cut(v, p[i]) for k, v in named.items()} for i, named in moments}
-                optimizer.load_state_dict(kept | {"state": cut})
-        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-            reason = one_line(error)[:160]
-            raise ValueError(f"the optimizer state does not fit this run: {reason}") from None
-
-
-def _whole(value):
-    """Return a tensor, or those of nested dicts, put together on the CPU of rank 0."""
-    if isinstance(value, dict):
-        return {name: _whole(part) for name, part in value.items()}
-    if not hasattr(value, "full_tensor"):
-        return value
-    whole = value.full_tensor()  # all processes take part
-    return whole.cpu() if dist.get_rank() == 0 else None
-
-
-def _cut(value, like):
-    """Return this process's shard of a whole tensor, if `like` is sharded."""
-    if not hasattr(like, "device_mesh") or getattr(value, "shape", None) != like.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    value = value.to(like.device)
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def environment(device: torch.device, world_size: int) -> dict:
 
 def rounding_note(before: dict, now: dict) -> str:
     """Return why a resumed run differs in the last bits, or "". Both: settings | environment."""
-    names = "device world_size threads torch grad_accum_steps dtype compile parallel".split()
+    names = "device world_size threads torch grad_accum_steps dtype compile".split()
     changes = [f"{n} {before[n]} -> {now[n]}" for n in names if n in before and before[n] != now[n]]
     note = f"from here on the run is equal to rounding, not bit for bit: {', '.join(changes)}"
     return note if changes else ""
@@ -92,10 +92,10 @@ def rounding_note(before: dict, now: dict) -> str:
 class Log:
     """JSON lines, one per step. A resumed run drops the lines after its checkpoint.
 
-    enabled: False in processes that must not write. tensorboard: write its event files too.
+    enabled: False in processes that must not write.
     """
 
-    def __init__(self, path: Path, first_step: int, enabled: bool = True, tensorboard=False):
+    def __init__(self, path: Path, first_step: int, enabled: bool = True):
         entries = []
         for line in path.read_bytes().splitlines() if first_step and path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line
@@ -105,7 +105,6 @@ class Log:
         self.path = path
         self.last = entries[-1] if entries else {}
         self.file = None
-        self.board = _open_board(path.parent, first_step) if enabled and tensorboard else None
         if enabled:
             text = "".join(json.dumps(entry) + "\n" for entry in entries)
             write_atomically(path, lambda file: file.write(text.encode()))
@@ -116,12 +115,6 @@ class Log:
         self.last = entry
         if self.file is None:
             return
-        if self.board is not None:
-            for name, value in entry.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, entry["step"])
-                elif isinstance(value, str):
-                    self.board.add_text(name, value, entry["step"])
         line = (json.dumps(entry) + "\n").encode()
         complete = False
         with contextlib.suppress(OSError):
@@ -142,14 +135,6 @@ class Log:
         names = [f"L({k + 1})" for k in range(16)] if by_rate else ["loss"]
         terms = " + ".join(f"{n} {term:.4f}" for n, term in zip(names, entry["terms"]))
         return f"step {entry['step']:6d} | {terms} | val {names[0]} {entry['val_loss']:.4f}{rates}"
-
-
-def _open_board(folder: Path, first_step: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("--tensorboard needs: python -m pip install tensorboard") from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
 
 class StopSignals:

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # optimizers import it late, 2 s for each child
-import torch.distributed.fsdp  # noqa: F401
-import torch.distributed.tensor  # noqa: F401
 
 from configurator import run
 from data.loader import write_pairs
