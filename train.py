@@ -31,15 +31,8 @@ from configurator import flatten, group, needs, require, setting, validate
 from data.loader import build_if_missing, open_dataset, prefetch
 from data.objectives import ObjectiveConfig
 from data.tokenizer import get_tokenizer
-from infra import checkpoint, device, flops, run_dir
+from infra import checkpoint, device, flops, optimizers, run_dir
 from infra.distributed import DistributedContext, init_distributed
-from infra.optimizers import (
-    clip_gradients,
-    learning_rate_at,
-    load_optimizers,
-    make_optimizers,
-    set_learning_rate,
-)
 from infra.rng import make_rng
 from model import ModelConfig, Transformer, build_model, model_from_state_dict, num_params
 
@@ -107,7 +100,7 @@ class Run:
         self.train_set = open_dataset(cfg.data, "train", cfg.objective)
         self.valid_set = open_dataset(cfg.data, "valid", cfg.objective)
         model.to(ctx.device)
-        self.optimizers = make_optimizers(model, cfg)
+        self.optimizers = optimizers.make_optimizers(model, cfg)
         self.environment = run_dir.environment(ctx.device, ctx.world_size)
         self.first_step = 0
         self.best_loss = math.inf
@@ -115,7 +108,7 @@ class Run:
     def restore(self, state: dict) -> None:
         """Continue from a checkpoint. Print what makes the run differ."""
         self.model.load_state_dict(state["model"])
-        load_optimizers(self.optimizers, state["optimizer"])
+        optimizers.load(self.optimizers, state["optimizer"])
         self.first_step = state["step"]
         old = state["train_config"] | state["environment"]
         new = flatten(self.cfg) | self.environment
@@ -212,8 +205,8 @@ def train_step(run: Run, batches, step: int) -> dict:
     ctx = run.ctx
     run.model.train()
     torch.manual_seed(cfg.seed + step + (ctx.rank << 40))  # dropout
-    learning_rate = learning_rate_at(step, cfg)
-    set_learning_rate(run.optimizers, learning_rate)
+    learning_rate = optimizers.learning_rate_at(step, cfg)
+    optimizers.set_learning_rate(run.optimizers, learning_rate)
     diffuses = cfg.model.paradigm == "diffusion"
     n_passes = cfg.loss.unroll_steps if diffuses else 1
     terms = [0.0] * n_passes
@@ -226,7 +219,7 @@ def train_step(run: Run, batches, step: int) -> dict:
         cost = flops.train_flops(cfg.model, P, T, n_passes)
         counts.update(tokens=B * (P + T), flops=B * cost)
     ctx.average_gradients(run.model)
-    norm = clip_gradients(run.model, cfg.grad_clip)
+    norm = optimizers.clip_gradients(run.model, cfg.grad_clip)
     means = ctx.mean(dict(enumerate(terms)) | counts)
     terms = [means[k] for k in range(n_passes)]
     counts = {name: round(means[name] * ctx.world_size) for name in counts}

@@ -31,8 +31,6 @@ FILE = "tokenizer.json"
 MASK_MARK = "▁"  # a mask in decoded text (U+2581)
 MIN_RESERVED = 32
 MULTIPLE = 128  # matrix products are faster if the vocabulary is a multiple of 128
-# Longer runs of spaces are cut. On a million of them tiktoken's regular expression overflows.
-LONGEST_SPACES = 100_000
 # How data.bpe cuts a text into words before it merges: GPT-2's rule, for `tokenizers` and tiktoken.
 BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -67,11 +65,7 @@ class Tokenizer:
         Raises ValueError on a lone surrogate: Python's form of a byte that is not UTF-8.
         """
         text.encode("utf-8")  # tiktoken would replace the surrogate
-        cuts = [0]
-        for run in re.finditer(r"\s{1000,}", text):
-            cuts += range(run.start() + LONGEST_SPACES, run.end(), LONGEST_SPACES)
-        parts = itertools.pairwise([*cuts, len(text)])
-        return [i for start, end in parts for i in self._encode_ordinary(text[start:end])]
+        return self._encode_ordinary(text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a text that a sequence begins with."""

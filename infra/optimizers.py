@@ -35,7 +35,7 @@ def uses_muon(name: str, p: torch.Tensor) -> bool:
     return name.startswith("blocks.") and p.dim() == 2
 
 
-def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
+def load(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
     """Load what their state_dict() returned. Raises ValueError if it does not fit."""
     try:
         for optimizer, state in zip(optimizers, states, strict=True):

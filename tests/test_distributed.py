@@ -17,6 +17,7 @@ import torch.distributed as dist
 from processes import start
 
 import train
+from infra import optimizers
 from infra.checkpoint import load
 from infra.distributed import DistributedContext
 from model import Transformer
@@ -141,7 +142,7 @@ def test_a_prefix_read_once_gets_the_gradients_of_one_read_for_every_pass(prefix
                 torch.save(gradients, tmp_path / "gradients")
             return 0.0
 
-        train.clip_gradients = keep
+        optimizers.clip_gradients = keep
 
     def read_for_every_pass():
         keep_gradients()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data import bpe
 from data import tokenizer as module
 from data.loader import open_dataset, write_stream
-from data.tokenizer import LONGEST_SPACES, MASK_MARK, get_tokenizer, tokenizer_from_json
+from data.tokenizer import MASK_MARK, get_tokenizer, tokenizer_from_json
 
 CACHE = os.environ.get("TIKTOKEN_CACHE_DIR", "")
 TEXT = "naïve café, 日本 🙂\n\tdef f(x): return x\0<|endoftext|>"
@@ -46,19 +46,6 @@ def test_every_text_comes_back(tokenizer):
 
     parts = st.lists(st.text(max_size=8) | st.sampled_from(SPECIAL), max_size=8)
     repeat(150, check, parts.map("".join))
-
-
-@pytest.mark.parametrize("spaces", [" ", "\n", "\u3000", " \n\t"])
-def test_a_million_spaces_come_back(tokenizer, spaces):
-    text = "a" + spaces * (1_000_000 // len(spaces)) + "b"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-@needs_gpt2
-@pytest.mark.parametrize("n", [1000, LONGEST_SPACES - 1, LONGEST_SPACES])
-def test_runs_that_tiktoken_can_encode_are_encoded_as_there(n):
-    text = f"{TEXT}{' ' * n}{TEXT}{'x ' * 50_000}"
-    assert get_tokenizer("gpt2").encode(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
 def test_reserved_ids_end_the_vocabulary(tokenizer):

@@ -1,6 +1,6 @@
 """Grade an exercise: python -m docs.exercises.grade NAME [FILE]. Status 1 if a check fails.
 
-NAME: sampler, noise, mask_schedule, crossover or bound. FILE: by default NAME.py in this folder.
+NAME: sampler, noise, mask_schedule or bound. FILE: by default NAME.py in this folder.
 """
 
 import math
@@ -12,10 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.nn import functional as F
 
 from configurator import require, run, suggest
-from diffusion import SAMPLERS, SamplerConfig, SamplerState, generate, sample_noise
+from diffusion import SamplerConfig, SamplerState, sample_noise
 from infra.rng import RENOISE, make_rng
 from model import ModelConfig, attention_mask
 
@@ -52,12 +51,6 @@ def grade_sampler(margin: Callable) -> Iterator[Check]:
     yield "a given slot does not change", state.output.tolist() == [[65, 66, 7, 68]]
     expected = [[noise[0, 0], 66, 7, noise[0, 3]]]
     yield "and is not counted: one of three slots is kept", state.canvas.tolist() == expected
-    cfg = SamplerConfig(steps=16)
-    cfg.sampler = "margin"
-    SAMPLERS["margin"] = margin
-    out = generate(StandIn(16), torch.zeros(1, 1).long(), cfg)
-    del SAMPLERS["margin"]
-    yield "diffusion.generate gives the text", out.tokens[0].equal(StandIn(16).text)
 
 
 def grade_noise(unigram_noise: Callable) -> Iterator[Check]:
@@ -94,37 +87,6 @@ def grade_mask_schedule(near_first: Callable) -> Iterator[Check]:
     yield "short edges open first, then those of earlier slots", found == expected
 
 
-class StandIn:
-    """A network that knows one text and sees it eight slots at a time. See exercise 4."""
-
-    def __init__(self, length: int):
-        sizes = dict(block_size=length + 2, target_length=length + 1)
-        self.cfg = ModelConfig(paradigm="diffusion", **BOTH_WAYS, **sizes)
-        self.text = (torch.arange(length) * 7) % 26 + 97  # (S,)
-        self.cost = 0.0
-
-    def encode(self, prefix, reserve=0):
-        return self
-
-    def select(self, rows):
-        return self
-
-    def decode(self, cache, target, self_cond=None):
-        correct = (target[:, 1:] == self.text).long().cumprod(1).sum(1, keepdim=True)  # (R, 1)
-        seen = torch.arange(len(self.text)) < (correct // 8 + 1) * 8
-        guess = torch.where(seen, self.text, (self.text - 96) % 26 + 97)
-        self.cost += max(1.0, guess.numel() / 64)
-        return 20.0 * F.one_hot(F.pad(guess, (1, 0)), self.cfg.vocab_size)
-
-
-def grade_crossover(settings: Callable) -> Iterator[Check]:
-    for length in (16, 64, 256):
-        model = StandIn(length)
-        out = generate(model, torch.zeros(1, 1).long(), settings(), seed=length)
-        yield f"{length} tokens are correct", out.tokens[0].equal(model.text)
-        yield f"{length} tokens cost {model.cost:.0f}, with AR {length}", model.cost < length
-
-
 def grade_bound(predictor: Callable) -> Iterator[Check]:
     """Exact: all bits are enumerated, and the mean over the rate is an integral over a line."""
     p = [float(predictor(seen)) for seen in (0, 1)]
@@ -159,7 +121,6 @@ EXERCISES = {
     "sampler": ("margin", grade_sampler),
     "noise": ("unigram_noise", grade_noise),
     "mask_schedule": ("near_first", grade_mask_schedule),
-    "crossover": ("settings", grade_crossover),
     "bound": ("predictor", grade_bound),
 }
 
