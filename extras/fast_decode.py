@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from infra.device import compile_or_explain
+from infra.device import compile_blocks
 from model import Attention, KVCache, Transformer, attend, model_from_state_dict, rotate
 
 OPTIONS = {
@@ -66,7 +66,7 @@ class FastDecoder:
         compiled = torch.compile(token_step, dynamic=not fixed_shapes, **COMPILER)
         self.token_step = CompiledOrEager(compiled, partial(_logits, model))
         if on_cuda:
-            compile_or_explain(self.network)
+            compile_blocks(self.network)
 
     @torch.no_grad()
     def encode(self, prefix: Tensor, reserve: int = 0) -> KVCache:

@@ -2,7 +2,7 @@
 
 The package parses the file, dequantises to float32 and knows llama.cpp's tensor names. Two
 changes of llama.cpp are undone here: the order of Llama's rows of queries and keys, and Llama 3's
-RoPE scaling as a tensor.
+RoPE scaling as a tensor. Vocabularies are byte-level; SentencePiece's need the model's folder.
 """
 
 import json
@@ -18,7 +18,6 @@ from configurator import require
 from data.tokenizer import BYTE_LEVEL, reserved_tokens
 from hf import explained, optional, refuse_lfs_pointer
 from hf.layouts import FAMILIES, one_of, read_settings, typed
-from hf.tokenizer import BYTE_FALLBACK, SPACE
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
 ROLES = dict(bos_token="bos", eos_token="eos", unk_token="unknown", pad_token="padding")
@@ -114,16 +113,21 @@ class GGUFFile:
 
     def tokenizer_json(self) -> tuple[str, dict]:
         """Return a tokenizer.json, made from the fields of the file, and what a chat needs."""
-        kind = one_of(self._fields, "tokenizer.ggml.model", "gpt2", "llama")
+        one_of(self._fields, "tokenizer.ggml.model", "gpt2")
         fields = {n.removeprefix("tokenizer.ggml."): v for n, v in self._fields.items()}
-        for name in ("tokens", "token_type", "merges" if kind == "gpt2" else "scores"):
+        for name in ("tokens", "token_type", "merges"):
             require(fields.get(name), f"has no tokenizer.ggml.{name}; convert the model again")
         types = fields["token_type"]
         while types and types[-1] == UNUSED:  # filled up to the rows of the embedding
             types.pop()
         tokens = fields["tokens"][: len(types)]
         vocab = {token: i for i, token in enumerate(tokens)}
-        found = self._byte_level(fields, vocab) if kind == "gpt2" else _byte_fallback(fields, vocab)
+        typed(fields, "pre", str, "gpt-2" if self._arch == "gpt2" else None)
+        splitters = WORDS[one_of(self._fields, "tokenizer.ggml.pre", *WORDS)]
+        model = dict(type="BPE", vocab=vocab, merges=fields["merges"])
+        model["ignore_merges"] = splitters == LLAMA3
+        splitter = {"type": "Sequence", "pretokenizers": splitters}
+        found = {"pre_tokenizer": splitter, "decoder": BYTE_LEVEL, "model": model}
         flags = reserved_tokens(0, 3)[0]
         added = [
             flags | dict(id=i, content=token, special=type_ == CONTROL)
@@ -133,7 +137,7 @@ class GGUFFile:
         found |= {"version": "1.0", "added_tokens": added}
         ids = {role: fields.get(f"{name}_token_id", len(tokens)) for role, name in ROLES.items()}
         special = {role: tokens[i] for role, i in ids.items() if i < len(tokens)}
-        bos_is_default = kind == "llama" or fields.get("pre") in ("llama-bpe", "llama3")
+        bos_is_default = fields.get("pre") in ("llama-bpe", "llama3")
         if fields.get("add_bos_token", bos_is_default) and "bos_token" in special:
             bos = special["bos_token"]
             first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
@@ -145,28 +149,3 @@ class GGUFFile:
         template = fields.get("tokenizer.chat_template", "")
         info = {"special_tokens": special, "end_ids": sorted(ends), "chat_template": template}
         return json.dumps(found, ensure_ascii=False), info
-
-    def _byte_level(self, fields: dict, vocab: dict[str, int]) -> dict:
-        typed(fields, "pre", str, "gpt-2" if self._arch == "gpt2" else None)
-        splitters = WORDS[one_of(self._fields, "tokenizer.ggml.pre", *WORDS)]
-        model = dict(type="BPE", vocab=vocab, merges=fields["merges"])
-        model["ignore_merges"] = splitters == LLAMA3
-        splitter = {"type": "Sequence", "pretokenizers": splitters}
-        return {"pre_tokenizer": splitter, "decoder": BYTE_LEVEL, "model": model}
-
-
-def _byte_fallback(fields: dict, vocab: dict[str, int]) -> dict:
-    """Return the JSON of a SentencePiece vocabulary. Its scores imply the order of the merges."""
-    merges = []
-    for token, score in zip(vocab, fields["scores"]):
-        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        halves = [(a, b) for a, b in halves if a in vocab and b in vocab]
-        halves.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        merges += [(score, len(a), len(b), a, b) for a, b in halves]
-    merges.sort(key=lambda merge: merge[:3], reverse=True)
-    model = {"type": "BPE", "vocab": vocab, "merges": [merge[3:] for merge in merges]}
-    model |= {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": BYTE_FALLBACK[0] in vocab}
-    steps = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    if fields.get("add_space_prefix", True):
-        steps.insert(0, {"type": "Prepend", "prepend": SPACE})
-    return {"normalizer": {"type": "Sequence", "normalizers": steps}, "model": model}

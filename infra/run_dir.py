@@ -102,25 +102,18 @@ class Log:
                 entry = json.loads(line)
                 if entry["step"] <= first_step:
                     entries.append(entry)
-        self.path = path
         self.last = entries[-1] if entries else {}
         self.file = None
         if enabled:
             text = "".join(json.dumps(entry) + "\n" for entry in entries)
             write_atomically(path, lambda file: file.write(text.encode()))
-            self.file = open(path, "ab", buffering=0)  # each line is written at once
+            self.file = open(path, "a", buffering=1)  # each line is written at once
 
     def write(self, entry: dict) -> None:
-        """Append one line. Raises OSError if it cannot be written or the file was removed."""
+        """Append one line. Raises OSError if it cannot be written."""
         self.last = entry
-        if self.file is None:
-            return
-        line = (json.dumps(entry) + "\n").encode()
-        complete = False
-        with contextlib.suppress(OSError):
-            complete = self.file.write(line) == len(line)
-        if not complete or os.fstat(self.file.fileno()).st_nlink == 0:
-            raise OSError(f"{self.path}: not written (no space left, or the file was removed)")
+        if self.file is not None:
+            self.file.write(json.dumps(entry) + "\n")
 
     def sync(self) -> None:
         """Flush to disk. Call it before a checkpoint, so that no saved step lacks its line."""

@@ -1,13 +1,12 @@
-"""infra/device.py: which device, the compiler's absence, and freed memory that is kept."""
+"""infra/device.py: which device, and freed memory that is kept."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
-from eval_models import tiny_model
 
-from infra.device import compile_or_explain, measured_flops, pick_device
+from infra.device import measured_flops, pick_device
 
 PAGE_FAULTS = """
 import resource, torch
@@ -47,17 +46,3 @@ def test_auto_is_a_device_that_computes():
     device = pick_device("auto")
     assert (torch.ones(2, device=device) + 1).tolist() == [2, 2]
     assert measured_flops(device, "float32") > 1e6
-
-
-def test_without_a_compiler_the_model_runs_eagerly(monkeypatch, capsys):
-    model = tiny_model()
-    tokens = torch.arange(6).view(2, 3)
-    expected = model(tokens, tokens)
-
-    def compiled(*_):
-        raise RuntimeError("no C++ compiler found")
-
-    monkeypatch.setattr(torch, "compile", lambda function: compiled)
-    compile_or_explain(model)
-    assert "no C++ compiler found" in capsys.readouterr().out
-    assert torch.equal(model(tokens, tokens), expected)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_tokenizers import EOS, byte_fallback, byte_level
+from tiny_tokenizers import EOS, byte_level
 
 import ar2diff
 from hf.chat import chat_ids
@@ -31,7 +31,6 @@ HEAD = np.random.default_rng(1).normal(0, 0.3, (288, 64)).astype(np.float32)
 CASES = {
     "llama, Q8_0": ("llama", Q8_0, {}),
     "llama, Q4_0, untied": ("llama", Q4_0, {"tensors": {"output.weight": HEAD}}),
-    "llama, F16, SentencePiece": ("llama", F16, {"sentencepiece": True}),
     "qwen2, Q4_0": ("qwen2", Q4_0, {}),
     "qwen3, Q8_0": ("qwen3", Q8_0, {}),
     "gpt2, F16": ("gpt2", F16, {}),
@@ -62,7 +61,7 @@ def shapes(arch: str) -> dict[str, tuple]:
     return found
 
 
-def write(path: Path, arch="llama", kind=F32, sentencepiece=False, tensors=None, **fields) -> Path:
+def write(path: Path, arch="llama", kind=F32, tensors=None, **fields) -> Path:
     """Write a tiny GGUF file with random weights. None leaves a tensor or a field out."""
     writer = gguf.GGUFWriter(path, arch)
     norm = "layer_norm_epsilon" if arch == "gpt2" else "layer_norm_rms_epsilon"
@@ -74,22 +73,15 @@ def write(path: Path, arch="llama", kind=F32, sentencepiece=False, tensors=None,
         values |= {f"{arch}.attention.head_count_kv": 2, f"{arch}.rope.freq_base": 5e5}
     if arch == "qwen3":
         values["qwen3.attention.key_length"] = 128
-    found = byte_fallback() if sentencepiece else byte_level()
+    found = byte_level()
     vocab = found["model"]["vocab"] | {t["content"]: t["id"] for t in found["added_tokens"]}
     special = {token["content"] for token in found["added_tokens"]}
     tokens = [*vocab, *(f"[PAD{i}]" for i in range(len(vocab), 288))]
     types = [3 if token in special else 1 for token in vocab] + [5] * (288 - len(vocab))
     ggml = {"tokens": tokens, "token_type": types, "eos_token_id": EOS}
-    if sentencepiece:
-        # The scores rank the merges: th, the, " the".
-        scores = dict(zip(("th", "the", "▁the"), (-1.0, -2.0, -3.0)))
-        ggml |= {"model": "llama", "scores": [scores.get(t, -100.0) for t in tokens]}
-        ggml |= {"bos_token_id": 1, "unknown_token_id": 0, "eos_token_id": 2}
-        types[0], types[3:259] = 2, [6] * 256
-    else:
-        merges = [" ".join(pair) for pair in found["model"]["merges"]]
-        pre = {"gpt2": "gpt-2", "llama": "llama-bpe"}.get(arch, "qwen2")
-        ggml |= {"model": "gpt2", "pre": pre, "merges": merges, "bos_token_id": EOS}
+    merges = [" ".join(pair) for pair in found["model"]["merges"]]
+    pre = {"gpt2": "gpt-2", "llama": "llama-bpe"}.get(arch, "qwen2")
+    ggml |= {"model": "gpt2", "pre": pre, "merges": merges, "bos_token_id": EOS}
     values |= {f"tokenizer.ggml.{name}": value for name, value in ggml.items()} | fields
     for name, value in values.items():
         if isinstance(value, list):
@@ -138,12 +130,7 @@ def test_weights_logits_and_ids_are_those_of_transformers(arch, kind, more, tmp_
     assert len(rows) == 2 and all(ok for *_, ok in rows), rows
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.GGUF")
     text = "the  theatre, theirs: 1234\n\nthe end"
-    if not more.get("sentencepiece"):
-        assert loaded.tokenizer.encode(text) == tokenizer.encode(text, add_special_tokens=False)
-        return
-    # Llama's tokenizer puts BOS and a space first.
-    assert loaded.tokenizer.bos_ids == [1]
-    assert [1, *loaded.tokenizer.encode(f" {text}")] == tokenizer.encode(text)
+    assert loaded.tokenizer.encode(text) == tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_rope_scaling_is_read_from_its_tensor(tmp_path):
@@ -169,7 +156,7 @@ BAD = {
     "pre-tokenizer": ({"tokenizer.ggml.pre": "unheard-of"}, "ggml.pre='unheard-of' is not sup"),
     "no pre-tokenizer": ({"tokenizer.ggml.pre": None}, "pre is missing"),
     "no types": ({"tokenizer.ggml.token_type": None}, "has no tokenizer.ggml.token_type; convert"),
-    "no scores": ({"sentencepiece": True, "tokenizer.ggml.scores": None}, "ggml.scores; convert"),
+    "SentencePiece": ({"tokenizer.ggml.model": "llama"}, "ggml.model='llama' is not supported"),
     "no MLP": (dict(tensors={"blk.1.ffn_up.weight": None}), "lacks the tensor blk.1.ffn_up.weight"),
     "no size": ({"llama.embedding_length": None}, "hidden_size is missing"),
     "part": ({"llama.rope.dimension_count": 8}, "dimension_count=8 is not supported"),
