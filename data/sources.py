@@ -67,7 +67,7 @@ def local(source: str, checksums: dict[str, str] | None = None) -> str:
         except (OSError, ValueError, http.client.HTTPException) as error:
             partial.unlink(missing_ok=True)
             reason = str(error).removeprefix("<urlopen error ").removesuffix(">")
-            remedy = f"give a copy on disk with --source, or put it at {path}"
+            remedy = f"give a copy on disk, or put it at {path}"
             raise ValueError(f"{source}: cannot be downloaded ({reason}); {remedy}") from None
     return str(path)
 

@@ -206,7 +206,7 @@ def runs(desk) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
 def test_the_commands_of_the_docs_run(page, runs, monkeypatch):
-    monkeypatch.setattr("data.python_code._roots", lambda source: [Path(json.__file__).parent])
+    monkeypatch.setattr("data.python_code._stdlib", lambda: Path(json.__file__).parent)
     for command in commands(TEXTS[page]):
         if "smol" in command or "checkpoints/" in command:
             continue  # they are in README.md too

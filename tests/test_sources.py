@@ -21,7 +21,9 @@ def test_a_download_is_whole_or_absent_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "DOWNLOADS", str(tmp_path / "downloads"))
     original = Path(write(tmp_path / "a b.bin", BODY))
     url = original.as_uri()
-    with pytest.raises(ValueError, match="cannot be downloaded .its sha256 is not 0000.*--source"):
+    with pytest.raises(
+        ValueError, match="cannot be downloaded .its sha256 is not 0000.*copy on disk"
+    ):
         local(url, {url: "0" * 64})
     with pytest.raises(ValueError, match="cannot be downloaded .*No such file"):
         local(f"{url}x")
