@@ -108,7 +108,8 @@ class Run:
     def restore(self, state: dict) -> None:
         """Continue from a checkpoint. Print what makes the run differ."""
         self.model.load_state_dict(state["model"])
-        optimizers.load(self.optimizers, state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizer"], strict=True):
+            optimizer.load_state_dict(saved)
         self.first_step = state["step"]
         old = state["train_config"] | state["environment"]
         new = flatten(self.cfg) | self.environment

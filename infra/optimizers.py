@@ -5,8 +5,6 @@ import math
 import torch
 from torch import nn
 
-from configurator import one_line
-
 BETAS = (0.9, 0.98)
 MUON_LR_RATIO = 5.0  # Muon's learning rate as a multiple of AdamW's
 
@@ -33,16 +31,6 @@ def make_optimizers(model: nn.Module, cfg) -> list[torch.optim.Optimizer]:
 def uses_muon(name: str, p: torch.Tensor) -> bool:
     """Return whether Muon updates this parameter: a matrix inside a block."""
     return name.startswith("blocks.") and p.dim() == 2
-
-
-def load(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
-    """Load what their state_dict() returned. Raises ValueError if it does not fit."""
-    try:
-        for optimizer, state in zip(optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        reason = one_line(error)[:160]
-        raise ValueError(f"the optimizer state does not fit this run: {reason}") from None
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

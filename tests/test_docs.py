@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("results/*.md")), *sorted(ROOT.gl
 TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
 README = TEXTS[PAGES[0]]
 QUOTE = re.compile(r"# ([\w/]+\.py), ([\w.]+)")  # the first line of a quotation
-UNSOLVED = ("sampler", "noise", "mask_schedule")  # exercises as they are handed out
+UNSOLVED = ("sampler", "noise")  # exercises as they are handed out
 
 # What makes a command short. It is appended, and later arguments win.
 SHORT = {

@@ -1,6 +1,6 @@
 """Grade an exercise: python -m docs.exercises.grade NAME [FILE]. Status 1 if a check fails.
 
-NAME: sampler, noise, mask_schedule or bound. FILE: by default NAME.py in this folder.
+NAME: sampler, noise or bound. FILE: by default NAME.py in this folder.
 """
 
 import math
@@ -16,15 +16,15 @@ import torch
 from configurator import require, run, suggest
 from diffusion import SamplerConfig, SamplerState, sample_noise
 from infra.rng import RENOISE, make_rng
-from model import ModelConfig, attention_mask
+from model import ModelConfig
 
 Check = tuple[str, bool]
-BOTH_WAYS = dict(prefix_attention="bidirectional", target_attention="bidirectional")
 
 
 def grade_sampler(margin: Callable) -> Iterator[Check]:
     """Four slots by hand: their order by margin differs from that by probability."""
-    model_cfg = ModelConfig(paradigm="diffusion", **BOTH_WAYS)
+    both_ways = dict(prefix_attention="bidirectional", target_attention="bidirectional")
+    model_cfg = ModelConfig(paradigm="diffusion", **both_ways)
     p = torch.zeros(1, 4, model_cfg.vocab_size)
     p[0, :, 65:69] = torch.diag(torch.tensor([0.6, 0.5, 0.9, 0.3]))
     p[0, :, 97] = torch.tensor([0.4, 0.05, 0.08, 0.2])
@@ -69,24 +69,6 @@ def grade_noise(unigram_noise: Callable) -> Iterator[Check]:
     yield "pad is the model's pad_id", drawn.tolist() == [[7, 7]]
 
 
-def grade_mask_schedule(near_first: Callable) -> Iterator[Check]:
-    T = 6
-    n = T * (T - 1) // 2
-    none = torch.zeros(1, 0, dtype=torch.bool)
-    tokens = torch.ones(1, T, dtype=torch.bool)
-    masks = [near_first(T, k / n) for k in range(n + 1)]
-    fits = all(mask.shape == (T, T) and not mask.is_floating_point() for mask in masks)
-    yield "a (T, T) mask of booleans", fits
-    for kind, edges in (("causal", masks[0]), ("bidirectional", masks[n])):
-        mask = attention_mask("bidirectional", none, tokens, extra_edges=edges)
-        yield f"the {kind} end", mask.equal(attention_mask(kind, none, tokens))
-    order = sorted((c - r, r) for r, c in product(range(T), repeat=2) if c > r)
-    expected = [sorted([r, r + d] for d, r in order[:k]) for k in range(n + 1)]
-    found = [mask.triu(1).nonzero().tolist() for mask in masks]
-    yield "the share is exact", [len(edges) for edges in found] == list(range(n + 1))
-    yield "short edges open first, then those of earlier slots", found == expected
-
-
 def grade_bound(predictor: Callable) -> Iterator[Check]:
     """Exact: all bits are enumerated, and the mean over the rate is an integral over a line."""
     p = [float(predictor(seen)) for seen in (0, 1)]
@@ -120,7 +102,6 @@ def bound_of(p: list[float], T: int = 20) -> float:
 EXERCISES = {
     "sampler": ("margin", grade_sampler),
     "noise": ("unigram_noise", grade_noise),
-    "mask_schedule": ("near_first", grade_mask_schedule),
     "bound": ("predictor", grade_bound),
 }
 
