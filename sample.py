@@ -53,7 +53,7 @@ class SampleConfig:
     show: bool = setting(False, "draw a text in the terminal")
     pause: float = setting(0.1, "seconds per step", maximum=60)
     html: str = setting("", "page that plays a text", path=True)
-    beside: str = setting("", "ar, or a second checkpoint", path=True)
+    beside: str = setting("", "a second checkpoint", path=True)
 
     def __post_init__(self):
         validate(self)
@@ -137,7 +137,7 @@ def main(argv: list[str]) -> None:
         from view import watch as view
 
         watch = view.watch_for(decoder, cfg)
-        others = view.open_beside(decoder, cfg, given, DEMO, open_decoder)
+        others = view.open_beside(cfg, given, DEMO, open_decoder)
     for each in (decoder, *others):
         encode_prompt(text, each, cfg.chat)  # raises if it does not fit
     out, seconds = generate(decoder, text, cfg, watch)

@@ -23,7 +23,7 @@ from infra.checkpoint import write_atomically
 
 @dataclass
 class BpeConfig(OutConfig):
-    source: str = setting("stdlib", "stdlib, all, or a text file or a folder of code", path=True)
+    source: str = setting("stdlib", "stdlib, or a text file or a folder of code", path=True)
     pairs: str = setting("", "instead: lines of source<TAB>target, as data.parallel", path=True)
     n_ordinary: int = setting(2000, "ids: 256 bytes and merges", minimum=256, maximum=100_000)
     held_out: float = setting(0.1, "share of a text file that is not read", minimum=0, maximum=0.9)

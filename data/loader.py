@@ -13,7 +13,6 @@ import hashlib
 import importlib
 import json
 import shlex
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from configurator import require, suggest
 from data import objectives
 from data.objectives import Batch, ObjectiveConfig, Tokens, prefix_lm
 from data.tokenizer import FILE, Tokenizer, get_tokenizer
+from infra.checkpoint import new_folder
 
 FORMAT = 1
 OUT = "out/data"  # where data sets are built
@@ -328,16 +328,10 @@ def _writer(folder, kind: str, tokenizer_name: str, target_length: int, block_si
                 file.write(array.tobytes())
         return n
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        new = Path(scratch, "new")
-        new.mkdir()
+    with new_folder(folder) as new:
         yield meta, write
         meta["sha256"] = digest.hexdigest()
         if tokenizer.file:
             (new / FILE).write_text(tokenizer.file, encoding="utf-8")
         text = json.dumps(meta, indent=1, ensure_ascii=False)
         (new / "meta.json").write_text(text, encoding="utf-8", errors="backslashreplace")
-        if folder.exists():
-            folder.rename(Path(scratch, "old"))  # a folder with files cannot be replaced
-        new.rename(folder)

@@ -10,8 +10,6 @@
 The prompt is a docstring: Python, as in pretraining. It holds all asserts, because only they name
 the function. The AR2Diff paper does not show its prompt. It probably scores the 90 validation
 tasks, because its scores are multiples of 1/90. They are the held-out split here.
-
-`read` also reads HumanEval (Chen et al. 2021, 2107.03374), for evaluation only.
 '''
 
 from collections import Counter
@@ -37,7 +35,7 @@ class MbppConfig(SetConfig):
 
 
 def read(source: str) -> list[dict]:
-    """Return the tasks of an MBPP or HumanEval file (.jsonl, .jsonl.gz) in file order.
+    """Return the tasks of an MBPP file (.jsonl, .jsonl.gz) in file order.
 
     Fields: id, task_id, split, prefix, target, and tests: Python source that raises if the program
     before it is wrong. MBPP's challenge_test_list is not used.
@@ -46,22 +44,16 @@ def read(source: str) -> list[dict]:
     examples = {}
     for number, item in read_json_lines(path):
         try:
-            example = _humaneval(item) if "entry_point" in item else _mbpp(item)
-            example |= {"id": str(item["task_id"]), "task_id": item["task_id"]}
+            example = {"id": str(item["task_id"]), "task_id": item["task_id"]} | _task(item)
             require(example["id"] not in examples, f"task_id {example['id']} occurs twice")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            fault = f"not a task of MBPP or HumanEval ({type(error).__name__}: {error})"
+            fault = f"not a task of MBPP ({type(error).__name__}: {error})"
             raise ValueError(f"{path}, line {number}: {fault}") from None
         examples[example["id"]] = example
     return list(examples.values())
 
 
-def program(example: dict, completion: str) -> str:
-    """Return the source to test: the completion, in HumanEval after the prompt."""
-    return example["prefix"] + completion if "entry_point" in example else completion
-
-
-def _mbpp(item: dict) -> dict:
+def _task(item: dict) -> dict:
     split = next((split for split, ids in SPLITS.items() if item["task_id"] in ids), None)
     require(split, f"task_id must be 1 to 974, got {item['task_id']!r}")
     tests = item["test_list"]
@@ -74,16 +66,6 @@ def _mbpp(item: dict) -> dict:
         "prefix": f'"""\n{docstring}\n"""\n',
         "tests": "\n".join([*([setup] if setup else []), *asserts]) + "\n",
         "target": unix_lines(item["code"]).strip("\n").rstrip(),
-    }
-
-
-def _humaneval(item: dict) -> dict:
-    return {
-        "split": "test",
-        "entry_point": item["entry_point"],
-        "prefix": unix_lines(item["prompt"]),
-        "tests": item["test"] + "\ncheck(" + item["entry_point"] + ")\n",
-        "target": unix_lines(item["canonical_solution"]),
     }
 
 

@@ -1,9 +1,9 @@
 """The Python source on this machine: a stream to pretrain on, and pairs of docstring and body.
 
-    python -m data.python_code [--source=stdlib|all|PATH] [--tokenizer=bytes|gpt2|PATH]
+    python -m data.python_code [--source=stdlib|PATH] [--tokenizer=bytes|gpt2|PATH]
 
-"stdlib" is the standard library of the Python that runs this: equal for equal versions. "all" adds
-the installed packages. Writes python_code and python_pairs. A pair is a function, dedented:
+"stdlib" is the standard library of the Python that runs this: equal for equal versions. Writes
+python_code and python_pairs. A pair is a function, dedented:
 
     def mean(values):                       return sum(values) / len(values)
         \"\"\"The average of the values.\"\"\"
@@ -39,7 +39,7 @@ TEST_FILE = r"test_|_?test\.py|conftest|.*_test\.py"
 
 @dataclass
 class PythonCodeConfig(SetConfig):
-    source: str = setting("stdlib", "stdlib, all (with packages), or a folder", path=True)
+    source: str = setting("stdlib", "stdlib, or a folder", path=True)
     name: str = setting("python", "the data sets become the folders out/name_code and _pairs")
 
 
@@ -52,7 +52,9 @@ def read_corpus(source: str) -> tuple[dict, dict, Counter]:
     pairs = {"train": [], "valid": []}
     dropped = Counter()
     seen = set()
-    paths = [found for root in _roots(source) for found in _walk(root, dropped)]
+    root = _stdlib() if source == "stdlib" else Path(source)
+    require(root.exists(), f"--source must be stdlib or a path; {source!r} does not exist")
+    paths = list(_walk(root, dropped))
     # Training files first: of equal files in both splits, the held-out one is dropped.
     for split, path in sorted(paths, key=lambda item: item[0]):
         text = _read(path)
@@ -102,12 +104,8 @@ def split_of(path: str) -> str:
     return "valid" if percent(path) < HELD_OUT else "train"
 
 
-def _roots(source: str) -> list[Path]:
-    kinds = {"stdlib": ["stdlib"], "all": ["stdlib", "purelib", "platlib"]}
-    fault = f"--source must be stdlib, all or a path; {source!r} does not exist"
-    require(source in kinds or Path(source).exists(), fault)
-    paths = [sysconfig.get_path(kind) for kind in kinds.get(source, ())] or [source]
-    return [Path(path) for path in dict.fromkeys(paths)]
+def _stdlib() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
 
 
 def _walk(root: Path, dropped: Counter) -> Iterator[tuple[str, Path]]:

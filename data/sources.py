@@ -10,26 +10,22 @@ import json
 import os
 import shlex
 import socket
-import tarfile
 import urllib.request
 import zipfile
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from configurator import configure, setting, validate
+from configurator import configure, require, setting, validate
 from data.loader import OUT, SETS, write_pairs, write_stream
 from data.tokenizer import Tokenizer, get_tokenizer
 
 DOWNLOADS = "out/downloads"
-# What a damaged or encrypted archive raises.
-DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, RuntimeError)
 
 
 @dataclass
@@ -52,54 +48,82 @@ def local(source: str, checksums: dict[str, str] | None = None) -> str:
     """Return the path of a source. A URL is downloaded once. checksums: sha256 by URL."""
     if "://" not in source:
         return os.path.expanduser(source)
-    address, separator, member = source.partition("::")
-    url = urlsplit(address)
+    url = urlsplit(source)
     path = Path(DOWNLOADS, url.netloc, unquote(url.path).lstrip("/"))
     if not path.exists():
-        print(f"downloading {address}", flush=True)
+        print(f"downloading {source}", flush=True)
         opener = urllib.request.build_opener()
         opener.addheaders = [("User-Agent", "Mozilla/5.0 (ar2diff data)")]  # some hosts want a name
         urllib.request.install_opener(opener)
         socket.setdefaulttimeout(30)
         partial = path.with_name(path.name + ".part")
-        wanted = (checksums or {}).get(address)
+        wanted = (checksums or {}).get(source)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            urllib.request.urlretrieve(address, partial)  # raises if the connection breaks
+            urllib.request.urlretrieve(source, partial)  # raises if the connection breaks
             if wanted and hashlib.sha256(partial.read_bytes()).hexdigest() != wanted:
                 raise ValueError(f"its sha256 is not {wanted}")
             partial.rename(path)
         except (OSError, ValueError, http.client.HTTPException) as error:
             partial.unlink(missing_ok=True)
             reason = str(error).removeprefix("<urlopen error ").removesuffix(">")
-            remedy = f"give a copy on disk with --source, or put it at {path}"
-            raise ValueError(f"{address}: cannot be downloaded ({reason}); {remedy}") from None
-    return f"{path}{separator}{member}"
+            remedy = f"give a copy on disk, or put it at {path}"
+            raise ValueError(f"{source}: cannot be downloaded ({reason}); {remedy}") from None
+    return str(path)
 
 
 def normalize_text(raw: bytes, source: str) -> str:
     """Decode UTF-8. Remove a byte order mark; write each line end (CRLF, CR, LF) as "\\n"."""
-    return unix_lines(_decoded(raw, source).removeprefix("\ufeff"))
+    return unix_lines(_decoded(raw, source))
 
 
 def unix_lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _decoded(raw: bytes, where: str) -> str:
+def _decoded(raw: bytes, source: str) -> str:
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         fault = f"not UTF-8 text (byte {error.start})"
-        raise ValueError(f"{where}: {fault}; convert it first") from None
+        raise ValueError(f"{source}: {fault}; convert it first") from None
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a file that `read_lines` can read, with any line ends."""
-    text = normalize_text(b"".join(_raw_lines(path)), str(path))
+    """Return the text of a UTF-8 file: plain, gzipped, or a .zip with one text file."""
+    text = normalize_text(_read_bytes(path), str(path))
     if not text.strip():
         raise ValueError(f"{path}: empty")
     return text
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Return the lines of a file that `read_text` can read, without line ends.
+
+    Line i of a translation must stay line i, so only "\\n" ends a line, and no form feed.
+    """
+    lines = _decoded(_read_bytes(path), str(path)).split("\n")
+    if not lines[-1]:  # the file ends with a line end
+        lines.pop()
+    return [line.rstrip("\r") for line in lines]
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    """Return the unpacked bytes of a file. Raises ValueError that names the file."""
+    try:
+        path = Path(path).expanduser()
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                names = [n for n in archive.namelist() if n[0] != "_"]
+                texts = [n for n in names if n.endswith((".txt", ".tsv"))]
+                require(len(texts) == 1, f"{path}: must hold one text file, has {texts}")
+                return archive.read(texts[0])
+        raw = path.read_bytes()
+        return gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
 
 
 def parse_json(text: str, where: str):
@@ -115,50 +139,6 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield number, parse_json(line, f"{path}, line {number}")
-
-
-def read_lines(path: str) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file, without line ends and byte order mark.
-
-    The file is plain or gzipped, or ARCHIVE::MEMBER of a tar file, or a .zip with one text file.
-    Line i of a translation must stay line i, so only "\\n" ends a line, and no form feed.
-    """
-    for number, line in enumerate(_raw_lines(path), start=1):
-        text = _decoded(line, f"{path}, line {number}").rstrip("\r\n")
-        yield text.removeprefix("\ufeff") if number == 1 else text
-
-
-def _raw_lines(path: str | Path) -> Iterator[bytes]:
-    """Yield the lines of a file as bytes. Raises ValueError that names the file."""
-    try:
-        with ExitStack() as stack:
-            yield from _open(os.path.expanduser(path), stack)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-
-
-def _open(path: str, stack: ExitStack) -> Iterable[bytes]:
-    path, _, member = path.partition("::")
-    if member:
-        # Read from front to back, nothing is unpacked.
-        archive = stack.enter_context(tarfile.open(path, "r|*"))
-        entry = next((e for e in archive if e.name.removeprefix("./") == member), None)
-        if entry is None:
-            raise ValueError(f"{path}: has no member {member!r}; is it truncated, or another file?")
-        file = archive.extractfile(entry)
-    elif path.endswith(".zip"):
-        archive = stack.enter_context(zipfile.ZipFile(path))
-        names = [n for n in archive.namelist() if n.endswith((".txt", ".tsv")) and n[0] != "_"]
-        if len(names) != 1:
-            raise ValueError(f"{path}: must hold one text file, has {', '.join(names) or 'none'}")
-        file = archive.open(names[0])
-    else:
-        file = open(path, "rb")
-    stack.enter_context(file)
-    gzipped = file.peek(2).startswith(b"\x1f\x8b")
-    return stack.enter_context(gzip.open(file)) if gzipped else file
 
 
 def hash_number(key: str) -> int:

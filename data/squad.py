@@ -6,13 +6,13 @@
     Ann read the book.\\nQuestion: Who read it?\\nAnswer:  ->   Ann
 
 The question comes after the paragraph. The target is the first answer. By default the official
-files are downloaded. Of a single file, some paragraphs are held out.
+files are downloaded.
 """
 
 from dataclasses import dataclass
 
 from configurator import configure, require, run, setting
-from data.sources import SetConfig, is_held_out, local, parse_json, read_text, write_set
+from data.sources import SetConfig, local, parse_json, read_text, write_set
 
 SITE = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
 TRAIN = f"{SITE}/train-v1.1.json"
@@ -26,8 +26,7 @@ CHECKSUMS = {
 @dataclass
 class SquadConfig(SetConfig):
     source: str = setting(TRAIN, "the training file, or its URL", path=True)
-    valid_source: str = setting("", "the held-out file", path=True)
-    held_out: float = setting(0.1, "share of the paragraphs of a single file", above=0, maximum=0.9)
+    valid_source: str = setting(DEV, "the held-out file, or its URL", path=True)
     name: str = setting("squad", "the data set becomes the folder out/name")
     # 24 tokens hold 99% of the answers in GPT-2's tokens.
     target_length: int = setting(25, "tokens with separator; 0: 99% fit", minimum=2, zero_ok=True)
@@ -65,14 +64,8 @@ def read(source: str) -> list[dict]:
 
 def main(argv: list[str]) -> None:
     cfg = configure(SquadConfig, argv)
-    valid_source = cfg.valid_source or (DEV if cfg.source == TRAIN else "")
-    train = read(cfg.source)
-    if valid_source:
-        valid = read(valid_source)
-    else:
-        valid = [e for e in train if is_held_out(e["context"], cfg.held_out)]
-        train = [e for e in train if not is_held_out(e["context"], cfg.held_out)]
-    write_set(cfg, {"train": train, "valid": valid}, ["data.squad", *argv])
+    splits = {"train": read(cfg.source), "valid": read(cfg.valid_source)}
+    write_set(cfg, splits, ["data.squad", *argv])
 
 
 if __name__ == "__main__":

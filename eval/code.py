@@ -2,7 +2,7 @@
 
     python -m eval.code --init_from=out/run/ckpt.pt --source=mbpp.jsonl --samples=80 --k=1,10,80 \\
         --run_code
-    python -m eval.code --predictions=answers.json --source=HumanEval.jsonl.gz --run_code
+    python -m eval.code --predictions=answers.json --source=mbpp.jsonl --run_code
     python -m eval.code --reference --source=mbpp.jsonl --split=all
 
 Without --source: the held-out pairs of the checkpoint's data set. Those of mini_code have unit
@@ -47,11 +47,11 @@ class CodeConfig(TaskConfig):
 def examples(cfg: CodeConfig) -> list[dict]:
     """Return the problems with id, prefix, target, continues and, if they have any, tests.
 
-    continues: a completion continues the prefix (HumanEval, python_pairs), else it is a program.
+    continues: a completion continues the prefix (python_pairs), else it is a program.
     """
     if cfg.source:
         found = [e for e in mbpp.read(cfg.source) if cfg.split in ("all", e["split"])]
-        return [e | {"continues": mbpp.program(e, "") != ""} for e in found]
+        return [e | {"continues": False} for e in found]
     found = common.held_out(cfg.data, "code")
     is_mini = common.is_mini(common.open_pairs(cfg.data))
     for example in found:

@@ -88,7 +88,7 @@ def read_prompts(cfg: DraftConfig, tokenizer, model_cfg) -> list[list[int]]:
         fields = [item if isinstance(item, dict) else {"text": item} for item in items]
         texts = [item.get("prompt", item.get("text")) for item in fields]
     else:
-        texts = list(read_lines(path))
+        texts = read_lines(path)
     usable = [text for text in texts if isinstance(text, str) and text.strip()]
     hint = 'write a prompt a line, or JSON lines with "prompt" or "text"'
     require(len(usable) > 1, f"{path}: {len(usable)} usable lines, 2 are needed; {hint}")

@@ -6,7 +6,6 @@ of an untouched import has the tensors and the tokenizer of its source.
 """
 
 import json
-import tempfile
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from hf import explained, optional
 from hf.layouts import FAMILIES, Family, write_settings
 from hf.load import KEPT, fill_reserved, load_hf, resolve_source, row_counts
 from hf.tokenizer import extend
-from infra.checkpoint import load
+from infra.checkpoint import load, new_folder
 from model import NEW_MODULES, ModelConfig, split_prompt
 
 # The text that --check reads if none is given.
@@ -66,19 +65,12 @@ def export(source: str, folder: Path, overwrite: bool) -> None:
     config = _config(weights, tokenizer, m, rows)
     files = _tokenizer_files(tokenizer, m, rows) | {"config.json": config}
     tensors = _their_tensors(weights, FAMILIES[config["model_type"]], m, rows)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with explained(f"{folder}: not written"):
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-            new = Path(scratch, "new")
-            new.mkdir()
-            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-            (new / "model.safetensors").chmod(0o644)  # the package writes 0o600
-            for name, content in files.items():
-                text = json.dumps(content, indent=None if name == FILE else 2, ensure_ascii=False)
-                (new / name).write_text(text + "\n", encoding="utf-8")
-            if folder.exists():
-                folder.rename(Path(scratch, "old"))  # a folder with files cannot be replaced
-            new.rename(folder)
+    with explained(f"{folder}: not written"), new_folder(folder) as new:
+        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        (new / "model.safetensors").chmod(0o644)  # the package writes 0o600
+        for name, content in files.items():
+            text = json.dumps(content, indent=None if name == FILE else 2, ensure_ascii=False)
+            (new / name).write_text(text + "\n", encoding="utf-8")
     print(f"{folder}: {source} step {state['step']} as a Hugging Face folder")
     if FILE not in files:
         print(f"note: no {FILE} is written; the tokenizer of this model is {tokenizer.name}")

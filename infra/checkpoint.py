@@ -7,8 +7,9 @@ position, because both are functions of (seed, step).
 
 import contextlib
 import os
+import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -98,6 +99,19 @@ def write_atomically(path: str | Path, write: Callable, keep_last: int = 1) -> N
             temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or one_line(error)[:160]
         raise OSError(f"{path}: not written ({reason}); the previous file is unchanged") from None
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder. At the end it replaces `folder`, unless there was an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.rename(Path(scratch, "old"))  # a folder with files cannot be replaced
+        new.rename(folder)
 
 
 def backup_path(path: Path) -> Path:

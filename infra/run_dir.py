@@ -102,32 +102,24 @@ class Log:
                 entry = json.loads(line)
                 if entry["step"] <= first_step:
                     entries.append(entry)
-        self.path = path
         self.last = entries[-1] if entries else {}
         self.file = None
         self.board = _open_board(path.parent, first_step) if enabled and tensorboard else None
         if enabled:
             text = "".join(json.dumps(entry) + "\n" for entry in entries)
             write_atomically(path, lambda file: file.write(text.encode()))
-            self.file = open(path, "ab", buffering=0)  # each line is written at once
+            self.file = open(path, "a", buffering=1)  # each line is written at once
 
     def write(self, entry: dict) -> None:
-        """Append one line. Raises OSError if it cannot be written or the file was removed."""
+        """Append one line. Raises OSError if it cannot be written."""
         self.last = entry
-        if self.file is None:
-            return
-        if self.board is not None:
-            for name, value in entry.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, entry["step"])
-                elif isinstance(value, str):
-                    self.board.add_text(name, value, entry["step"])
-        line = (json.dumps(entry) + "\n").encode()
-        complete = False
-        with contextlib.suppress(OSError):
-            complete = self.file.write(line) == len(line)
-        if not complete or os.fstat(self.file.fileno()).st_nlink == 0:
-            raise OSError(f"{self.path}: not written (no space left, or the file was removed)")
+        if self.file is not None:
+            self.file.write(json.dumps(entry) + "\n")
+        for name, value in entry.items() if self.board else ():
+            if isinstance(value, int | float):
+                self.board.add_scalar(name, value, entry["step"])
+            elif isinstance(value, str):
+                self.board.add_text(name, value, entry["step"])
 
     def sync(self) -> None:
         """Flush to disk. Call it before a checkpoint, so that no saved step lacks its line."""

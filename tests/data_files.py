@@ -1,9 +1,7 @@
 """Files for the tests of data/."""
 
 import gzip
-import io
 import json
-import tarfile
 from pathlib import Path
 
 from data.loader import open_dataset
@@ -19,15 +17,6 @@ def write(path: Path, content) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
     return str(path)
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as archive:
-        for name, raw in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(raw)
-            archive.addfile(entry, io.BytesIO(raw))
 
 
 def texts(folder: Path) -> list[list[tuple[str, str]]]:

@@ -14,13 +14,6 @@ PROBLEMS = [
     ("Double it.", "def f(x):\r\n    return 2 * x", ["assert f(2) == 4", "assert f(0) == 0"]),
     ("Add one.", "def g(x):\n    return x + 1", ["assert g(2) == 3"]),
 ]
-HUMANEVAL = {
-    "task_id": "HumanEval/0",
-    "prompt": "def twice(x):\n",
-    "canonical_solution": "    return 2 * x\n",
-    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
-    "entry_point": "twice",
-}
 RIGHT = ["def f(x): return x + x", "def g(x): return x + 1"]
 WRONG = ["def f(x): return 3", "def g(x):"]
 HEAD = 'def h(x):\n    """T."""\n'
@@ -28,7 +21,7 @@ HEAD = 'def h(x):\n    """T."""\n'
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Files of both formats, sets of mini_code and of bodies, a random checkpoint of each kind."""
+    """A file of MBPP, sets of mini_code and of bodies, a random checkpoint of each kind."""
     folder = tmp_path_factory.mktemp("code")
     rows = [
         {"task_id": 11 + i, "text": text, "code": source, "test_list": tests, "test_setup_code": ""}
@@ -36,7 +29,6 @@ def place(tmp_path_factory):
     ]
     rows.append(rows[0] | {"task_id": 601})
     (folder / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "human.jsonl").write_text(json.dumps(HUMANEVAL) + "\n")
     items = [(item["prefix"], item["target"]) for item in mini.examples("mini_code", "valid")[:3]]
     bodies = [(HEAD, "    return x"), (HEAD.replace("h", "k"), "    x += 1\n    return x")]
     save_pairs(folder / "mini_code", items, 41, 88, command="python -m data.mini")
@@ -82,15 +74,6 @@ def test_references_pass_without_leave_and_empty_programs_fail(place, tmp_path):
     assert [result[key] for key in ("pass@1", "parse", "n")] == [0, 0, 2]
     result = code.main(["--reference", f"--data={place / 'mini_code'}"])
     assert (result["pass@1"], result["n"], result["outcomes"]) == (1, 3, {"passed": 3})
-
-
-def test_a_completion_of_humaneval_continues_its_prompt(place, tmp_path):
-    source, path = f"--source={place / 'human.jsonl'}", tmp_path / "p.json"
-    assert code.main([source, "--reference"])["pass@1"] == 1
-    cases = {"    return x + x": 1, "def twice(x): return 2 * x": 0, "": 0}
-    for completion, share in cases.items():
-        path.write_text(json.dumps({"HumanEval/0": completion}))
-        assert code.main([source, f"--predictions={path}", "--run_code"])["pass@1"] == share
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,6 @@ NEAR_MISSES = [
     ("noise", "right=True", "right=False", "at 0 and almost 1"),
     ("noise", "token == model_cfg.n_ordinary", "token == -1", "pad"),
     ("noise", "uniform.double() * cdf[-1]", "uniform.double() * (cdf[-1] - 1)", "each token"),
-    ("mask_schedule", "(column - row) * T + row", "row * T + column", "short edges open first"),
-    ("mask_schedule", "round(share * len(row))", "int(share * len(row) / 2)", "the bidirectional"),
-    ("crossover", ", temperature=0.0", "", "16 tokens cost"),
-    ("crossover", "steps=64", "steps=10", "256 tokens are correct"),
-    ("crossover", "temperature=0.0", "temperature=0.0, candidates=8", "256 tokens cost"),
     ("bound", "0.75 if seen else 0.25", "0.25 if seen else 0.75", "L(1) is"),
     ("bound", "return", "return 1 / 0 +", "predictor runs: ZeroDivisionError"),
 ]

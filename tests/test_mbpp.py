@@ -21,13 +21,6 @@ TASK = {
     "challenge_test_list": [],
 }
 SETUP = TASK | {"task_id": 601, "test_setup_code": "SMALL = 0\r\nBIG = 9"}
-HUMAN = {
-    "task_id": "HumanEval/0",
-    "prompt": 'def half(x):\n    """ Half of x. """\n',
-    "canonical_solution": "    return x / 2\n",
-    "test": "def check(candidate):\n    assert candidate(4) == 2\n",
-    "entry_point": "half",
-}
 
 
 def test_a_task_becomes_a_docstring_and_a_function(tmp_path):
@@ -43,16 +36,6 @@ def test_a_task_becomes_a_docstring_and_a_function(tmp_path):
     }
     assert with_setup["tests"] == "SMALL = 0\nBIG = 9\n" + plain["tests"]
     assert with_setup["prefix"] == plain["prefix"]  # the setup is for the tests only
-
-
-def test_a_humaneval_completion_continues_its_prompt(tmp_path):
-    path = write(tmp_path / "HumanEval.jsonl", [HUMAN])
-    (example,) = mbpp.read(path)
-    assert (example["id"], example["split"]) == ("HumanEval/0", "test")
-    assert mbpp.program(example, "    return x / 2\n") == HUMAN["prompt"] + "    return x / 2\n"
-    assert example["tests"] == HUMAN["test"] + "\ncheck(half)\n"
-    with pytest.raises(ValueError, match="no train pair fits"):  # it is for evaluation only
-        mbpp.main([f"--source={path}", f"--out={tmp_path}"])
 
 
 def test_splits_are_those_of_the_mbpp_paper(tmp_path):

@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from data_files import texts, write, write_tar
+from data_files import texts, write
 
 from data import parallel, sources
 from data.loader import open_dataset
@@ -69,26 +69,6 @@ def test_a_zip_of_tabbed_lines_keeps_a_source_in_one_split(tmp_path):
     assert sorted(train + valid) == sorted(tuple(row.split("\t")[:2]) for row in rows)
     stems = [{source[:-1] for source, _ in part} for part in (train, valid)]
     assert not stems[0] & stems[1] and 10 <= len(stems[1]) <= 30
-
-
-def test_wmt14_is_read_from_its_archives_in_order(tmp_path, monkeypatch):
-    """The archives are where a download would be kept. Their members are in another order."""
-    monkeypatch.setattr(sources, "DOWNLOADS", str(tmp_path / "downloads"))
-    corpora, held_out = parallel.NAMED["wmt14"]
-    for pair in [*corpora, held_out]:
-        members = {"readme": b"x" * 2000}
-        for url in reversed(pair):
-            address, _, member = url.partition("::")
-            raw = lines(Path(member).name, 4).encode()
-            members[member] = gzip.compress(raw) if member.endswith(".gz") else raw
-        write_tar(tmp_path / "downloads" / address.removeprefix("https://"), members)
-    argv = ["--source=wmt14", "--limit=3", "--task_prefix=fr: ", *SIZES, f"--out={tmp_path}"]
-    parallel.main(argv)
-    train, valid = texts(tmp_path / "wmt14")
-    assert len(train) == 5 * 3 and len(valid) == 4
-    assert train[0] == ("fr: europarl-v7.fr-en.en 0", "europarl-v7.fr-en.fr 0")
-    last = ("fr: giga-fren.release2.fixed.en.gz 2", "giga-fren.release2.fixed.fr.gz 2")
-    assert train[14] == last and valid[3] == ("fr: newstest2013.en 3", "newstest2013.fr 3")
 
 
 @real

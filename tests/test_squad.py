@@ -45,16 +45,6 @@ def test_the_question_comes_after_the_context(tmp_path):
     assert [e["target"] for e in (second, third)] == [" Bob", " Été"]
 
 
-def test_a_single_file_is_split_by_context(tmp_path):
-    paragraphs = [{"context": f"Text {i // 2}.", "qas": [question(i, f"{i}")]} for i in range(200)]
-    path = write(tmp_path / "s.json", dump(*paragraphs))
-    squad.main([f"--source={path}", f"--out={tmp_path}", "--block_size=64"])
-    train, valid = texts(tmp_path / "squad")
-    assert sorted(train + valid) == sorted(sides(squad.read(path)))
-    contexts = [{prefix.split("\n")[0] for prefix, _ in part} for part in (train, valid)]
-    assert not contexts[0] & contexts[1] and 4 <= len(contexts[1]) <= 18
-
-
 def test_two_files_are_the_two_splits_and_long_answers_are_left_out(tmp_path):
     valid = dump({"context": "c", "qas": [question(9, "c" * 24), question(8, "c" * 23)]})
     train = write(tmp_path / "train.json", GOOD)

@@ -243,10 +243,9 @@ def test_after_a_resize_the_next_frame_fits(flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_gives_the_screen_back(flags, number, status):
+def test_an_interrupt_gives_the_screen_back(flags):
     process, end = start_on_terminal([*flags, "--steps=50", "--pause=0.2"], 80, 24)
     read(end, "step 2 of 50")
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     rest = read(end)
-    assert process.wait() == status and rest.count(LEAVE) == 1 and "step 50" not in rest
+    assert process.wait() == 130 and rest.count(LEAVE) == 1 and "step 50" not in rest

@@ -6,10 +6,8 @@ replaces the one before on the alternate screen. Elsewhere, a step prints the li
 
 import os
 import shutil
-import signal
 import sys
 import time
-from contextlib import suppress
 
 import torch
 
@@ -42,8 +40,6 @@ class TerminalView(Recorder):
 
     def __enter__(self) -> "TerminalView":
         if self.in_place:
-            with suppress(ValueError):  # only the main thread may handle signals
-                signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs __exit__
             write(ENTER)
         return super().__enter__()
 

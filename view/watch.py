@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 import autoregressive
-from configurator import require
 from data.tokenizer import Tokenizer
 from infra.checkpoint import write_atomically
 from infra.device import pick_device
@@ -35,20 +34,14 @@ def watch_for(decoder, cfg):
     return TerminalView(tokenizer, growing, total, candidates, fixed, cfg.pause)
 
 
-def open_beside(decoder, cfg, given: dict, demo: Path, open_decoder) -> list:
+def open_beside(cfg, given: dict, demo: Path, open_decoder) -> list:
     """Return the decoder of the page's second track, with default settings, if there is one."""
     path = cfg.beside
     if not path and not given.keys() & {"init_from", "infill"}:
         path = str(demo / "ar.pt")
     if not path or not cfg.html:
         return []
-    if path != "ar":
-        return [open_decoder(path, {}, pick_device(cfg.device))]
-    m = decoder.model.cfg
-    cached = m.paradigm == "diffusion" and m.prefix_attention != "joint"
-    require(cached, f"--beside=ar needs a cached prefix, which {cfg.init_from} has not")
-    sampler = autoregressive.SamplerConfig()
-    return [decoder._replace(module=autoregressive, sampler=sampler)]
+    return [open_decoder(path, {}, pick_device(cfg.device))]
 
 
 def fixed_slots(decoder) -> list[bool]:

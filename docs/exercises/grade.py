@@ -1,6 +1,6 @@
 """Grade an exercise: python -m docs.exercises.grade NAME [FILE]. Status 1 if a check fails.
 
-NAME: sampler, noise, mask_schedule, crossover or bound. FILE: by default NAME.py in this folder.
+NAME: sampler, noise or bound. FILE: by default NAME.py in this folder.
 """
 
 import math
@@ -12,20 +12,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.nn import functional as F
 
 from configurator import require, run, suggest
-from diffusion import SAMPLERS, SamplerConfig, SamplerState, generate, sample_noise
+from diffusion import SamplerConfig, SamplerState, sample_noise
 from infra.rng import RENOISE, make_rng
-from model import ModelConfig, attention_mask
+from model import ModelConfig
 
 Check = tuple[str, bool]
-BOTH_WAYS = dict(prefix_attention="bidirectional", target_attention="bidirectional")
 
 
 def grade_sampler(margin: Callable) -> Iterator[Check]:
     """Four slots by hand: their order by margin differs from that by probability."""
-    model_cfg = ModelConfig(paradigm="diffusion", **BOTH_WAYS)
+    both_ways = dict(prefix_attention="bidirectional", target_attention="bidirectional")
+    model_cfg = ModelConfig(paradigm="diffusion", **both_ways)
     p = torch.zeros(1, 4, model_cfg.vocab_size)
     p[0, :, 65:69] = torch.diag(torch.tensor([0.6, 0.5, 0.9, 0.3]))
     p[0, :, 97] = torch.tensor([0.4, 0.05, 0.08, 0.2])
@@ -52,12 +51,6 @@ def grade_sampler(margin: Callable) -> Iterator[Check]:
     yield "a given slot does not change", state.output.tolist() == [[65, 66, 7, 68]]
     expected = [[noise[0, 0], 66, 7, noise[0, 3]]]
     yield "and is not counted: one of three slots is kept", state.canvas.tolist() == expected
-    cfg = SamplerConfig(steps=16)
-    cfg.sampler = "margin"
-    SAMPLERS["margin"] = margin
-    out = generate(StandIn(16), torch.zeros(1, 1).long(), cfg)
-    del SAMPLERS["margin"]
-    yield "diffusion.generate gives the text", out.tokens[0].equal(StandIn(16).text)
 
 
 def grade_noise(unigram_noise: Callable) -> Iterator[Check]:
@@ -74,55 +67,6 @@ def grade_noise(unigram_noise: Callable) -> Iterator[Check]:
     model_cfg.pad_id = 7
     drawn = unigram_noise(ends, torch.tensor([0, 0, 0, 0, 1]), model_cfg)
     yield "pad is the model's pad_id", drawn.tolist() == [[7, 7]]
-
-
-def grade_mask_schedule(near_first: Callable) -> Iterator[Check]:
-    T = 6
-    n = T * (T - 1) // 2
-    none = torch.zeros(1, 0, dtype=torch.bool)
-    tokens = torch.ones(1, T, dtype=torch.bool)
-    masks = [near_first(T, k / n) for k in range(n + 1)]
-    fits = all(mask.shape == (T, T) and not mask.is_floating_point() for mask in masks)
-    yield "a (T, T) mask of booleans", fits
-    for kind, edges in (("causal", masks[0]), ("bidirectional", masks[n])):
-        mask = attention_mask("bidirectional", none, tokens, extra_edges=edges)
-        yield f"the {kind} end", mask.equal(attention_mask(kind, none, tokens))
-    order = sorted((c - r, r) for r, c in product(range(T), repeat=2) if c > r)
-    expected = [sorted([r, r + d] for d, r in order[:k]) for k in range(n + 1)]
-    found = [mask.triu(1).nonzero().tolist() for mask in masks]
-    yield "the share is exact", [len(edges) for edges in found] == list(range(n + 1))
-    yield "short edges open first, then those of earlier slots", found == expected
-
-
-class StandIn:
-    """A network that knows one text and sees it eight slots at a time. See exercise 4."""
-
-    def __init__(self, length: int):
-        sizes = dict(block_size=length + 2, target_length=length + 1)
-        self.cfg = ModelConfig(paradigm="diffusion", **BOTH_WAYS, **sizes)
-        self.text = (torch.arange(length) * 7) % 26 + 97  # (S,)
-        self.cost = 0.0
-
-    def encode(self, prefix, reserve=0):
-        return self
-
-    def select(self, rows):
-        return self
-
-    def decode(self, cache, target, self_cond=None):
-        correct = (target[:, 1:] == self.text).long().cumprod(1).sum(1, keepdim=True)  # (R, 1)
-        seen = torch.arange(len(self.text)) < (correct // 8 + 1) * 8
-        guess = torch.where(seen, self.text, (self.text - 96) % 26 + 97)
-        self.cost += max(1.0, guess.numel() / 64)
-        return 20.0 * F.one_hot(F.pad(guess, (1, 0)), self.cfg.vocab_size)
-
-
-def grade_crossover(settings: Callable) -> Iterator[Check]:
-    for length in (16, 64, 256):
-        model = StandIn(length)
-        out = generate(model, torch.zeros(1, 1).long(), settings(), seed=length)
-        yield f"{length} tokens are correct", out.tokens[0].equal(model.text)
-        yield f"{length} tokens cost {model.cost:.0f}, with AR {length}", model.cost < length
 
 
 def grade_bound(predictor: Callable) -> Iterator[Check]:
@@ -158,8 +102,6 @@ def bound_of(p: list[float], T: int = 20) -> float:
 EXERCISES = {
     "sampler": ("margin", grade_sampler),
     "noise": ("unigram_noise", grade_noise),
-    "mask_schedule": ("near_first", grade_mask_schedule),
-    "crossover": ("settings", grade_crossover),
     "bound": ("predictor", grade_bound),
 }
 

@@ -1,4 +1,4 @@
-"""Exercise 5, solved: three times out of four a bit is what is seen."""
+"""Exercise 3, solved: three times out of four a bit is what is seen."""
 
 
 def predictor(seen):
