@@ -22,12 +22,11 @@ OLD_NAMES = {
     "ramp_to": "is now --temperature_end",
     "resume": "is now --init_from=resume",
     "settle_entropy": "is now --stop_entropy",
-    "draft_steps": "is now --draft_tokens, with --draft=FOLDER",
 }
 REMOVED = (
-    "anneal_form ar_loss_weight ar_weight beta1 beta2 block_length bucket keep lookahead "
-    "mask_schedule max_new_tokens mean_span min_lr_ratio muon_lr_ratio patience rate_exponent "
-    "self_conditioning_prob span_density"
+    "anneal_form ar_loss_weight ar_weight beta1 beta2 block_length bucket draft_steps "
+    "draft_tokens keep lookahead mask_schedule max_new_tokens mean_span min_lr_ratio "
+    "muon_lr_ratio patience rate_exponent self_conditioning_prob span_density"
 )
 OLD_NAMES |= dict.fromkeys(REMOVED.split(), "was removed; drop it")
 BOOLEANS = {None: True, "true": True, "1": True, "false": False, "0": False}

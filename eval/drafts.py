@@ -28,7 +28,7 @@ from data.sources import read_json_lines
 from eval.common import Settings, markdown, read_lines, write_lines
 from eval.speed import add_lines
 from extras.adapter import AdapterConfig, DraftModel
-from extras.draft import DATA, DraftConfig, evaluate, read_prompts
+from extras.draft import DATA, DraftConfig, evaluate, pad_right, read_prompts
 from extras.speculative import SamplerConfig, generate, open_draft
 from infra import device as devices
 from infra.checkpoint import load_model
@@ -45,7 +45,6 @@ class DraftsConfig(Settings):
     draft: str = setting("out/draft", "the adapter", path=True)
     prompts: str = setting("out/prompts/code.jsonl", "as of extras.draft", path=True)
     chat: bool = setting(False, "put prompts into the chat template")
-    draft_tokens: int = setting(0, "drafted in one call; 0: the fastest here")
     n: int = setting(100, "prompts", minimum=1)
     length: int = setting(128, "most tokens of a text", minimum=2)
     batch_size: int = setting(8, "texts at a time, of exact", minimum=1)
@@ -87,13 +86,7 @@ def random_drafter(model) -> DraftModel:
     for name, p in made.learned.items():
         if name.endswith("adapter_b"):
             nn.init.normal_(p, std=0.02)
-        p.data = p.data.to(model.tok.weight)
-    return made.requires_grad_()
-
-
-def pad_right(prompts: list[list[int]], model) -> Tensor:
-    rows = [torch.tensor(ids, device=model.tok.weight.device) for ids in prompts]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.cfg.pad_id)
+    return made.to(model.tok.weight.dtype).requires_grad_()
 
 
 def greedy_with_margins(model, prefix: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,10 +103,9 @@ def greedy_with_margins(model, prefix: Tensor) -> tuple[Tensor, Tensor]:
 
 def exact(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
     """Return, for a trained and a random adapter, equal texts and calls a token."""
-    sampler = SamplerConfig(draft=cfg.draft, draft_tokens=cfg.draft_tokens)
+    sampler = SamplerConfig(draft=cfg.draft)
     trained = open_draft(model, sampler, cfg.init_from)
     drafters = {"trained": trained, "random": random_drafter(model)}
-    samplers = {"trained": sampler, "random": SamplerConfig(draft_tokens=1)}
     found = {name: {"n": 0, "calls": 0, "tokens": 0, "parted": []} for name in drafters}
     for start in range(0, len(prompts), cfg.batch_size):
         prefix = pad_right(prompts[start : start + cfg.batch_size], model)
@@ -121,7 +113,7 @@ def exact(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
         if start >= len(prompts) / 4:
             drafters.pop("random", None)
         for name, drafter in drafters.items():
-            out = generate(drafter, prefix, samplers[name])
+            out = generate(drafter, prefix, sampler)
             ends = (out.tokens == model.cfg.pad_id).sum(1) > 0  # its pad is a token, too
             lengths = (out.tokens != model.cfg.pad_id).sum(1) + ends
             found[name]["n"] += len(prefix)
@@ -137,7 +129,7 @@ def exact(cfg: DraftsConfig, model, prompts: list[list[int]]) -> dict:
         result["calls_per_token"] = round(result["calls"] / result["tokens"], 4)
         result["equal"] = result["n"] - len(result["parted"])
     case = {"prompts": Path(cfg.prompts).stem, "n": len(prompts), "dtype": cfg.dtype}
-    case |= {"length": cfg.length, "draft_tokens": cfg.draft_tokens or trained.drafts}
+    case |= {"length": cfg.length, "draft_tokens": trained.adapter.masks}
     return {"what": "drafts_exact", "case": case, "rows": found}
 
 

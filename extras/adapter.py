@@ -7,7 +7,6 @@ So one call verifies tokens with the frozen network and drafts the next ones.
 """
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,13 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configurator import from_stored, one_line, require, setting, validate
-from infra.checkpoint import write_atomically
-from model import MLP, Attention, KVCache, Transformer, model_from_state_dict
+from configurator import from_stored, require, setting, validate
+from infra import checkpoint
+from model import KVCache, Transformer, model_from_state_dict
 
-FILE = "adapter.safetensors"
-FORMAT = "ar2diff-adapter"  # the key of the settings in the file
-CHOICES = {"all": (Attention, MLP), "attention": (Attention,), "mlp": (MLP,)}
+FILE = "adapter.pt"
 
 
 @dataclass
@@ -31,10 +28,8 @@ class AdapterConfig:
     masks: int = setting(3, "tokens drafted in one call", minimum=1, maximum=15)
     rank: int = setting(32, "of the adapters", minimum=1, maximum=4096)
     alpha: float = setting(32.0, "their factor is alpha / rank", above=0)
-    matrices: str = setting("all", "of the blocks", tuple(CHOICES))
 
-    def __post_init__(self):
-        validate(self)
+    __post_init__ = validate
 
 
 class Gate:
@@ -68,27 +63,20 @@ class DraftModel(nn.Module):
 
     def __init__(self, model: Transformer, adapter: AdapterConfig):
         super().__init__()
-        cfg = model.cfg
-        self.cfg = cfg
+        self.cfg = model.cfg
         self.adapter = adapter
-        self.drafts = adapter.masks  # fewer may be faster
         self.gate = Gate()
-        self.network = model_from_state_dict(cfg, model.state_dict()).requires_grad_(False)
+        self.network = model_from_state_dict(self.cfg, model.state_dict()).requires_grad_(False)
         self.tok = self.network.tok
-        for part in self.network.blocks.modules():
-            if isinstance(part, CHOICES[adapter.matrices]):
-                for layer in part.children():
-                    if type(layer) is nn.Linear:
-                        layer.__class__ = GatedLinear
-                        layer.add_adapter(adapter, self.gate)
+        for layer in self.network.blocks.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = GatedLinear
+                layer.add_adapter(adapter, self.gate)
         weight = self.tok.weight.float()
-        vectors = torch.randn(adapter.masks, cfg.n_embd, device=weight.device) * weight.std()
+        vectors = torch.randn(adapter.masks, self.cfg.n_embd, device=weight.device) * weight.std()
         self.mask_vectors = nn.Parameter(vectors)  # (masks, C)
+        # All that is not the frozen network's.
         self.learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def adapter_tensors(self) -> dict[str, Tensor]:
-        """Return all that is not the frozen network's."""
-        return {name: p.data for name, p in self.learned.items()}
 
     def encode(self, prefix: Tensor, room: int) -> "RowCache":
         """Read the prefix (B, P), pads anywhere. room: for later tokens of a row."""
@@ -174,14 +162,10 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def save_adapter(path: Path, model: DraftModel, weights: str) -> None:
-    """Write the adapter alone, in bfloat16. weights: the digest of the frozen network."""
-    from hf import optional as package
-
-    about = {"weights": weights, "adapter": asdict(model.adapter), "drafts": model.drafts}
-    tensors = {name: t.cpu().bfloat16() for name, t in model.adapter_tensors().items()}
-    content = package("safetensors.torch").save(tensors, {FORMAT: json.dumps(about)})
-    write_atomically(path, lambda file: file.write(content))
+def save_adapter(path: Path, model: DraftModel, weights: str, tokenizer: str, step=0, **fields):
+    """Write the adapter alone. weights: the digest of the frozen network. fields: saved too."""
+    fields |= {"model": model.learned, "adapter": asdict(model.adapter), "weights": weights}
+    checkpoint.save(path, model.network, step, tokenizer, **fields)
 
 
 def load_adapter(path: str | Path, model: Transformer) -> DraftModel:
@@ -189,34 +173,17 @@ def load_adapter(path: str | Path, model: Transformer) -> DraftModel:
 
     Raises ValueError if the file is missing, damaged, or of other weights.
     """
-    from hf import optional as package
-
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     hint = "make one with python -m extras.draft"
     require(path.is_file(), f"{path}: no such adapter; {hint}")
-    safe_open = package("safetensors").safe_open
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # damaged bytes raise nearly anything
-        reason = one_line(error)[:120]
-        raise ValueError(f"{path}: damaged or not safetensors ({reason}); {hint}") from None
-    known = isinstance(about, dict) and {"weights", "adapter", "drafts"} <= about.keys()
-    require(known, f"{path}: has tensors, but is no adapter; {hint}")
-    theirs = str(about["weights"])
+    state = checkpoint.load(path)
+    require("adapter" in state, f"{path}: a checkpoint, but no adapter; {hint}")
+    theirs = state["weights"]
     ours = digest(model)
     digests = f"weights {theirs[:12]}, this model has {ours[:12]}"
     require(theirs == ours, f"{path}: the adapter belongs to another model ({digests}); {hint}")
-    cfg = from_stored(AdapterConfig, about["adapter"], str(path))
-    drafter = DraftModel(model, cfg).eval()
-    drafter.drafts = min(max(1, int(about["drafts"])), cfg.masks)
-    own = drafter.adapter_tensors()
-    shapes = [{(name, part[name].shape) for name in part} for part in (own, tensors)]
-    wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
-    wanted = f"rank {cfg.rank} and {cfg.masks} masks"
-    require(not wrong, f"{path}: {wrong[:1]} does not fit {wanted}; {hint}")
-    for name, p in drafter.learned.items():
-        p.data = tensors[name].to(drafter.tok.weight)  # device and dtype
-    return drafter.requires_grad_()  # or autocast would cast the weights in each call
+    drafter = DraftModel(model, from_stored(AdapterConfig, state["adapter"], str(path)))
+    drafter.load_state_dict(state["model"], strict=False)  # the network has its weights
+    # Of the same dtype, and learnable: otherwise autocast would cast them in each call.
+    return drafter.to(model.tok.weight.dtype).requires_grad_().eval()

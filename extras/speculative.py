@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import autoregressive
-from configurator import require, setting
+from configurator import setting
 from extras.adapter import DraftModel, check_model, load_adapter
 from infra.logits import GenerateOutput, argmax, banned_token_ids, draw_tokens, token_nll
 from infra.rng import ACCEPT, SAMPLE, CounterRNG, make_rng
@@ -25,10 +25,9 @@ from model import Transformer, split_prompt
 
 @dataclass
 class SamplerConfig(autoregressive.SamplerConfig):
-    """Whose drafts are verified, and how many."""
+    """Whose drafts are verified."""
 
     draft: str = setting("", "folder of extras.draft: same text, fewer calls", path=True)
-    draft_tokens: int = setting(0, "drafted in one call; 0: the fastest", maximum=15)
 
 
 @torch.no_grad()
@@ -46,7 +45,7 @@ def generate(
     on_step: called with (step, tokens and drafts (B, T - 1), logits (B, T - 1, V), rows).
     """
     pad = model.cfg.pad_id
-    K = cfg.draft_tokens or model.drafts
+    K = model.adapter.masks
     S = model.cfg.target_length - 1
     rows = torch.arange(len(prefix), device=prefix.device)
     index = torch.arange(K + 1, device=prefix.device)
@@ -99,11 +98,7 @@ def generate(
 def open_draft(model: Transformer, cfg: SamplerConfig, path: str) -> DraftModel:
     """Return the model of a checkpoint with the adapter in cfg.draft, for generate()."""
     check_model(model, path)
-    drafter = load_adapter(cfg.draft, model)
-    most = drafter.adapter.masks
-    n = cfg.draft_tokens
-    require(n <= most, f"draft_tokens must be at most {most}, the masks of {cfg.draft}, got {n}")
-    return drafter
+    return load_adapter(cfg.draft, model)
 
 
 @remember
@@ -173,12 +168,4 @@ def verify(
 
 def probabilities(logits: Tensor, cfg: SamplerConfig) -> Tensor:
     """Return what autoregressive.draw_next draws from, (B, T, V)."""
-    p = (logits / cfg.temperature).softmax(-1)
-    if not cfg.top_k and cfg.top_p == 1:
-        return p
-    ordered, order = p.sort(-1, descending=True)
-    keep = ordered.cumsum(-1) - ordered < cfg.top_p
-    if cfg.top_k:
-        keep[..., cfg.top_k :] = False
-    p = torch.zeros_like(p).scatter(-1, order, ordered * keep)
-    return p / p.sum(-1, keepdim=True)
+    return (autoregressive.truncate(logits, cfg) / cfg.temperature).softmax(-1)

@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -11,30 +9,29 @@ import pytest
 import torch
 from drafters import KINDS, PAD, S, drafter, network, prompts
 from processes import same
-from safetensors.torch import load_file
 
 import autoregressive
 import sample
 from data.mini import english
 from data.objectives import Batch, collate
 from extras import draft
-from extras.adapter import FILE, AdapterConfig
+from extras.adapter import FILE
 from extras.draft import EVAL_BATCHES, DraftConfig, answer, draw_anchors, evaluate, read_masks
 from extras.speculative import read_round
-from infra.checkpoint import save
+from infra.checkpoint import load, save
 from infra.logits import banned_token_ids
 from infra.rng import make_rng
 from model import ModelConfig, Transformer
 
 EVERY = pytest.mark.parametrize("kind", KINDS, ids=str)
 DEMO = sample.DEMO / "ar.pt"
-CFG = DraftConfig(prompts="-", anchors=8)
+CFG = DraftConfig(prompts="-")
 
 
 def answers(model, n: int) -> Batch:
     """The model's answers to n prompts."""
     asked = [[i for i in row if i != PAD] for row in prompts(n).tolist()]
-    pairs = answer(model, asked, CFG, range(n))
+    pairs = answer(model, asked)
     return collate(pairs, range(n), PAD, model.cfg.sep_id, S + 1)
 
 
@@ -42,7 +39,7 @@ def answers(model, n: int) -> Batch:
 def test_an_answer_is_the_text_up_to_its_pad(kind):
     model = network(**kind)
     asked = [[1, 2, 3], [4], [5, 5, 2]]
-    for prompt, text in answer(model, asked, CFG, range(3)):
+    for prompt, text in answer(model, asked):
         out = autoregressive.generate(model, torch.tensor([prompt]), autoregressive.SamplerConfig())
         assert text + [PAD] * (S - len(text)) == out.tokens[0].tolist() and PAD not in text
 
@@ -54,8 +51,8 @@ def test_masks_read_in_training_what_they_read_in_decoding(kind):
     model = network(**kind)
     made = drafter(model, masks=3)
     batch = answers(model, 12)
-    anchor, expected = draw_anchors(batch, CFG, model.cfg, make_rng(0, batch.example))
-    hidden, clean = (x.unflatten(1, (-1, 3)) for x in read_masks(made, batch, anchor, 3))
+    anchor, expected = draw_anchors(batch, 3, PAD, make_rng(0, batch.example))
+    hidden, clean = (x.unflatten(1, (-1, 3)) for x in read_masks(made, batch, anchor))
     drafted = model.head(hidden)
     checked = 0
     for b, n in product(range(12), range(anchor.shape[1])):
@@ -76,11 +73,11 @@ def test_masks_read_in_training_what_they_read_in_decoding(kind):
     assert checked > 20 and scored.sum() > checked and (expected[:, :, 0] < 0).any()
 
 
-def test_anchors_are_distinct_and_their_masks_expect_the_tokens_after_the_next():
+def test_anchors_are_distinct_and_their_masks_expect_the_tokens_after_the_next(monkeypatch):
+    monkeypatch.setattr(draft, "ANCHORS", 7)
     target = torch.tensor([[7, 10, 11, 12, PAD, PAD, PAD, PAD], [7, 10, 11, 12, 13, 14, 15, 16]])
     batch = Batch(torch.zeros(2, 0), target, torch.arange(2))
-    cfg = DraftConfig(prompts="-", adapter=AdapterConfig(masks=2), anchors=7)
-    anchor, expected = draw_anchors(batch, cfg, network().cfg, make_rng(0, batch.example))
+    anchor, expected = draw_anchors(batch, 2, PAD, make_rng(0, batch.example))
     found = [dict(zip(*pair)) for pair in zip(anchor.tolist(), expected.tolist())]
     assert [len(row) for row in found] == [7, 7]
     known = {0: [11, 12], 1: [12, PAD], 2: [PAD, -100]}
@@ -96,14 +93,13 @@ def test_anchors_are_distinct_and_their_masks_expect_the_tokens_after_the_next()
 def test_an_evaluation_counts_drafts_from_the_left():
     made = drafter(network(), masks=2)
     valid_set = SimpleNamespace(batch=lambda seed, step, size: answers(network(), 9 + step))
-    cfg = replace(CFG, adapter=made.adapter)
     shares, added = [[], []], [[], []]
     for step in range(EVAL_BATCHES):
         batch = valid_set.batch(0, step, 8)
         rng = make_rng(0, batch.example, step)
-        anchor, expected = draw_anchors(batch, cfg, made.cfg, rng)
+        anchor, expected = draw_anchors(batch, 2, PAD, rng)
         banned = banned_token_ids(made.cfg, "cpu")
-        logits = [made.network.head(x) for x in read_masks(made, batch, anchor, 2)]
+        logits = [made.network.head(x) for x in read_masks(made, batch, anchor)]
         right = [x.index_fill(-1, banned, -9e9).argmax(-1) for x in logits]
         right = (right[0] == right[1]).view(-1, 2).tolist()
         for r, e in zip(right, expected.view(-1, 2).tolist()):
@@ -112,7 +108,7 @@ def test_an_evaluation_counts_drafts_from_the_left():
             if e[0] >= 0:
                 added[0].append(1 + r[0])
                 added[1].append(1 + r[0] + (r[0] and r[1] and e[1] >= 0))
-    found = evaluate(made, valid_set, cfg)
+    found = evaluate(made, valid_set, CFG)
     assert found["accepted"] == pytest.approx([sum(x) / len(x) for x in shares], abs=1e-4)
     assert found["tokens_per_call"] == pytest.approx([sum(x) / len(x) for x in added], abs=1e-4)
     assert 0 < found["accepted"][0] < 1
@@ -121,16 +117,15 @@ def test_an_evaluation_counts_drafts_from_the_left():
 def test_the_losses_by_their_formulas():
     made = drafter(network(), masks=2)
     batch = answers(network(), 5)
-    cfg = replace(CFG, adapter=made.adapter)
     rng = make_rng(0, batch.example)
-    anchor, expected = draw_anchors(batch, cfg, made.cfg, rng)
+    anchor, expected = draw_anchors(batch, 2, PAD, rng)
     scored = expected.flatten(1) >= 0
-    parts = read_masks(made, batch, anchor, 2)
+    parts = read_masks(made, batch, anchor)
     log_q, log_p = (made.network.head(x)[scored].log_softmax(-1) for x in parts)
-    wanted = {"kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean()}
-    wanted["auto"] = -log_q.gather(-1, expected.flatten(1)[scored][:, None]).mean()
-    for loss, value in wanted.items():
-        found = draft.draft_loss(made, batch, replace(cfg, loss=loss), rng)
+    wanted = {"text": (log_p.exp() * (log_p - log_q)).sum(-1).mean()}
+    wanted["prompts"] = -log_q.gather(-1, expected.flatten(1)[scored][:, None]).mean()
+    for source, value in wanted.items():
+        found = draft.draft_loss(made, batch, DraftConfig(**{source: "-"}), rng)
         torch.testing.assert_close(found, value, rtol=1e-4, atol=0, check_dtype=False)
 
 
@@ -158,7 +153,7 @@ def place(tmp_path, monkeypatch):
 
 
 FLAGS = ["--init_from=ar.pt", "--device=cpu", "--rank=4", "--masks=2", "--batch_size=10"]
-FLAGS += ["--schedule=constant", "--learning_rate=1e-2", "--eval_interval=3"]
+FLAGS += ["--learning_rate=1e-2", "--eval_interval=3"]
 
 
 def train(out: str, *flags: str) -> dict:
@@ -170,7 +165,7 @@ def log(out) -> list[dict]:
 
 
 def tensors(out) -> dict:
-    return load_file(out / FILE)
+    return load(out / FILE)["model"]
 
 
 def test_training_lowers_the_loss_and_gives_the_same_text_in_fewer_calls(place, capsys):
@@ -184,9 +179,7 @@ def test_training_lowers_the_loss_and_gives_the_same_text_in_fewer_calls(place, 
     assert last["loss"] < 0.6 * early["loss"]
     assert last["tokens_per_call"][1] > early["tokens_per_call"][1] + 0.3
     assert last["accepted"][0] > early["accepted"][0] + 0.2
-    printed = capsys.readouterr().out
-    for part in ("61 of 61 answers", "held-out accepted", "min left", "0 drafts: 1.00 tokens"):
-        assert part in printed
+    capsys.readouterr()
     flags = [f"--init_from={DEMO}", "--device=cpu", "--prompt=fr eight hundred seven"]
     sample.main(flags)
     expected = capsys.readouterr()
@@ -197,37 +190,43 @@ def test_training_lowers_the_loss_and_gives_the_same_text_in_fewer_calls(place, 
     assert calls[1] < 0.8 * calls[0]
 
 
-def test_an_interrupted_run_continues_to_the_bit(place, capsys):
+def test_an_interrupted_run_continues_to_the_bit(place, monkeypatch):
+    """First among the answers, then among the steps."""
     train("a", "--max_steps=6")
-    train("b", "--max_steps=3")
-    lines = (place / "b" / "answers.jsonl").read_text()
-    (place / "b" / "answers.jsonl").write_text(lines[: len(lines) // 2])  # half a line
-    shutil.rmtree(place / "b" / "data")
+
+    def interrupt(name: str, call: int):
+        real = getattr(draft, name)
+        calls = iter(range(call))
+
+        def interrupted(*args):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(draft, name, interrupted)
+            train("b", "--max_steps=6")
+
+    interrupt("answer", 2)
+    assert len((place / "b" / "answers.jsonl").read_text().splitlines()) == 20
+    interrupt("draft_loss", 5)
+    assert load(place / "b" / FILE)["step"] == 3 and len(log(place / "b")) == 5
     train("b", "--max_steps=6")
     texts = [(place / out / "answers.jsonl").read_text() for out in "ab"]
-    assert texts[0] == texts[1] and same(tensors(place / "a"), tensors(place / "b"))
-    states = [torch.load(place / out / "state.pt") for out in "ab"]
+    assert texts[0] == texts[1] and log(place / "a") == log(place / "b")
+    states = [load(place / out / FILE) for out in "ab"]
     assert same(*states) and states[0]["step"] == 6
-    kept = ("step", "loss", "accepted")
-    assert [[e.get(k) for k in kept] for e in log(place / "a")] == [
-        [e.get(k) for k in kept] for e in log(place / "b")
-    ]
-    with pytest.raises(ValueError, match="cannot set rank=8: .* has rank=4; use --overwrite"):
+    with pytest.raises(ValueError, match="cannot set rank=8: .* has rank=4; use another --out_dir"):
         train("a", "--rank=8")
-    train("a", "--rank=8", "--overwrite", "--max_steps=1")
-    assert log(place / "a")[-1]["step"] == 1
 
 
-def test_json_lines_and_a_text_and_samples(place):
+def test_json_lines_and_a_text(place):
     train("a", "--max_steps=1")
     draft.main([*FLAGS, "--prompts=p.jsonl", "--out_dir=b", "--max_steps=1"])
     assert same(tensors(place / "a"), tensors(place / "b"))
     (place / "t.txt").write_text("to be or not to be, that is the question. " * 9)
     last = draft.main([*FLAGS, "--text=t.txt", "--out_dir=c", "--max_steps=4"])
     assert last["loss"] < log(place / "c")[0]["loss"] and not (place / "c/answers.jsonl").exists()
-    train("d", "--temperature=1.0", "--max_steps=1")
-    lines = [(place / out / "answers.jsonl").read_text().splitlines() for out in "ad"]
-    assert len(lines[0]) == len(lines[1]) == 30 and lines[0] != lines[1]
 
 
 @pytest.mark.parametrize(
@@ -259,9 +258,7 @@ def test_sample_refuses_a_draft_that_does_not_fit(place):
     train("o", "--max_steps=1")
     cases = [
         ("--draft=o --init_from=diffusion.pt", "decoder-only AR model, got paradigm=diffusion"),
-        ("--draft=o --draft_tokens=3", "draft_tokens must be at most 2, the masks of o, got 3"),
         ("--draft=none", "none: no such adapter"),
-        ("--draft_tokens=2", "'draft_tokens' is not a setting of autoregressive"),
         ("--draft=o --steps=3", "'steps' is not a setting of extras.speculative"),
     ]
     for flags, message in cases:

@@ -88,14 +88,6 @@ def test_a_row_gets_the_same_text_and_calls_alone_and_among_eight(temperature):
     assert torch.equal(other.tokens, together.tokens) == (temperature == 0)
 
 
-def test_fewer_drafts_than_masks_give_the_same_text():
-    model = network()
-    expected = autoregressive.generate(model, prompts(20), GREEDY)
-    for n in (1, 2, 3):
-        found = generate(drafter(model, 3), prompts(20), SamplerConfig(draft_tokens=n))
-        assert torch.equal(found.tokens, expected.tokens)
-
-
 SMALL = dict(vocab_size=6, n_ordinary=2, pad_id=2, sep_id=3, mask_id=4, target_length=4)
 TEXTS = list(product(range(2), repeat=3))  # all texts of three slots: nothing follows a pad, 2
 TEXTS += [(a, b, 2) for a, b in product(range(2), repeat=2)] + [(0, 2, 2), (1, 2, 2), (2, 2, 2)]
