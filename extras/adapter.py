@@ -85,13 +85,15 @@ class DraftModel(nn.Module):
         cache = self.network.encode(prefix.gather(1, order))
         return RowCache(cache, (~pads).sum(1), room)
 
-    def read(self, tokens, number, position, mask, cache) -> Tensor:
+    def read(self, tokens, number, offset, edges, cache: "RowCache") -> Tensor:
         """Return the last layer (B, T, C) of tokens (B, T), of which some are masks.
 
-        number (T,): 0 for a token, j for the j-th mask after one. position (B, T).
-        mask (B, 1, T, S + T) bool: which keys each of them attends to; None: causal.
+        number (T,): 0 for a token, j for the j-th mask after one. edges: see RowCache.start.
+        offset (T,) or (B, T): positions, counted from the end of the accepted tokens.
         """
         network = self.network
+        mask = cache.start(edges)
+        position = cache.lengths[:, None] + offset  # (B, T)
         position = position.clamp(max=self.cfg.block_size - 1)  # later ones are not used
         is_mask = (number > 0)[:, None]  # (T, 1)
         vectors = self.mask_vectors[(number - 1).clamp(min=0)]  # (T, C)
@@ -104,7 +106,7 @@ class DraftModel(nn.Module):
             rope = network.rope[:, position, :].to(x.dtype)[:, :, None]  # (2, B, 1, T, D)
         self.gate.on = is_mask if bool(is_mask.any()) else None
         try:
-            return network.run_blocks(x, rope, mask, mask is None, cache)
+            return network.run_blocks(x, rope, mask, False, cache)
         finally:
             self.gate.on = None
 
@@ -123,16 +125,20 @@ class RowCache(KVCache):
         self.k = [k if k is None else F.pad(k, (0, 0, 0, room)) for k in cache.k]
         self.v = [v if v is None else F.pad(v, (0, 0, 0, room)) for v in cache.v]
 
-    def start(self, among: Tensor) -> Tensor:
-        """Return which slots T new tokens attend to, (B, 1, T, S). among (T, T): each other."""
-        T = len(among)
-        self.slots = self.lengths[:, None] + torch.arange(T, device=among.device)  # (B, T)
+    def start(self, edges: Tensor) -> Tensor:
+        """Return which slots T new tokens attend to, (B, 1, T, S) bool.
+
+        edges (T, W) or (B, T, W): to which of the W tokens after the accepted ones. The new ones
+        are the last T of them.
+        """
+        T, W = edges.shape[-2:]
+        start = self.lengths[:, None]  # (B, 1)
+        self.slots = start + torch.arange(W - T, W, device=edges.device)  # (B, T)
         self.length = int(self.slots.max()) + 1
-        slot = torch.arange(self.length, device=among.device)
-        place = slot - self.lengths[:, None]  # (B, S) among the new ones
-        is_new = (place >= 0) & (place < T)
-        new = among[:, place.clamp(0, T - 1)].transpose(0, 1)  # (B, T, S)
-        return ((place < 0)[:, None] | (new & is_new[:, None]))[:, None]
+        place = torch.arange(self.length, device=edges.device) - start  # (B, S)
+        place = place[:, None].expand(-1, T, -1)  # (B, T, S)
+        edges = edges.expand(len(place), -1, -1).gather(2, place.clamp(0, W - 1))
+        return ((place < 0) | (edges & (place < W)))[:, None]
 
     def extend(self, layer: int, k: Tensor, v: Tensor):
         """Write k, v (B, H, T, D). Return the keys and values of all slots."""
@@ -175,9 +181,8 @@ def load_adapter(path: str | Path, model: Transformer) -> DraftModel:
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
-    hint = "make one with python -m extras.draft"
-    require(path.is_file(), f"{path}: no such adapter; {hint}")
     state = checkpoint.load(path)
+    hint = "make one with python -m extras.draft"
     require("adapter" in state, f"{path}: a checkpoint, but no adapter; {hint}")
     theirs = state["weights"]
     ours = digest(model)

@@ -49,7 +49,7 @@ class DraftConfig:
     text: str = setting("", "or of any text", path=True)
     out_dir: str = setting("out/draft", "answers, adapter, log", path=True)
     chat: bool = setting(False, "put prompts into the chat template")
-    answer_tokens: int = setting(0, "at most; 0: the model's target_length - 1")
+    answer_tokens: int = setting(0, "0: target_length - 1", minimum=2, zero_ok=True)
     max_steps: int = setting(200, "optimizer steps", minimum=1)
     batch_size: int = setting(8, "answers per step", minimum=1)
     learning_rate: float = setting(1e-3, "after 10 steps; falls to 0", maximum=1e3)
@@ -163,26 +163,22 @@ def read_masks(model: DraftModel, batch: Batch, anchor: Tensor) -> tuple[Tensor,
 
     Masks see the clean tokens up to their anchor (B, N), and the earlier masks of this anchor.
     """
-    N = anchor.shape[1]
+    B, N = anchor.shape
     K = model.adapter.masks
     T = batch.target.shape[1]
     slot = torch.arange(T, device=anchor.device)
     with torch.no_grad():
         cache = model.encode(batch.prefix, room=T + N * K)
-        start = cache.lengths[:, None]  # (B, 1) position of slot 0
-        edges = cache.start(slot <= slot[:, None])
-        clean = model.read(batch.target, torch.zeros_like(slot), start + slot, edges, cache)
-    cache.lengths = cache.lengths + T
-    group = torch.arange(N, device=slot.device).repeat_interleave(K)  # (N K,) the anchor
+        causal = slot <= slot[:, None]
+        clean = model.read(batch.target, torch.zeros_like(slot), slot, causal, cache)
+    group = torch.arange(N, device=slot.device).repeat_interleave(K)  # (N K,) of an anchor
     number = torch.arange(1, K + 1, device=slot.device).repeat(N)
-    edges = cache.start((group == group[:, None]) & (number <= number[:, None]))
     after = anchor[:, group]  # (B, N K) slot of the anchor
-    key = torch.arange(edges.shape[-1], device=slot.device) - start  # (B, S) slot of each key
-    later = (key[:, None] > after[..., None]) & (key < T)[:, None]  # (B, N K, S)
+    past = slot <= after[..., None]  # (B, N K, T)
+    among = (group == group[:, None]) & (number <= number[:, None])
+    edges = torch.cat([past, among.expand(B, -1, -1)], dim=2)
     place = after + number
-    hidden = model.read(
-        torch.zeros_like(place), number, start + place, edges & ~later[:, None], cache
-    )
+    hidden = model.read(torch.zeros_like(place), number, place, edges, cache)
     index = place.clamp(max=T - 1)[..., None].expand(-1, -1, clean.shape[-1])
     return hidden, clean.gather(1, index)
 
@@ -274,10 +270,7 @@ def main(argv: list[str]) -> dict:
     cfg = configurator.configure(DraftConfig, argv)
     model, tokenizer, _ = load_model(cfg.init_from, device.pick_device(cfg.device))
     check_model(model, cfg.init_from)
-    most = model.cfg.block_size - 2
     cfg.answer_tokens = cfg.answer_tokens or model.cfg.target_length - 1
-    fits = 2 <= cfg.answer_tokens <= most
-    require(fits, f"answer_tokens must be 2 to {most}, got {cfg.answer_tokens}")
     model.cfg = replace(model.cfg, target_length=cfg.answer_tokens + 1)
     prompts = read_prompts(cfg, tokenizer, model.cfg) if cfg.prompts else []
     weights = digest(model)

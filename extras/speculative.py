@@ -123,12 +123,10 @@ def round_layout(C: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def read_round(model: DraftModel, cache, chain: Tensor, K: int) -> Tensor:
     """Return logits (B, C + C K, V) for a chain (B, C), with K masks after each of its tokens."""
-    B, C = chain.shape
+    C = chain.shape[1]
     number, offset, edges = (part.to(chain.device) for part in round_layout(C, K))
     tokens = F.pad(chain, (0, C * K))
-    position = cache.lengths[:, None] + offset  # (B, W)
-    hidden = model.read(tokens, number, position, cache.start(edges), cache)
-    return model.network.head(hidden)
+    return model.network.head(model.read(tokens, number, offset, edges, cache))
 
 
 def draw(logits: Tensor, cfg: SamplerConfig, rng: CounterRNG) -> tuple[Tensor, Tensor | None]:

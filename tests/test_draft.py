@@ -239,7 +239,7 @@ def test_json_lines_and_a_text(place):
         ("--prompts=none.txt", "none.txt: no such file"),
         ("--prompts=empty.jsonl", "empty.jsonl: 0 usable lines, 2 are needed"),
         ("--prompts=long.txt", "a prompt has 27 tokens, the model reads at most 26 before 13"),
-        ("--prompts=p.txt --answer_tokens=39", "answer_tokens must be 2 to 38, got 39"),
+        ("--prompts=p.txt --answer_tokens=39", "the model reads at most 0 before 39"),
         ("--prompts=p.txt --text=p.txt", "give --prompts=FILE, or --text=FILE, and not both"),
         ("", "give --prompts=FILE"),
         ("--text=long.txt --answer_tokens=20", "fewer than block_size"),
@@ -258,7 +258,7 @@ def test_sample_refuses_a_draft_that_does_not_fit(place):
     train("o", "--max_steps=1")
     cases = [
         ("--draft=o --init_from=diffusion.pt", "decoder-only AR model, got paradigm=diffusion"),
-        ("--draft=none", "none: no such adapter"),
+        ("--draft=none", "none: no such checkpoint"),
         ("--draft=o --steps=3", "'steps' is not a setting of extras.speculative"),
     ]
     for flags, message in cases:
