@@ -49,7 +49,7 @@ class DraftConfig:
     text: str = setting("", "or of any text", path=True)
     out_dir: str = setting("out/draft", "answers, adapter, log", path=True)
     chat: bool = setting(False, "put prompts into the chat template")
-    answer_tokens: int = setting(0, "0: target_length - 1", minimum=2, zero_ok=True)
+    answer_tokens: int = setting(0, "most; 0: target_length - 1", minimum=2, zero_ok=True)
     max_steps: int = setting(200, "optimizer steps", minimum=1)
     batch_size: int = setting(8, "answers per step", minimum=1)
     learning_rate: float = setting(1e-3, "after 10 steps; falls to 0", maximum=1e3)
@@ -145,17 +145,15 @@ def draw_anchors(batch: Batch, K: int, pad_id: int, rng: CounterRNG) -> tuple[Te
     After an anchor comes one token that the frozen network predicts, then those of the masks.
     Expected is -100 after the pad that ends a target, or if a target has fewer anchors.
     """
-    B, T = batch.target.shape
-    slot = torch.arange(T, device=batch.target.device)
-    is_pad = (batch.target == pad_id) & (slot > 0)
-    last = (is_pad.cumsum(1) == 0).sum(1).clamp(max=T - 1)  # (B,) the first pad
-    known = slot + 2 <= last[:, None]  # (B, T)
-    order = rng.uniform(SELECT, T)[0].masked_fill(~known, -1.0)
+    T = batch.target.shape[1]
+    is_pad = (batch.target == pad_id).long()
+    is_pad[:, 0] = 0  # slot 0 is given
+    ended = is_pad.cumsum(1) > is_pad  # (B, T) after the first pad
+    scored = batch.target.masked_fill(ended, -100)
+    ahead = F.pad(scored, (0, K + 1), value=-100).unfold(1, K, 1)[:, 2:]  # (B, T, K)
+    order = rng.uniform(SELECT, T)[0].masked_fill(ahead[..., 0] < 0, -1.0)
     anchor = order.topk(min(ANCHORS, T), dim=1).indices  # (B, N)
-    place = anchor[..., None] + 2 + torch.arange(K, device=slot.device)  # (B, N, K)
-    expected = batch.target[:, None].expand(-1, anchor.shape[1], -1)
-    expected = expected.gather(2, place.clamp(max=T - 1))
-    return anchor, expected.masked_fill(place > last[:, None, None], -100)
+    return anchor, ahead.gather(1, anchor[..., None].expand(-1, -1, K))
 
 
 def read_masks(model: DraftModel, batch: Batch, anchor: Tensor) -> tuple[Tensor, Tensor]:
