@@ -80,16 +80,22 @@ def generate(model, prefix, cfg, seed=0, example=None, on_step=None):
 
 
 def draw_next(logits: Tensor, cfg, rng: CounterRNG) -> Tensor:
-    """Draw a token (B,) from logits (B, V); top-p: arXiv 1904.09751."""
+    """Draw a token (B,) from logits (B, V)."""
     if cfg.temperature == 0:
         return argmax(logits)
-    if cfg.top_k or cfg.top_p < 1:
-        ordered, order = logits.sort(-1, descending=True)
-        probs = (ordered / cfg.temperature).softmax(-1)  # (B, V)
-        keep = probs.cumsum(-1) - probs < cfg.top_p
-        if cfg.top_k:
-            keep[:, cfg.top_k :] = False
-        keep = torch.zeros_like(keep).scatter(-1, order, keep)
-        logits = logits.masked_fill(~keep, -math.inf)
+    logits = truncate(logits, cfg)[:, None]
     uniform, _ = rng.uniform(SAMPLE, 1)  # (B, 1)
-    return draw_tokens(logits[:, None], cfg.temperature, uniform)[:, 0]
+    return draw_tokens(logits, cfg.temperature, uniform)[:, 0]
+
+
+def truncate(logits: Tensor, cfg) -> Tensor:
+    """Return logits (.., V), -inf beyond top-k and top-p (arXiv 1904.09751)."""
+    if not cfg.top_k and cfg.top_p == 1:
+        return logits
+    ordered, order = logits.sort(-1, descending=True)
+    probs = (ordered / cfg.temperature).softmax(-1)
+    keep = probs.cumsum(-1) - probs < cfg.top_p
+    if cfg.top_k:
+        keep[..., cfg.top_k :] = False
+    keep = torch.zeros_like(keep).scatter(-1, order, keep)
+    return logits.masked_fill(~keep, -math.inf)

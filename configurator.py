@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 # Settings of earlier versions, and the remedy.
 OLD_NAMES = {
-    "anneal_form": "is now --mask_schedule",
     "gradient_checkpointing": "is now --activation_checkpointing",
     "plan": "is now --estimate",
     "ramp_from": "is now --temperature_start",
@@ -26,9 +25,9 @@ OLD_NAMES = {
     "draft_steps": "is now --draft_tokens, with --draft=FOLDER",
 }
 REMOVED = (
-    "ar_loss_weight ar_weight beta1 beta2 block_length bucket keep lookahead max_new_tokens "
-    "mean_span min_lr_ratio muon_lr_ratio patience rate_exponent self_conditioning_prob "
-    "span_density"
+    "anneal_form ar_loss_weight ar_weight beta1 beta2 block_length bucket keep "
+    "lookahead mask_schedule max_new_tokens mean_span min_lr_ratio "
+    "muon_lr_ratio patience rate_exponent self_conditioning_prob span_density"
 )
 OLD_NAMES |= dict.fromkeys(REMOVED.split(), "was removed; drop it")
 BOOLEANS = {None: True, "true": True, "1": True, "false": False, "0": False}

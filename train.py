@@ -71,7 +71,6 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "of matrices")
     grad_clip: float = setting(1.0, "largest gradient norm; 0: any")
     anneal_steps: int = setting(0, "steps until the mask is open")
-    mask_schedule: str = setting("random", "how the mask opens", ("random", "blocks"))
     seed: int = setting(1337, "of all random numbers")
     device: str = variable("auto", "auto, cpu, cuda:0, mps")
     dtype: str = variable("float32", "of autocast", ("float32", "bfloat16", "auto"))
@@ -94,7 +93,6 @@ class TrainConfig:
         needs(flat, "compile", activation_checkpointing=False)
         needs(flat, "parallel=fsdp", optimizer="adamw")
         needs(flat, "anneal_steps", paradigm="diffusion", target_attention="bidirectional")
-        needs(flat, "prefix_attention=joint", mask_schedule="random")
 
 
 class Run:
@@ -268,10 +266,6 @@ def extra_edges(batch, step: int, cfg: TrainConfig) -> Tensor | None:
     """Return the open edges (T, T) of this step, or None: all."""
     if step >= cfg.anneal_steps:
         return None
-    if cfg.mask_schedule == "blocks":
-        from extras.mask_schedules import block_edges
-
-        return block_edges(batch, step, cfg.anneal_steps)
     from ar2diff import open_edges
 
     joint = cfg.model.prefix_attention == "joint"

@@ -8,5 +8,4 @@ data = "out/data/mini"
 out_dir = "out/ar2diff_2_adapt"
 max_steps = 300
 schedule = "constant"
-mask_schedule = "random"  # the causal mask opens edge by edge, in a random order,
-anneal_steps = 150  # during the first half; the paper opens it at once
+anneal_steps = 150  # the causal mask opens edge by edge; the paper opens it at once

@@ -28,7 +28,7 @@ from data.sources import read_json_lines
 from eval.common import Settings, markdown, read_lines, write_lines
 from eval.speed import add_lines
 from extras.adapter import AdapterConfig, DraftModel
-from extras.draft import DATA, DraftConfig, evaluate, read_prompts
+from extras.draft import DATA, DraftConfig, evaluate, pad_right, read_prompts
 from extras.speculative import SamplerConfig, generate, open_draft
 from infra import device as devices
 from infra.checkpoint import load_model
@@ -85,8 +85,7 @@ def random_drafter(model) -> DraftModel:
     for name, p in made.learned.items():
         if name.endswith("adapter_b"):
             nn.init.normal_(p, std=0.02)
-        p.data = p.data.to(model.tok.weight)
-    return made.requires_grad_()
+    return made.to(model.tok.weight.dtype).requires_grad_()
 
 
 def greedy_with_margins(model, prefix: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,12 +106,10 @@ def exact(cfg: DraftsConfig, model, trained: DraftModel, tokenizer) -> dict:
     prompts = spread(read_prompts(settings, tokenizer, model.cfg), HELD_OUT)
     pad = model.cfg.pad_id
     drafters = {"trained": trained, "random": random_drafter(model)}
-    tokens_of = {"trained": cfg.draft_tokens or trained.drafts, "random": 1}
+    tokens_of = {"trained": cfg.draft_tokens or trained.adapter.masks, "random": 1}
     found = {name: {"n": 0, "calls": 0, "tokens": 0, "parted": []} for name in drafters}
     for start in range(0, len(prompts), BATCH):
-        rows = [torch.tensor(ids) for ids in prompts[start : start + BATCH]]
-        prefix = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
-        prefix = prefix.to(model.tok.weight.device)
+        prefix = pad_right(prompts[start : start + BATCH], model)
         expected, margins = greedy_with_margins(model, prefix)
         if start >= len(prompts) / 4:
             drafters.pop("random", None)

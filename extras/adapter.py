@@ -17,11 +17,10 @@ from torch.nn import functional as F
 
 from configurator import from_stored, one_line, require, setting, validate
 from infra.checkpoint import write_atomically
-from model import MLP, Attention, KVCache, Transformer, model_from_state_dict
+from model import KVCache, Transformer, model_from_state_dict
 
 FILE = "adapter.safetensors"
 FORMAT = "ar2diff-adapter"  # the key of the settings in the file
-CHOICES = {"all": (Attention, MLP), "attention": (Attention,), "mlp": (MLP,)}
 
 
 @dataclass
@@ -31,10 +30,8 @@ class AdapterConfig:
     masks: int = setting(3, "tokens drafted in one call", minimum=1, maximum=15)
     rank: int = setting(32, "of the adapters", minimum=1, maximum=4096)
     alpha: float = setting(32.0, "their factor is alpha / rank", above=0)
-    matrices: str = setting("all", "of the blocks", tuple(CHOICES))
 
-    def __post_init__(self):
-        validate(self)
+    __post_init__ = validate
 
 
 class Gate:
@@ -68,27 +65,20 @@ class DraftModel(nn.Module):
 
     def __init__(self, model: Transformer, adapter: AdapterConfig):
         super().__init__()
-        cfg = model.cfg
-        self.cfg = cfg
+        self.cfg = model.cfg
         self.adapter = adapter
-        self.drafts = adapter.masks  # fewer may be faster
         self.gate = Gate()
-        self.network = model_from_state_dict(cfg, model.state_dict()).requires_grad_(False)
+        self.network = model_from_state_dict(self.cfg, model.state_dict()).requires_grad_(False)
         self.tok = self.network.tok
-        for part in self.network.blocks.modules():
-            if isinstance(part, CHOICES[adapter.matrices]):
-                for layer in part.children():
-                    if type(layer) is nn.Linear:
-                        layer.__class__ = GatedLinear
-                        layer.add_adapter(adapter, self.gate)
+        for layer in self.network.blocks.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = GatedLinear
+                layer.add_adapter(adapter, self.gate)
         weight = self.tok.weight.float()
-        vectors = torch.randn(adapter.masks, cfg.n_embd, device=weight.device) * weight.std()
+        vectors = torch.randn(adapter.masks, self.cfg.n_embd, device=weight.device) * weight.std()
         self.mask_vectors = nn.Parameter(vectors)  # (masks, C)
+        # All that is not the frozen network's.
         self.learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def adapter_tensors(self) -> dict[str, Tensor]:
-        """Return all that is not the frozen network's."""
-        return {name: p.data for name, p in self.learned.items()}
 
     def encode(self, prefix: Tensor, room: int) -> "RowCache":
         """Read the prefix (B, P), pads anywhere. room: for later tokens of a row."""
@@ -97,13 +87,15 @@ class DraftModel(nn.Module):
         cache = self.network.encode(prefix.gather(1, order))
         return RowCache(cache, (~pads).sum(1), room)
 
-    def read(self, tokens, number, position, mask, cache) -> Tensor:
+    def read(self, tokens, number, offset, edges, cache: "RowCache") -> Tensor:
         """Return the last layer (B, T, C) of tokens (B, T), of which some are masks.
 
-        number (T,): 0 for a token, j for the j-th mask after one. position (B, T).
-        mask (B, 1, T, S + T) bool: which keys each of them attends to; None: causal.
+        number (T,): 0 for a token, j for the j-th mask after one. edges: see RowCache.start.
+        offset (T,) or (B, T): positions, counted from the end of the accepted tokens.
         """
         network = self.network
+        mask = cache.start(edges)
+        position = cache.lengths[:, None] + offset  # (B, T)
         position = position.clamp(max=self.cfg.block_size - 1)  # later ones are not used
         is_mask = (number > 0)[:, None]  # (T, 1)
         vectors = self.mask_vectors[(number - 1).clamp(min=0)]  # (T, C)
@@ -116,7 +108,7 @@ class DraftModel(nn.Module):
             rope = network.rope[:, position, :].to(x.dtype)[:, :, None]  # (2, B, 1, T, D)
         self.gate.on = is_mask if bool(is_mask.any()) else None
         try:
-            return network.run_blocks(x, rope, mask, mask is None, cache)
+            return network.run_blocks(x, rope, mask, False, cache)
         finally:
             self.gate.on = None
 
@@ -135,16 +127,20 @@ class RowCache(KVCache):
         self.k = [k if k is None else F.pad(k, (0, 0, 0, room)) for k in cache.k]
         self.v = [v if v is None else F.pad(v, (0, 0, 0, room)) for v in cache.v]
 
-    def start(self, among: Tensor) -> Tensor:
-        """Return which slots T new tokens attend to, (B, 1, T, S). among (T, T): each other."""
-        T = len(among)
-        self.slots = self.lengths[:, None] + torch.arange(T, device=among.device)  # (B, T)
+    def start(self, edges: Tensor) -> Tensor:
+        """Return which slots T new tokens attend to, (B, 1, T, S) bool.
+
+        edges (T, W) or (B, T, W): to which of the W tokens after the accepted ones. The new ones
+        are the last T of them.
+        """
+        T, W = edges.shape[-2:]
+        start = self.lengths[:, None]  # (B, 1)
+        self.slots = start + torch.arange(W - T, W, device=edges.device)  # (B, T)
         self.length = int(self.slots.max()) + 1
-        slot = torch.arange(self.length, device=among.device)
-        place = slot - self.lengths[:, None]  # (B, S) among the new ones
-        is_new = (place >= 0) & (place < T)
-        new = among[:, place.clamp(0, T - 1)].transpose(0, 1)  # (B, T, S)
-        return ((place < 0)[:, None] | (new & is_new[:, None]))[:, None]
+        place = torch.arange(self.length, device=edges.device) - start  # (B, S)
+        place = place[:, None].expand(-1, T, -1)  # (B, T, S)
+        edges = edges.expand(len(place), -1, -1).gather(2, place.clamp(0, W - 1))
+        return ((place < 0) | (edges & (place < W)))[:, None]
 
     def extend(self, layer: int, k: Tensor, v: Tensor):
         """Write k, v (B, H, T, D). Return the keys and values of all slots."""
@@ -178,8 +174,8 @@ def save_adapter(path: Path, model: DraftModel, weights: str) -> None:
     """Write the adapter alone, in bfloat16. weights: the digest of the frozen network."""
     from hf import optional as package
 
-    about = {"weights": weights, "adapter": asdict(model.adapter), "drafts": model.drafts}
-    tensors = {name: t.cpu().bfloat16() for name, t in model.adapter_tensors().items()}
+    about = {"weights": weights, "adapter": asdict(model.adapter)}
+    tensors = {name: p.data.cpu().bfloat16() for name, p in model.learned.items()}
     content = package("safetensors.torch").save(tensors, {FORMAT: json.dumps(about)})
     write_atomically(path, lambda file: file.write(content))
 
@@ -195,28 +191,21 @@ def load_adapter(path: str | Path, model: Transformer) -> DraftModel:
     path = path / FILE if path.is_dir() else path
     hint = "make one with python -m extras.draft"
     require(path.is_file(), f"{path}: no such adapter; {hint}")
-    safe_open = package("safetensors").safe_open
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+        with package("safetensors").safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()[FORMAT])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # damaged bytes raise nearly anything
         reason = one_line(error)[:120]
-        raise ValueError(f"{path}: damaged or not safetensors ({reason}); {hint}") from None
-    known = isinstance(about, dict) and {"weights", "adapter", "drafts"} <= about.keys()
-    require(known, f"{path}: has tensors, but is no adapter; {hint}")
+        raise ValueError(f"{path}: damaged, or no adapter ({reason}); {hint}") from None
     theirs = str(about["weights"])
     ours = digest(model)
     digests = f"weights {theirs[:12]}, this model has {ours[:12]}"
     require(theirs == ours, f"{path}: the adapter belongs to another model ({digests}); {hint}")
-    cfg = from_stored(AdapterConfig, about["adapter"], str(path))
-    drafter = DraftModel(model, cfg).eval()
-    drafter.drafts = min(max(1, int(about["drafts"])), cfg.masks)
-    own = drafter.adapter_tensors()
-    shapes = [{(name, part[name].shape) for name in part} for part in (own, tensors)]
+    drafter = DraftModel(model, from_stored(AdapterConfig, about["adapter"], str(path)))
+    shapes = [{(n, tensor.shape) for n, tensor in p.items()} for p in (tensors, drafter.learned)]
     wrong = sorted(name for name, _ in shapes[0] ^ shapes[1])
-    wanted = f"rank {cfg.rank} and {cfg.masks} masks"
-    require(not wrong, f"{path}: {wrong[:1]} does not fit {wanted}; {hint}")
-    for name, p in drafter.learned.items():
-        p.data = tensors[name].to(drafter.tok.weight)  # device and dtype
-    return drafter.requires_grad_()  # or autocast would cast the weights in each call
+    require(not wrong, f"{path}: {wrong[:1]} does not fit {about['adapter']}; {hint}")
+    drafter.load_state_dict(tensors, strict=False)  # the network has its weights
+    # Of the same dtype, and learnable: otherwise autocast would cast them in each call.
+    return drafter.to(model.tok.weight.dtype).requires_grad_().eval()

@@ -11,29 +11,18 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model import Block, KVCache, ModelConfig, Transformer, attend, make_norm, rotate
+from model import Block, KVCache, ModelConfig, Transformer, attend, find_padding, make_norm, rotate
 
 
 class CrossCache(KVCache):
-    """A KVCache of the target, plus keys and values of the prefix for each decoder layer."""
+    """L decoder layers have 2 L entries: those of the target, then those of the prefix."""
 
-    def __init__(self, n_layer: int, reserve: int = 0):
-        super().__init__(n_layer, reserve)
-        self.cross: list[tuple[Tensor, Tensor]] = []  # per layer 2 x (B, G, P, D)
-        self.prefix_mask: Tensor | None = None  # (B, 1, 1, P) bool, False for padding
+    prefix_mask: Tensor | None = None  # (B, 1, 1, P) bool, False for padding
 
     def select(self, index: Tensor) -> "CrossCache":
         other = super().select(index)
-        other.cross = [(k[index], v[index]) for k, v in self.cross]
         other.prefix_mask = None if self.prefix_mask is None else self.prefix_mask[index]
         return other
-
-    def detach(self) -> tuple["CrossCache", list[tuple[Tensor, Tensor]]]:
-        other, pairs = super().detach()
-        other.cross = [tuple(t.detach().requires_grad_() for t in layer) for layer in self.cross]
-        for layer, leaves in zip(self.cross, other.cross):
-            pairs += zip(layer, leaves)
-        return other, pairs
 
 
 class CrossAttention(nn.Module):
@@ -75,7 +64,8 @@ class DecoderBlock(Block):
         self.cross = CrossAttention(cfg)
 
     def forward(self, x, rope, mask, causal, cache, layer):
-        k, v = cache.cross[layer]
+        prefix = self.cross.cfg.n_layer + layer
+        k, v = cache.k[prefix], cache.v[prefix]
         x = x + self.drop(self.attn(self.norm1(x), rope, mask, causal, cache, layer))
         x = x + self.drop(self.cross(self.norm_cross(x), rope, k, v, cache.prefix_mask))
         return x + self.drop(self.mlp(self.norm2(x)))
@@ -98,13 +88,14 @@ class EncoderDecoder(Transformer):
 
     def encode(self, prefix: Tensor, reserve: int = 0) -> CrossCache:
         """Read the prefix (B, P), for each decoder layer. See Transformer.encode."""
-        cache = CrossCache(len(self.blocks), reserve)
-        valid = prefix != self.cfg.pad_id
-        valid = None if bool(valid.all()) else valid
+        n_layer = self.cfg.n_layer
+        cache = CrossCache(2 * n_layer, reserve)
+        valid = find_padding(prefix, self.cfg)
         cache.prefix_mask = None if valid is None else valid[:, None, None]
         x, rope, mask, causal = self.prepare_input(self.tok(prefix), None, "bidirectional", valid)
         memory = self.run_blocks(x, rope, mask, causal, None)  # (B, P, C)
-        cache.cross = [block.cross.read(memory, rope) for block in self.blocks]
+        for layer, block in enumerate(self.blocks, start=n_layer):
+            cache.k[layer], cache.v[layer] = block.cross.read(memory, rope)
         return cache
 
     def run_blocks(self, x, rope, mask, causal, cache):

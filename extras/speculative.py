@@ -28,7 +28,7 @@ class SamplerConfig(autoregressive.SamplerConfig):
     """Whose drafts are verified, and how many."""
 
     draft: str = setting("", "folder of extras.draft: same text, fewer calls", path=True)
-    draft_tokens: int = setting(0, "drafted in one call; 0: the fastest", maximum=15)
+    draft_tokens: int = setting(0, "drafted in one call; 0: one a mask", maximum=15)
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def generate(
     on_step: called with (step, tokens and drafts (B, T - 1), logits (B, T - 1, V), rows).
     """
     pad = model.cfg.pad_id
-    K = cfg.draft_tokens or model.drafts
+    K = cfg.draft_tokens or model.adapter.masks
     S = model.cfg.target_length - 1
     rows = torch.arange(len(prefix), device=prefix.device)
     index = torch.arange(K + 1, device=prefix.device)
@@ -128,12 +128,10 @@ def round_layout(C: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def read_round(model: DraftModel, cache, chain: Tensor, K: int) -> Tensor:
     """Return logits (B, C + C K, V) for a chain (B, C), with K masks after each of its tokens."""
-    B, C = chain.shape
+    C = chain.shape[1]
     number, offset, edges = (part.to(chain.device) for part in round_layout(C, K))
     tokens = F.pad(chain, (0, C * K))
-    position = cache.lengths[:, None] + offset  # (B, W)
-    hidden = model.read(tokens, number, position, cache.start(edges), cache)
-    return model.network.head(hidden)
+    return model.network.head(model.read(tokens, number, offset, edges, cache))
 
 
 def draw(logits: Tensor, cfg: SamplerConfig, rng: CounterRNG) -> tuple[Tensor, Tensor | None]:
@@ -173,12 +171,4 @@ def verify(
 
 def probabilities(logits: Tensor, cfg: SamplerConfig) -> Tensor:
     """Return what autoregressive.draw_next draws from, (B, T, V)."""
-    p = (logits / cfg.temperature).softmax(-1)
-    if not cfg.top_k and cfg.top_p == 1:
-        return p
-    ordered, order = p.sort(-1, descending=True)
-    keep = ordered.cumsum(-1) - ordered < cfg.top_p
-    if cfg.top_k:
-        keep[..., cfg.top_k :] = False
-    p = torch.zeros_like(p).scatter(-1, order, ordered * keep)
-    return p / p.sum(-1, keepdim=True)
+    return (autoregressive.truncate(logits, cfg) / cfg.temperature).softmax(-1)

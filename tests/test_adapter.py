@@ -15,15 +15,14 @@ from extras.adapter import (
     save_adapter,
 )
 from extras.speculative import read_round
-from model import KVCache
 
 IDS = torch.tensor([[1, 2, 3, 0, 4, 5], [5, 4, 0, 1, 1, 2]])
 EVERY = pytest.mark.parametrize("kind", KINDS, ids=str)
 
 
-def read(made: DraftModel, number: torch.Tensor, ids=IDS) -> torch.Tensor:
-    position = torch.arange(ids.shape[1]).expand_as(ids)
-    return made.read(ids, number, position, None, KVCache(2))
+def read(made: DraftModel, number: torch.Tensor) -> torch.Tensor:
+    cache = made.encode(IDS[:, :0], room=6)
+    return made.read(IDS, number, torch.arange(6), torch.ones(6, 6).tril().bool(), cache)
 
 
 @EVERY
@@ -34,27 +33,27 @@ def test_with_the_gate_off_it_is_the_network_to_the_bit(kind, dtype):
     empty = torch.zeros(2, 0, dtype=torch.long)
     none = torch.zeros(6, dtype=torch.long)
     with torch.no_grad():
-        expected = model.decode(model.encode(empty), IDS)
+        causal = torch.zeros(6, 6, dtype=torch.bool)  # as a mask: another kernel rounds differently
+        expected = model.decode(model.encode(empty), IDS, extra_edges=causal)
         assert torch.equal(made.network.head(read(made, none)), expected)
         read(made, torch.tensor([0, 0, 1, 2, 0, 0]))
-        assert torch.equal(made.network.decode(made.network.encode(empty), IDS), expected)
+        found = made.network.decode(made.network.encode(empty), IDS, extra_edges=causal)
+        assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("matrices", ["all", "attention", "mlp"])
 @torch.no_grad()
-def test_tokens_next_to_masks_are_the_networks_to_the_bit(matrices):
+def test_tokens_next_to_masks_are_the_networks_to_the_bit():
     """In one call with both kinds. The masks themselves depend on A, B, alpha and the vectors."""
-    made = drafter(network(), matrices=matrices)
+    made = drafter(network())
     number = torch.tensor([0, 0, 0, 0, 1, 2])
     mixed = read(made, number)
-    frozen = drafter(network(), matrices=matrices)
+    frozen = drafter(network())
     for name, p in frozen.named_parameters():
         if name.endswith("adapter_b"):
             nn.init.zeros_(p)
     assert torch.equal(mixed[:, :4], read(frozen, number)[:, :4])
     assert (mixed[:, 4:] - read(frozen, number)[:, 4:]).abs().amin((0, 2)).min() > 0
-    gated = [n for n, part in made.network.named_modules() if isinstance(part, GatedLinear)]
-    assert len(gated) == {"all": 8, "attention": 4, "mlp": 4}[matrices]
+    assert sum(isinstance(part, GatedLinear) for part in made.network.modules()) == 8
 
 
 @torch.no_grad()
@@ -105,8 +104,8 @@ def test_a_file_gives_the_same_drafts(tmp_path):
     for path in (tmp_path, tmp_path / FILE):
         found = load_adapter(path, model)
         assert found.adapter == made.adapter
-        for name, tensor in made.adapter_tensors().items():
-            assert torch.equal(found.adapter_tensors()[name], tensor.bfloat16().double())
+        for name, tensor in made.learned.items():
+            assert torch.equal(found.learned[name], tensor.bfloat16().double())
     assert (tmp_path / FILE).stat().st_size < 4 * sum(p.numel() for p in model.parameters())
 
 
@@ -118,12 +117,12 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path):
     other = network()
     other.blocks[1].mlp.down.weight.data[0, 0] += 1e-9
     cases = [(other, good, "belongs to another model .weights [0-9a-f]{12}, this model has")]
-    cases += [(model, good[:n], "damaged or not safetensors") for n in (0, 7, 100, len(good) - 1)]
+    cases += [(model, good[:n], "damaged, or no adapter") for n in (0, 7, 100, len(good) - 1)]
     for old, new, message in (
-        (b'rank\\": 3', b'rank\\": 4', "not fit rank 4 and 2 masks"),
-        (b'masks\\": 2', b'masks\\": 9', "mask_vectors.* not fit rank 3 and 9 masks"),
-        (b"ar2diff-a", b"ar2diff-b", "is no adapter"),
-        (b"adapter_a", b"adapter_c", "not fit rank 3 and 2 masks"),
+        (b'rank\\": 3', b'rank\\": 4', "not fit .*'rank': 4"),
+        (b'masks\\": 2', b'masks\\": 9', "mask_vectors.* not fit .*'masks': 9"),
+        (b"ar2diff-a", b"ar2diff-b", "no adapter"),
+        (b"adapter_a", b"adapter_c", "not fit"),
     ):
         assert old in good
         cases += [(model, good.replace(old, new), message)]

@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -18,23 +16,31 @@ import sample
 from data.mini import english
 from data.objectives import Batch, collate
 from extras import draft
-from extras.adapter import FILE, AdapterConfig
-from extras.draft import EVAL_BATCHES, DraftConfig, answer, draw_anchors, evaluate, read_masks
+from extras.adapter import FILE
+from extras.draft import (
+    EVAL_BATCHES,
+    STATE,
+    DraftConfig,
+    answer,
+    draw_anchors,
+    evaluate,
+    read_masks,
+)
 from extras.speculative import read_round
-from infra.checkpoint import save
+from infra.checkpoint import load, save
 from infra.logits import banned_token_ids
 from infra.rng import make_rng
 from model import ModelConfig, Transformer
 
 EVERY = pytest.mark.parametrize("kind", KINDS, ids=str)
 DEMO = sample.DEMO / "ar.pt"
-CFG = DraftConfig(prompts="-", anchors=8)
+CFG = DraftConfig(prompts="-")
 
 
 def answers(model, n: int) -> Batch:
     """The model's answers to n prompts."""
     asked = [[i for i in row if i != PAD] for row in prompts(n).tolist()]
-    pairs = answer(model, asked, CFG, range(n))
+    pairs = answer(model, asked, CFG, 0)
     return collate(pairs, range(n), PAD, model.cfg.sep_id, S + 1)
 
 
@@ -42,7 +48,7 @@ def answers(model, n: int) -> Batch:
 def test_an_answer_is_the_text_up_to_its_pad(kind):
     model = network(**kind)
     asked = [[1, 2, 3], [4], [5, 5, 2]]
-    for prompt, text in answer(model, asked, CFG, range(3)):
+    for prompt, text in answer(model, asked, CFG, 0):
         out = autoregressive.generate(model, torch.tensor([prompt]), autoregressive.SamplerConfig())
         assert text + [PAD] * (S - len(text)) == out.tokens[0].tolist() and PAD not in text
 
@@ -54,8 +60,8 @@ def test_masks_read_in_training_what_they_read_in_decoding(kind):
     model = network(**kind)
     made = drafter(model, masks=3)
     batch = answers(model, 12)
-    anchor, expected = draw_anchors(batch, CFG, model.cfg, make_rng(0, batch.example))
-    hidden, clean = (x.unflatten(1, (-1, 3)) for x in read_masks(made, batch, anchor, 3))
+    anchor, expected = draw_anchors(batch, 3, PAD, make_rng(0, batch.example))
+    hidden, clean = (x.unflatten(1, (-1, 3)) for x in read_masks(made, batch, anchor))
     drafted = model.head(hidden)
     checked = 0
     for b, n in product(range(12), range(anchor.shape[1])):
@@ -76,11 +82,11 @@ def test_masks_read_in_training_what_they_read_in_decoding(kind):
     assert checked > 20 and scored.sum() > checked and (expected[:, :, 0] < 0).any()
 
 
-def test_anchors_are_distinct_and_their_masks_expect_the_tokens_after_the_next():
+def test_anchors_are_distinct_and_their_masks_expect_the_tokens_after_the_next(monkeypatch):
+    monkeypatch.setattr(draft, "ANCHORS", 7)
     target = torch.tensor([[7, 10, 11, 12, PAD, PAD, PAD, PAD], [7, 10, 11, 12, 13, 14, 15, 16]])
     batch = Batch(torch.zeros(2, 0), target, torch.arange(2))
-    cfg = DraftConfig(prompts="-", adapter=AdapterConfig(masks=2), anchors=7)
-    anchor, expected = draw_anchors(batch, cfg, network().cfg, make_rng(0, batch.example))
+    anchor, expected = draw_anchors(batch, 2, PAD, make_rng(0, batch.example))
     found = [dict(zip(*pair)) for pair in zip(anchor.tolist(), expected.tolist())]
     assert [len(row) for row in found] == [7, 7]
     known = {0: [11, 12], 1: [12, PAD], 2: [PAD, -100]}
@@ -96,14 +102,13 @@ def test_anchors_are_distinct_and_their_masks_expect_the_tokens_after_the_next()
 def test_an_evaluation_counts_drafts_from_the_left():
     made = drafter(network(), masks=2)
     valid_set = SimpleNamespace(batch=lambda seed, step, size: answers(network(), 9 + step))
-    cfg = replace(CFG, adapter=made.adapter)
     shares, added = [[], []], [[], []]
     for step in range(EVAL_BATCHES):
         batch = valid_set.batch(0, step, 8)
         rng = make_rng(0, batch.example, step)
-        anchor, expected = draw_anchors(batch, cfg, made.cfg, rng)
+        anchor, expected = draw_anchors(batch, 2, PAD, rng)
         banned = banned_token_ids(made.cfg, "cpu")
-        logits = [made.network.head(x) for x in read_masks(made, batch, anchor, 2)]
+        logits = [made.network.head(x) for x in read_masks(made, batch, anchor)]
         right = [x.index_fill(-1, banned, -9e9).argmax(-1) for x in logits]
         right = (right[0] == right[1]).view(-1, 2).tolist()
         for r, e in zip(right, expected.view(-1, 2).tolist()):
@@ -112,7 +117,7 @@ def test_an_evaluation_counts_drafts_from_the_left():
             if e[0] >= 0:
                 added[0].append(1 + r[0])
                 added[1].append(1 + r[0] + (r[0] and r[1] and e[1] >= 0))
-    found = evaluate(made, valid_set, cfg)
+    found = evaluate(made, valid_set, CFG)
     assert found["accepted"] == pytest.approx([sum(x) / len(x) for x in shares], abs=1e-4)
     assert found["tokens_per_call"] == pytest.approx([sum(x) / len(x) for x in added], abs=1e-4)
     assert 0 < found["accepted"][0] < 1
@@ -121,16 +126,15 @@ def test_an_evaluation_counts_drafts_from_the_left():
 def test_the_losses_by_their_formulas():
     made = drafter(network(), masks=2)
     batch = answers(network(), 5)
-    cfg = replace(CFG, adapter=made.adapter)
     rng = make_rng(0, batch.example)
-    anchor, expected = draw_anchors(batch, cfg, made.cfg, rng)
+    anchor, expected = draw_anchors(batch, 2, PAD, rng)
     scored = expected.flatten(1) >= 0
-    parts = read_masks(made, batch, anchor, 2)
+    parts = read_masks(made, batch, anchor)
     log_q, log_p = (made.network.head(x)[scored].log_softmax(-1) for x in parts)
-    wanted = {"kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean()}
-    wanted["auto"] = -log_q.gather(-1, expected.flatten(1)[scored][:, None]).mean()
-    for loss, value in wanted.items():
-        found = draft.draft_loss(made, batch, replace(cfg, loss=loss), rng)
+    wanted = {"text": (log_p.exp() * (log_p - log_q)).sum(-1).mean()}
+    wanted["prompts"] = -log_q.gather(-1, expected.flatten(1)[scored][:, None]).mean()
+    for source, value in wanted.items():
+        found = draft.draft_loss(made, batch, DraftConfig(**{source: "-"}), rng)
         torch.testing.assert_close(found, value, rtol=1e-4, atol=0, check_dtype=False)
 
 
@@ -158,7 +162,7 @@ def place(tmp_path, monkeypatch):
 
 
 FLAGS = ["--init_from=ar.pt", "--device=cpu", "--rank=4", "--masks=2", "--batch_size=10"]
-FLAGS += ["--schedule=constant", "--learning_rate=1e-2", "--eval_interval=3"]
+FLAGS += ["--learning_rate=1e-2", "--eval_interval=3"]
 
 
 def train(out: str, *flags: str) -> dict:
@@ -184,9 +188,7 @@ def test_training_lowers_the_loss_and_gives_the_same_text_in_fewer_calls(place, 
     assert last["loss"] < 0.6 * early["loss"]
     assert last["tokens_per_call"][1] > early["tokens_per_call"][1] + 0.3
     assert last["accepted"][0] > early["accepted"][0] + 0.2
-    printed = capsys.readouterr().out
-    for part in ("61 of 61 answers", "held-out accepted", "min left", "0 drafts: 1.00 tokens"):
-        assert part in printed
+    capsys.readouterr()
     flags = [f"--init_from={DEMO}", "--device=cpu", "--prompt=fr eight hundred seven"]
     sample.main(flags)
     expected = capsys.readouterr()
@@ -197,25 +199,34 @@ def test_training_lowers_the_loss_and_gives_the_same_text_in_fewer_calls(place, 
     assert calls[1] < 0.8 * calls[0]
 
 
-def test_an_interrupted_run_continues_to_the_bit(place, capsys):
+def test_an_interrupted_run_continues_to_the_bit(place, monkeypatch):
+    """First among the answers, then among the steps."""
     train("a", "--max_steps=6")
-    train("b", "--max_steps=3")
-    lines = (place / "b" / "answers.jsonl").read_text()
-    (place / "b" / "answers.jsonl").write_text(lines[: len(lines) // 2])  # half a line
-    shutil.rmtree(place / "b" / "data")
+
+    def interrupt(name: str, call: int):
+        real = getattr(draft, name)
+        calls = iter(range(call))
+
+        def interrupted(*args):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(draft, name, interrupted)
+            train("b", "--max_steps=6")
+
+    interrupt("answer", 2)
+    assert len((place / "b" / "answers.jsonl").read_text().splitlines()) == 20
+    interrupt("draft_loss", 5)
+    assert load(place / "b" / STATE)["step"] == 3 and len(log(place / "b")) == 5
     train("b", "--max_steps=6")
     texts = [(place / out / "answers.jsonl").read_text() for out in "ab"]
-    assert texts[0] == texts[1] and same(tensors(place / "a"), tensors(place / "b"))
-    states = [torch.load(place / out / "state.pt") for out in "ab"]
+    assert texts[0] == texts[1] and log(place / "a") == log(place / "b")
+    states = [load(place / out / STATE) for out in "ab"]
     assert same(*states) and states[0]["step"] == 6
-    kept = ("step", "loss", "accepted")
-    assert [[e.get(k) for k in kept] for e in log(place / "a")] == [
-        [e.get(k) for k in kept] for e in log(place / "b")
-    ]
-    with pytest.raises(ValueError, match="cannot set rank=8: .* has rank=4; use --overwrite"):
+    with pytest.raises(ValueError, match="cannot set rank=8: .* has rank=4; use another --out_dir"):
         train("a", "--rank=8")
-    train("a", "--rank=8", "--overwrite", "--max_steps=1")
-    assert log(place / "a")[-1]["step"] == 1
 
 
 def test_json_lines_and_a_text_and_samples(place):
@@ -240,7 +251,7 @@ def test_json_lines_and_a_text_and_samples(place):
         ("--prompts=none.txt", "none.txt: no such file"),
         ("--prompts=empty.jsonl", "empty.jsonl: 0 usable lines, 2 are needed"),
         ("--prompts=long.txt", "a prompt has 27 tokens, the model reads at most 26 before 13"),
-        ("--prompts=p.txt --answer_tokens=39", "answer_tokens must be 2 to 38, got 39"),
+        ("--prompts=p.txt --answer_tokens=39", "the model reads at most 0 before 39"),
         ("--prompts=p.txt --text=p.txt", "give --prompts=FILE, or --text=FILE, and not both"),
         ("", "give --prompts=FILE"),
         ("--text=long.txt --answer_tokens=20", "fewer than block_size"),

@@ -91,7 +91,7 @@ def test_models_without_a_separator_run_everywhere(place, module, kind):
 def test_the_sampler_may_be_named(place, tmp_path):
     """A diffusion model from left to right, and an AR model with an adapter: the text is AR's."""
     model = load_model(place / "ar.pt")[0]
-    save_adapter(tmp_path / FILE, DraftModel(model, AdapterConfig(masks=2)), digest(model))
+    save_adapter(tmp_path / FILE, DraftModel(model, AdapterConfig()), digest(model))
     prompts = [BYTES.encode(text) for text in ("abc", "a", "xyz", "ab", "b")]
     for kind, flag, name in (
         ("frozen", "--sampler=ar", "ar"),
