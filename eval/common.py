@@ -23,7 +23,7 @@ from configurator import build, configure, flatten, read_settings, require, sett
 from data.loader import Pairs, build_if_missing, open_dataset
 from data.mini import TAGS
 from data.sources import parse_json, read_text
-from eval.metrics import interval, paired
+from eval.metrics import interval
 from infra.checkpoint import load, load_model, write_atomically
 from infra.device import autocast, has_fast_bf16, pick_device
 from sample import choose_sampler, sampler_configs
@@ -281,8 +281,7 @@ class TaskConfig(PairsConfig):
     source: str = setting("", "file of the examples, also .gz; default: held-out pairs", path=True)
     predictions: str = setting("", "score this JSON of {id: text or list of texts}", path=True)
     reference: bool = setting(False, "score the references, without a model")
-    items: bool = setting(True, "keep every answer in the JSON file, for --against")
-    against: str = setting("", "compare item by item with this JSON of another run", path=True)
+    items: bool = setting(True, "keep every answer in the JSON file")
 
     def __post_init__(self):
         super().__post_init__()
@@ -311,15 +310,6 @@ class TaskRun:
         self.examples = choose(examples(cfg), cfg.n, cfg.source or cfg.data)
         content = json.dumps(self.examples, sort_keys=True).encode()
         self.fingerprint = sha256(content).hexdigest()[:16]
-        self.other = self._read_other(cfg.against) if cfg.against else []
-
-    def _read_other(self, path: str) -> list:
-        found = parse_json(read_text(path), path)
-        found = found if isinstance(found, dict) else {}
-        same = (found.get("task"), found.get("examples")) == (self.task, self.fingerprint)
-        kind = f"the --json of eval.{self.task} on the same examples, with its items"
-        require(same and "items" in found, f"{path}: must be {kind}")
-        return [found["items"][example["id"]] for example in self.examples]
 
     def texts(self) -> tuple[list[str], dict]:
         """Return one text per example and the mean cost."""
@@ -359,25 +349,14 @@ class TaskRun:
         """
         result = {"task": self.task, "n": len(items)}
         header = [f"{self.task}, n = {len(items):,}", "value", "95% interval", "method"]
-        theirs = score(self.other, self.examples) if self.other else {}
-        if theirs:
-            header += [f"in {self.cfg.against}", "difference", "95% interval", "p"]
-            result["against"] = {"file": self.cfg.against}
         rows = []
         for name, metric in score(items, self.examples).items():
             *ends, method = interval(metric, RESAMPLES, self.cfg.seed)
             result |= {name: metric.value, f"{name}_interval": ends, f"{name}_interval_by": method}
-            row = [name, metric.show(metric.value), metric.show(*ends), method]
+            rows.append([name, metric.show(metric.value), metric.show(*ends), method])
             if metric.signature:
                 result.setdefault("signatures", {})[name] = metric.signature
                 notes += f"\n{name}: {metric.signature}"
-            if theirs:
-                other = theirs[name]
-                pair = paired(metric, other, RESAMPLES, self.cfg.seed)
-                result["against"][name] = {"theirs": other.value} | pair
-                row += map(metric.show, (other.value, pair["difference"]))
-                row += [metric.show(*pair["difference_interval"]), f"{pair['p']:.3g}"]
-            rows.append(row)
         if "calls_per_sample" in extra:
             notes += f"\n{cost_line(extra)}"
         result |= extra | {"examples": self.fingerprint, "resamples": RESAMPLES}
