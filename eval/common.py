@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +22,7 @@ from configurator import build, configure, flatten, read_settings, require, sett
 from data.loader import Pairs, build_if_missing, open_dataset
 from data.mini import TAGS
 from data.sources import parse_json, read_text
-from eval.metrics import interval
+from eval.metrics import Metric, interval
 from infra.checkpoint import load, load_model, write_atomically
 from infra.device import autocast, has_fast_bf16, pick_device
 from sample import choose_sampler, sampler_configs
@@ -308,8 +307,6 @@ class TaskRun:
         if not cfg.source and not cfg.data:
             cfg.data = training_data(self.state or load(cfg.init_from))
         self.examples = choose(examples(cfg), cfg.n, cfg.source or cfg.data)
-        content = json.dumps(self.examples, sort_keys=True).encode()
-        self.fingerprint = sha256(content).hexdigest()[:16]
 
     def texts(self) -> tuple[list[str], dict]:
         """Return one text per example and the mean cost."""
@@ -342,15 +339,11 @@ class TaskRun:
         found = dict(zip(places, texts))
         return [[found.get((i, k), "") for k in range(n_samples)] for i in range(n)], cost
 
-    def report(self, items: list, extra: dict, score: Callable, notes: str = "") -> dict:
-        """Write and print the result.
-
-        items: one JSON value per example. score(items, examples) -> {name: Metric}.
-        """
+    def report(self, items: list, metrics: dict[str, Metric], extra: dict, notes: str = "") -> dict:
+        """Write and print the result. items: the texts of each example."""
         result = {"task": self.task, "n": len(items)}
-        header = [f"{self.task}, n = {len(items):,}", "value", "95% interval", "method"]
         rows = []
-        for name, metric in score(items, self.examples).items():
+        for name, metric in metrics.items():
             *ends, method = interval(metric, RESAMPLES, self.cfg.seed)
             result |= {name: metric.value, f"{name}_interval": ends, f"{name}_interval_by": method}
             rows.append([name, metric.show(metric.value), metric.show(*ends), method])
@@ -359,11 +352,12 @@ class TaskRun:
                 notes += f"\n{name}: {metric.signature}"
         if "calls_per_sample" in extra:
             notes += f"\n{cost_line(extra)}"
-        result |= extra | {"examples": self.fingerprint, "resamples": RESAMPLES}
         settings = self.generator.settings() if self.generator else flatten(self.cfg)
+        result |= extra | {"resamples": RESAMPLES}
         result |= origin(self.task, self.argv, settings, self.state)
         if self.cfg.items:
             result["items"] = {e["id"]: item for e, item in zip(self.examples, items)}
+        header = [f"{self.task}, n = {len(items):,}", "value", "95% interval", "method"]
         return finish(self.cfg.json, result, markdown(header, rows) + notes)
 
 
