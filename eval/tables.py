@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import configure, run, setting
+from configurator import configure, require, run, setting
 from eval import real, study
 from eval.common import Settings, environment, markdown, read_lines, write_lines, write_text
 from eval.plots import plot_quality
@@ -104,6 +104,11 @@ def cell(lines: Lines, column: Column, row: str) -> str:
     digits = 1 if mean >= 10 or mean == 0 else 2
     low, middle, high = (f"{number:.{digits}f}" for number in (min(found), mean, max(found)))
     return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def ends(line: dict, metric: str) -> str:
+    factor = FACTORS.get(metric, 100)
+    return " to ".join(f"{factor * end:.1f}" for end in line[f"{metric}_interval"])
 
 
 def grid(heads: list[str], rows: dict[tuple, str], lines: Lines, columns: list[Column]) -> str:
@@ -219,12 +224,9 @@ def smollm2_table(lines: Lines) -> str:
     """Return SmolLM2-135M on SQuAD, one row per line."""
     rows = []
     for line in lines.values():
-        f1, low, high, exact = (
-            f"{100 * value:.1f}"
-            for value in (line["f1"], *line["f1_interval"], line["exact_match"])
-        )
+        f1, exact = (f"{100 * line[name]:.1f}" for name in ("f1", "exact_match"))
         calls = f"{line['calls_per_sample']:.1f}"
-        rows.append([line["job"], f1, f"{low} to {high}", exact, calls])
+        rows.append([line["job"], f1, ends(line, "f1"), exact, calls])
     return markdown(["row", "F1 %", "95% interval", "EM %", "network calls"], rows)
 
 
@@ -259,9 +261,8 @@ def real_task_table(task: str, lines: Lines) -> str:
     body = []
     for row in real.TASKS[task].rows(1):
         if line := lines.get(columns[0].jobs.format(1, plain(row))):
-            factor = FACTORS.get(columns[0].metric, 100)
-            ends = (f"{factor * end:.1f}" for end in line[f"{columns[0].metric}_interval"])
-            body.append([row, *(cell(lines, c, row) for c in columns), " to ".join(ends)])
+            interval = ends(line, columns[0].metric)
+            body.append([row, *(cell(lines, c, row) for c in columns), interval])
     heads = ["row", *(column.title for column in columns), "95% interval, seed 1"]
     return markdown(heads, body)
 
@@ -343,9 +344,8 @@ def quickstart(out: Path) -> str:
     lines = {}
     for path in sorted((out / "quickstart").glob("*.json")):
         lines[path.stem] = {"job": path.stem, **json.loads(path.read_text(encoding="utf-8"))}
-    missing = [name for name in QUICKSTART if name not in lines]
-    if missing:
-        raise ValueError(f"{out}/quickstart has no {', '.join(missing)}: run bash quickstart.sh")
+    missing = QUICKSTART.keys() - lines.keys()
+    require(not missing, f"{out}/quickstart has no {', '.join(missing)}: run bash quickstart.sh")
     write_lines(out / "quickstart.jsonl", lines.values())
     where = environment()
     table = quickstart_table(lines)

@@ -55,7 +55,7 @@ from eval import sandbox, sandbox_child
 from eval.sandbox import Limits, run_many
 if task["refuse"]:  # a system that gives no namespaces: unshare(2) is refused
     sandbox_child.LIBC.prctl(38, 1, 0, 0, 0)
-    assert sandbox_child.refuse_calls(tuple(task["refuse"])) == ["call-filter"]
+    assert sandbox_child.refuse_calls(*task["refuse"]) == ["call-filter"]
 own = os.path.join(task["folder"], "own")  # belongs to us, and only we may enter; files go to tmp
 os.mkdir(own, 0o700)
 port = socket.create_server(("127.0.0.1", 0))
