@@ -21,7 +21,7 @@ from tqdm import tqdm
 from configurator import build, configure, flatten, read_settings, require, setting, validate
 from data.loader import Pairs, build_if_missing, open_dataset
 from data.mini import TAGS
-from data.sources import parse_json, read_text
+from data.sources import parse_json, read_json_lines, read_text
 from eval.metrics import Metric, interval
 from infra.checkpoint import load, load_model, write_atomically
 from infra.device import autocast, has_fast_bf16, pick_device
@@ -151,18 +151,9 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_lines(path: str | Path, key: str = "what") -> list[dict]:
-    """Return the objects of a JSON-lines file, all with a key; [] if there is no file."""
-    text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
-    lines = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            lines.append(json.loads(line))
-            lines[-1][key]
-        except (ValueError, KeyError, TypeError):
-            fault = f"not a JSON object with {key!r}; remove the line"
-            raise ValueError(f"{path}:{number}: {fault}") from None
-    return lines
+def read_lines(path: str | Path) -> list[dict]:
+    """Return the objects of a JSON-lines file; [] if there is no file."""
+    return [line for _, line in read_json_lines(path)] if Path(path).is_file() else []
 
 
 def write_lines(path: str | Path, lines: Iterable[dict]) -> None:

@@ -154,7 +154,7 @@ def curve(cfg: DraftsConfig, model, prompts) -> dict:
     asked = DraftConfig(prompts=cfg.prompts, batch_size=settings["batch_size"])
     start = evaluate(untrained, open_dataset(folder / DATA, "valid"), asked)
     points = {0: start}
-    for entry in read_lines(folder / "log.jsonl", "step"):
+    for entry in read_lines(folder / "log.jsonl"):
         if "accepted" in entry:
             tokens = round(entry["step"] * settings["batch_size"] * mean)
             points[tokens] = {key: entry[key] for key in start}

@@ -41,7 +41,6 @@ class Limits(NamedTuple):
     seconds: float = 30.0  # wall clock, program and tests together
     cpu_seconds: int = 8  # does not depend on other processes; MBPP's slowest reference takes 2.5
     memory_mb: int = 1024  # MiB of address space
-    output_bytes: int = 1 << 20  # standard output and error together; they are a file too
     file_bytes: int = 1 << 24  # of one file, and of the folder if it is in memory
 
 
@@ -51,8 +50,8 @@ DEFAULT = Limits()
 def run_tests(program: str, tests: str, limits: Limits = DEFAULT) -> str:
     """Run the program, then the tests in its names. Return its status.
 
-    passed, failed (it or a test raised), not_python, timeout (wall clock or CPU), memory, output
-    (too much), exit (before its tests ended) or killed (by a signal). Raises ValueError for bad
+    passed, failed (it or a test raised), not_python, timeout (wall clock or CPU), memory, exit
+    (before its tests ended) or killed (by a signal). Raises ValueError for bad
     tests, OSError if the sandbox itself does not work.
     """
     return _run(program, tests, imports_of(tests), limits)[0]

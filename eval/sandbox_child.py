@@ -1,12 +1,12 @@
 """The process that eval/sandbox.py starts for each program.
 
-    python -s -S -B sandbox_child.py CPU_SECONDS MEMORY_MB OUTPUT_BYTES FILE_BYTES < job
+    python -s -S -B sandbox_child.py CPU_SECONDS MEMORY_MB FILE_BYTES < job
 
 It is a judge, which isolates itself, forks a player, and only then reads the job: the player's
 memory never holds the tests while the program runs. The player confines itself, runs the program,
 restores what the program may have replaced, and asks for the tests with a password. A second
-password comes with the tests and reports success. What the program prints goes to a file without
-a name. Slow imports are avoided.
+password comes with the tests and reports success. What the program prints is lost. Slow imports
+are avoided.
 """
 
 import ctypes
@@ -33,16 +33,14 @@ CLIP = 4000  # bytes of an answer; a pipe never splits a write below 4,096 bytes
 
 def main(argv: list[str]) -> None:
     """Judge one program. Ends by killing its process group."""
-    cpu, memory, output, size = map(int, argv)
+    cpu, memory, size = map(int, argv)
     facts = isolate(size) if LINUX else []
-    printed = os.open("printed", os.O_RDWR | os.O_CREAT)
-    os.unlink("printed")
     down_read, down = os.pipe()
     up, up_write = os.pipe()
     judge_id = os.getpid()
     player = os.fork()
     if player == 0:
-        facts += confine(down_read, up_write, printed, judge_id, "own-namespaces" in facts)
+        facts += confine(down_read, up_write, judge_id, "own-namespaces" in facts)
         set_limits(CPU=cpu, AS=memory << 20, FSIZE=size, NPROC=1, NOFILE=64, CORE=0)
         facts += refuse_calls(*CALLS[MACHINE]) if LINUX and MACHINE in CALLS else []
         os.write(up_write, " ".join(["ready", *facts]).encode() + b"\n")
@@ -52,7 +50,7 @@ def main(argv: list[str]) -> None:
     answers = os.fdopen(up, "rb")
     if ready := answers.readline(CLIP):
         os.write(1, ready)
-        os.write(1, judge(player, down, answers, printed, cpu, output).encode())
+        os.write(1, judge(player, down, answers, cpu).encode())
     os.killpg(0, 9)
 
 
@@ -85,13 +83,13 @@ def isolate(size: int) -> list[str]:
     return facts
 
 
-def confine(down: int, up: int, printed: int, judge_id: int, namespaces: bool) -> list[str]:
+def confine(down: int, up: int, judge_id: int, namespaces: bool) -> list[str]:
     """Drop files, environment and privileges. Returns what drop_user does."""
     if namespaces:  # show the processes of this namespace only; no suid, devices, exec
         LIBC.mount(b"proc", b"/proc", b"proc", 2 | 4 | 8, None)
     nothing = os.open(os.devnull, os.O_RDWR)
-    for fd, source in enumerate((nothing, printed, printed)):
-        os.dup2(source, fd)
+    for fd in range(3):
+        os.dup2(nothing, fd)
     for fd in range(3, 256):
         if fd not in (down, up):
             os.closerange(fd, fd + 1)
@@ -157,7 +155,7 @@ def set_limits(**limits: int) -> None:
             pass
 
 
-def judge(player, down, answers, printed, cpu, output) -> str:
+def judge(player, down, answers, cpu) -> str:
     """Send the program, then the tests, to the player. Return the status."""
     program, tests, modules = marshal.load(sys.stdin.buffer)
     passwords = [os.urandom(16).hex().encode() + b"\n" for _ in range(2)]
@@ -171,8 +169,6 @@ def judge(player, down, answers, printed, cpu, output) -> str:
         os.kill(player, 9)
     _, code, usage = os.wait4(player, 0)
     killed_by = os.WTERMSIG(code)  # 0 if it left by itself
-    if os.fstat(printed).st_size > output:
-        return "output"
     if tests_sent and answer == passwords[1]:
         return "passed"
     if killed_by == 24 or killed_by and usage.ru_utime + usage.ru_stime >= cpu:  # SIGXCPU

@@ -194,7 +194,7 @@ def quick(stage: Stage) -> Stage:
 
 def read_results(path: Path) -> dict[str, dict]:
     """Return job -> line of a JSON-lines file; empty if there is no file."""
-    return {line["job"]: line for line in read_lines(path, "job")}
+    return {line["job"]: line for line in read_lines(path)}
 
 
 def keep_weights(folder: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_text_that_parts_is_reported_with_its_place_and_margin(adapter, monkey
 
 def test_the_curve_starts_untrained_and_ends_at_the_last_evaluation(adapter):
     rows = measure("curve")["rows"]
-    log = read_lines("d/log.jsonl", "step")
+    log = read_lines("d/log.jsonl")
     assert list(rows)[0] == "0 tokens" and len(rows) == 2
     assert list(rows.values())[-1]["accepted"] == log[-1]["accepted"]
 

@@ -77,6 +77,6 @@ def test_a_line_that_is_no_result_is_named(tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"job": "one"}])
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write("{broken\n")
-    with pytest.raises(ValueError, match=r"a.jsonl:2: not a JSON object"):
+    with pytest.raises(ValueError, match="a.jsonl, line 2: not readable as JSON"):
         read_results(tmp_path / "a.jsonl")
     assert read_results(tmp_path / "none.jsonl") == {} and plain("L(1), x") == "l_1___x"
