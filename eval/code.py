@@ -3,7 +3,7 @@
     python -m eval.code --init_from=out/run/ckpt.pt --source=mbpp.jsonl --samples=80 --k=1,10,80 \\
         --run_code
     python -m eval.code --predictions=answers.json --source=HumanEval.jsonl.gz --run_code
-    python -m eval.code --reference --source=mbpp.jsonl --split=all
+    python -m eval.code --reference --source=mbpp.jsonl
 
 Without --source: the held-out pairs of the checkpoint's data set. Those of mini_code have unit
 tests, others are not run. Programs of a model run only with --run_code, in eval/sandbox.py. pass@k
@@ -30,7 +30,6 @@ INVALID = "\ufffd"  # the tokenizer decodes an invalid byte to this
 class CodeConfig(TaskConfig):
     samples: int = setting(1, "programs per problem", minimum=1, maximum=common.MAX_SAMPLES)
     k: str = setting("1", "the k of pass@k, such as 1,10,80")
-    split: str = setting("test", "of MBPP's task ids", choices=("all", *mbpp.SPLITS))
     run_code: bool = setting(False, "run the programs of a model in the sandbox")
 
     def __post_init__(self):
@@ -50,7 +49,7 @@ def examples(cfg: CodeConfig) -> list[dict]:
     continues: a completion continues the prefix (HumanEval, python_pairs), else it is a program.
     """
     if cfg.source:
-        found = [e for e in mbpp.read(cfg.source) if cfg.split in ("all", e["split"])]
+        found = [e for e in mbpp.read(cfg.source) if e["split"] == "test"]
         return [e | {"continues": mbpp.program(e, "") != ""} for e in found]
     found = common.held_out(cfg.data, "code")
     is_mini = common.is_mini(common.open_pairs(cfg.data))

@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from itertools import product, zip_longest
 from pathlib import Path
 
@@ -63,7 +62,6 @@ def prepare() -> None:
 
     Raises ValueError with the remedy if a package or the raw files are missing.
     """
-    require(find_spec("gguf"), "gguf is missing: pip install --no-deps gguf")
     resolve_source(MODEL)
     for folder in ("squad", "mbpp", "multi30k", "tatoeba", "text"):
         remedy = f"link a folder with the raw files: ln -s FOLDER {SOURCES}"

@@ -84,13 +84,6 @@ N = 200  # steps of adaptation
 TUNE_STEPS = 200
 SCRATCH_STEPS = 300  # diffusion pretraining of Table 1
 SAMPLED_ITEMS = 200  # of Table 3: an item costs up to 160 network calls there
-QUICK = {  # more flags of each command, to test that it starts
-    "train.py": "--max_steps=20 --batch_size=2 --grad_accum_steps=1 --eval_batches=1"
-    " --eval_interval=20",
-    "eval.translation": "--n=10",
-    "eval.qa": "--n=10",
-    "eval.code": "--n=10 --samples=1 --k=1",
-}
 
 
 # Rows of the tables
@@ -182,13 +175,6 @@ def jobs(seeds: int) -> Iterator[Job]:
             yield Job(f"{name}_table1_{arch}_{objective}", judge(seed, row, task))
 
 
-def quick(stage: Stage) -> Stage:
-    """Return the stage, and those before it, with 20 steps of training and 10 items."""
-    program = stage.argv[1] if stage.argv[0] == "-m" else stage.argv[0]
-    more = QUICK.get(program, "").split()
-    return Stage(stage.name, (*stage.argv, *more), stage.source and quick(stage.source))
-
-
 # Running
 
 
@@ -221,9 +207,8 @@ class Runner:
     def __init__(self, path: Path, out: Path):
         self.path = path
         self.out = out
-        self.stage_locks: dict[str, threading.Lock] = {}
+        self.locks: dict[str, threading.Lock] = {}  # by folder
         self.failed: set[str] = set()  # folders
-        self.file_lock = threading.Lock()
 
     def run(self, jobs: list[Job], lanes: int) -> None:
         """Run every job whose line is missing or has another recipe."""
@@ -234,25 +219,26 @@ class Runner:
             print(f"settings changed since the line was written, run again: {', '.join(changed)}")
         failed = []
         with ThreadPoolExecutor(lanes) as pool:
-            running = {pool.submit(self._run_job, job): job.name for job in todo}
+            running = {pool.submit(self._run_stage, job.stage): job for job in todo}
             try:
                 for future in tqdm(as_completed(running), total=len(todo), unit="job"):
+                    job = running[future]
                     if error := future.exception():
-                        failed.append(f"{running[future]} ({error})")
+                        failed.append(f"{job.name} ({error})")
+                    else:
+                        self._add_line(job)
             except KeyboardInterrupt:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         require(not failed, f"{len(failed)} jobs failed; the first: {' '.join(failed[:1])}")
 
-    def _run_job(self, job: Job) -> None:
-        self._run_stage(job.stage)
+    def _add_line(self, job: Job) -> None:
         result = json.loads((self.out / f"{job.stage.folder}.json").read_text(encoding="utf-8"))
-        with self.file_lock:
-            if "items" in result:
-                write_answers(self.path.parent / "predictions" / f"{job.name}.json.gz", result)
-            lines = read_results(self.path)
-            lines[job.name] = {"job": job.name, "recipe": job.stage.recipe, **result}
-            write_lines(self.path, lines.values())
+        if "items" in result:
+            write_answers(self.path.parent / "predictions" / f"{job.name}.json.gz", result)
+        lines = read_results(self.path)
+        lines[job.name] = {"job": job.name, "recipe": job.stage.recipe, **result}
+        write_lines(self.path, lines.values())
 
     def _run_stage(self, stage: Stage) -> None:
         """Run a command and those before it, unless an earlier call finished it."""
@@ -260,7 +246,7 @@ class Runner:
             self._run_stage(stage.source)
         done = self.out / f"{stage.folder}.done"
         log = done.with_suffix(".log")
-        with self.stage_locks.setdefault(stage.folder, threading.Lock()):
+        with self.locks.setdefault(stage.folder, threading.Lock()):
             if not done.exists() and stage.folder not in self.failed:
                 self.out.mkdir(parents=True, exist_ok=True)
                 with open(log, "w", encoding="utf-8") as file:

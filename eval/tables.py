@@ -2,7 +2,6 @@
 
     python -m eval.tables --scale=mini           # two CPU cores, 3 hours; run it again to resume
     python -m eval.tables --scale=real           # 12 hours; the raw files are in out/real/sources
-    python -m eval.tables --scale=real --quick   # every job for 20 steps, to test that it starts
     python -m eval.tables --quickstart           # the evaluations of quickstart.sh
 
 mini: three generated tasks. real: SQuAD, Multi30k and MBPP, see eval/real.py. A cell is the mean
@@ -85,7 +84,6 @@ class TablesConfig(Settings):
     quickstart: bool = setting(False, "the table of quickstart.sh, from out/quickstart/")
     seeds: int = setting(3, "training seeds, from 1", minimum=1, maximum=9)
     lanes: int = setting(2, "jobs at a time", minimum=1)
-    quick: bool = setting(False, "20 steps of training, 10 items, one seed")
 
 
 # Cells
@@ -373,14 +371,10 @@ def main(argv: list[str]) -> None:
         print(quickstart(Path("out")))
         return
     module, models, name, tables = SCALES[cfg.scale]
-    module.prepare()
-    jobs = list(module.jobs(1 if cfg.quick else cfg.seeds))
     path = Path("results", name)
-    if cfg.quick:
-        jobs = [job._replace(stage=study.quick(job.stage)) for job in jobs]
-        path = Path("out/tables/quick", name)
+    module.prepare()
     try:
-        Runner(path, Path(models)).run(jobs, cfg.lanes)
+        Runner(path, Path(models)).run(list(module.jobs(cfg.seeds)), cfg.lanes)
     finally:  # a failed job does not hide the others
         print("\n\n".join(table(read_results(path)) for table in tables))
 

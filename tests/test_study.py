@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from eval_models import quick
 
-from eval import study
+from eval import study, tables
 from eval.study import Job, Row, Runner, Stage, judge, read_results
 
 ROOT = Path(__file__).parent.parent
@@ -117,10 +118,10 @@ def test_a_failed_stage_is_tried_once_and_stops_only_what_needs_it(tmp_path, ran
 @pytest.mark.slow
 def test_every_kind_of_job_starts(tmp_path, monkeypatch):
     """All jobs of one mini task for 20 steps, with real commands."""
-    from eval import tables
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "TASKS", {"mini_code": study.TASKS["mini_code"]})
-    tables.main(["--scale=mini", "--quick"])
-    lines = read_results(Path("out/tables/quick/study.jsonl"))
+    jobs = [Job(job.name, quick(job.stage)) for job in study.jobs(1)]
+    monkeypatch.setattr(study, "jobs", lambda seeds: jobs)
+    tables.main(["--scale=mini"])
+    lines = read_results(Path("results/study.jsonl"))
     assert len(lines) == 8 + 5 + 4 and all("pass@1" in line for line in lines.values())
