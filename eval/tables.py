@@ -46,28 +46,6 @@ REAL_METRICS = {
 CURVES = ("squad", "multi30k")  # tasks that are judged with other steps, candidates and samplers
 # A metric that is not here is a share, shown in percent.
 FACTORS = {"bleu": 1, "chrf": 1, "calls_per_sample": 1, "seconds_per_sample": 1000}
-# The paper's WMT14 En-Fr BLEU, SQuAD F1 and MBPP pass@80, size Base. Its N is 10K and 100K of 1M
-# steps. Its diffusion model has as many steps as its AR model, which is twice the FLOPs.
-PAPER_1 = {
-    ("encoder_decoder", "prefix_lm"): "27.6, 75.8, 0.0",
-    ("decoder_only", "prefix_lm"): "29.8, 77.4, 12.2",
-    ("encoder_decoder", "span_corruption"): "28.7, 78.2, 0.0",
-    ("decoder_only", "span_corruption"): "29.1, 80.6, 11.1",
-}
-PAPER_2 = {
-    "AR": "33.27, 68.11, 5.5",
-    "diffusion, equal FLOPs": "29.83, 77.41, 12.2",
-    "AR2Diff_0": "29.62, 64.77, 1.1",
-    "AR2Diff_N": "29.41, 68.12, 4.4",
-    "AR2Diff_2N": "29.92, 71.87, 7.7",
-}
-PAPER_3 = {  # without BLEU
-    (5, 8): "77.41, 5.5",
-    (10, 8): "77.41, 12.2",
-    (20, 8): "77.72, 16.7",
-    (10, 4): "77.51, 11.1",
-    (10, 16): "77.13, 13.3",
-}
 PAPER = "paper: BLEU, F1, pass@80"
 QUICKSTART = {
     "ar_finetune": "AR",
@@ -131,7 +109,7 @@ def real_columns(task: str, row: str = "{}", end: str = "") -> list[Column]:
 
 def table_1(lines: Lines) -> str:
     """Architecture x objective, diffusion from scratch."""
-    rows = {(*names, paper): "_".join(["table1", *names]) for names, paper in PAPER_1.items()}
+    rows = {(*names, paper): "_".join(["table1", *names]) for names, paper in study.PAPER_1.items()}
     return grid(["architecture", "objective", PAPER], rows, lines, MINI_COLUMNS)
 
 
@@ -141,14 +119,14 @@ def table_2(lines: Lines) -> str:
         Column("calls", TRANSLATION, "calls_per_sample"),
         Column("ms a text", TRANSLATION, "seconds_per_sample"),
     ]
-    rows = {(label, PAPER_2.get(label, "")): label for label in study.ROWS}
+    rows = {(label, study.PAPER_2.get(label, "")): label for label in study.ROWS}
     return grid(["row", PAPER], rows, lines, MINI_COLUMNS + costs)
 
 
 def table_3(lines: Lines) -> str:
     """Steps x samples: the paper's diffusion model, our AR2Diff_N. All samples cost calls."""
     rows = {}
-    for (steps, samples), paper in PAPER_3.items():
+    for (steps, samples), paper in study.PAPER_3.items():
         rows[f"{steps}", f"{samples}", f"{steps * samples}", paper] = f"table3_{steps}_{samples}"
     heads = ["steps", "samples", "calls", "paper: F1, pass@80"]
     return grid(heads, rows, lines, MINI_COLUMNS)
@@ -184,7 +162,7 @@ def few_steps_table(lines: Lines) -> str:
 def choices_table(lines: Lines, main: Lines) -> str:
     """Samplers, steps and candidates: quality, and network calls of a translated text."""
     rows = labels(lines, "exit_")
-    for steps, samples in PAPER_3:
+    for steps, samples in study.PAPER_3:
         rows[f"--steps={steps} --candidates={samples}",] = f"table3_{steps}_{samples}"
     columns = [
         Column("calls", TRANSLATION, "calls_per_sample"),

@@ -3,11 +3,8 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from eval import tables
-from eval.common import write_lines
-from eval.study import plain, read_results
+from eval.study import read_results
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,12 +68,3 @@ def test_the_quickstart_becomes_lines_a_table_and_a_picture(tmp_path):
     assert len(read_results(tmp_path / "quickstart.jsonl")) == 6
     assert "AR2Diff_300" in (tmp_path / "quickstart.md").read_text()
     assert (tmp_path / "quality.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_line_that_is_no_result_is_named(tmp_path):
-    write_lines(tmp_path / "a.jsonl", [{"job": "one"}])
-    with open(tmp_path / "a.jsonl", "a") as file:
-        file.write("{broken\n")
-    with pytest.raises(ValueError, match="a.jsonl, line 2: not readable as JSON"):
-        read_results(tmp_path / "a.jsonl")
-    assert read_results(tmp_path / "none.jsonl") == {} and plain("L(1), x") == "l_1___x"
