@@ -56,8 +56,7 @@ def examples(cfg: CodeConfig) -> list[dict]:
     for example in found:
         if is_mini:
             example["tests"] = mini.code_tests(example)
-        body = parse_python(example["target"] + "\n") is None
-        example["continues"] = body and is_python(example["prefix"], example["target"])
+        example["continues"] = is_python(example["prefix"], example["target"])
     return found
 
 

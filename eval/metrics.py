@@ -72,11 +72,6 @@ class Metric(NamedTuple):
     def value(self) -> float:
         return self.score(self.rows.sum(0))
 
-    @property
-    def is_share(self) -> bool:
-        """Return whether it is a mean of zeros and ones."""
-        return self.score is _ratio and bool(np.isin(self.rows[:, 0], (0, 1)).all())
-
     def show(self, *values: float) -> str:
         """Return a value, or an interval: 91.2% to 95.0%."""
         return " to ".join(f"{value:.1%}" if self.percent else f"{value:.2f}" for value in values)
@@ -130,10 +125,11 @@ def interval(metric: Metric, resamples: int, seed: int) -> tuple[float, float, s
     A share has Wilson's interval, because a bootstrap of zeros only has no width. Other metrics
     have a bootstrap over the items (Koehn 2004); seed and N choose the draws.
     """
-    if metric.is_share:
-        return *wilson(int(metric.rows[:, 0].sum()), len(metric.rows)), "wilson"
-    n = len(metric.rows)
+    rows = metric.rows
+    n = len(rows)
+    if metric.score is _ratio and np.isin(rows[:, 0], (0, 1)).all():  # a mean of zeros and ones
+        return *wilson(int(rows[:, 0].sum()), n), "wilson"
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
-    scores = list(map(metric.score, counts @ metric.rows))
+    scores = list(map(metric.score, counts @ rows))
     low, high = np.percentile(scores, (2.5, 97.5))
     return float(low), float(high), "bootstrap"

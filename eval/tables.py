@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from configurator import configure, require, run, setting
 from eval import real, study
-from eval.common import Settings, environment, markdown, read_lines, write_lines, write_text
+from eval.common import Settings, markdown, read_lines, write_lines, write_text
 from eval.plots import plot_quality
 from eval.study import Runner, plain, read_results
 
@@ -320,13 +320,11 @@ def quickstart(out: Path) -> str:
     lines = {}
     for path in sorted((out / "quickstart").glob("*.json")):
         lines[path.stem] = {"job": path.stem, **json.loads(path.read_text(encoding="utf-8"))}
-    missing = QUICKSTART.keys() - lines.keys()
+    missing = [name for name in QUICKSTART if name not in lines]
     require(not missing, f"{out}/quickstart has no {', '.join(missing)}: run bash quickstart.sh")
     write_lines(out / "quickstart.jsonl", lines.values())
-    where = environment()
     table = quickstart_table(lines)
-    origin = f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}"
-    write_text(out / "quickstart.md", f"{table}\n\n{origin}\n")
+    write_text(out / "quickstart.md", f"{table}\n")
     series = {}
     for row in list(QUICKSTART)[2:]:
         jobs = [job for job in lines if job == row or job.startswith(f"{row}_")]

@@ -52,17 +52,11 @@ def test_the_kept_studies_fill_their_tables():
     assert choices["--steps=50 --temperature=0"][0] == "3.77 (3.58 to 3.87)"
 
 
-def quickstart_files(out: Path, names) -> None:
-    for i, name in enumerate(names):
-        result = {"exact_match": 0.5, "interval": [0.4, 0.6], "calls_per_sample": 10.0 + i}
-        tables.write_text(str(out / f"quickstart/{name}.json"), json.dumps(result | COST))
-
-
-COST = {"seconds_per_sample": 0.0125}
-
-
 def test_the_quickstart_becomes_lines_a_table_and_a_picture(tmp_path):
-    quickstart_files(tmp_path, [*tables.QUICKSTART, "zero_finetune_4"])
+    for i, name in enumerate([*tables.QUICKSTART, "zero_finetune_4"]):
+        result = {"exact_match": 0.5, "interval": [0.4, 0.6], "calls_per_sample": 10.0 + i}
+        result["seconds_per_sample"] = 0.0125
+        tables.write_text(tmp_path / f"quickstart/{name}.json", json.dumps(result))
     found = cells(tables.quickstart(tmp_path))
     assert found["AR"] == ["50.0%", "40.0% to 60.0%", "10.0", "12.5"] and len(found) == 2 + 5
     assert len(read_results(tmp_path / "quickstart.jsonl")) == 6
