@@ -223,7 +223,8 @@ def real_table(lines: Lines) -> str:
     for label, names in REAL_ROWS.items():
         cells = []
         for task in tasks:
-            score, *_, calls = (cell(lines, c, names.get(task, label)) for c in real_columns(task))
+            first, *_, last = real_columns(task)
+            score, calls = (cell(lines, c, names.get(task, label)) for c in (first, last))
             cells.append(score if score == "-" else f"{score} in {calls}")
         if set(cells) != {"-"}:
             body.append([label, *cells])
