@@ -31,7 +31,7 @@ from eval.common import PairsConfig, Settings, batched, choose, finish, open_pai
 from infra.checkpoint import load_model
 from infra.device import pick_device
 from infra.logits import banned_token_ids
-from infra.rng import RATE, CounterRNG, make_rng
+from infra.rng import RATE, CounterRNG
 
 
 @dataclass
@@ -50,17 +50,10 @@ class BoundEvalConfig(PairsConfig, BoundConfig):
 # Nats of each slot
 
 
-def slot_nats(model, batch: Batch, seed: int, rate: float | None = None) -> Tensor:
-    """Return nats per slot (B, T - 1): -log p of AR, L(1) of diffusion at a corruption rate."""
-    model_cfg = model.cfg
-    target = batch.target
-    if model_cfg.paradigm == "ar":
-        logits = model(batch.prefix, target)[:, :-1]  # (B, T - 1, V)
-    else:
-        rates = torch.full((len(target), 1), rate, device=target.device)
-        canvas = corrupt(target, rates, model_cfg, make_rng(seed, batch.example))
-        logits = align_logits(model(batch.prefix, canvas), model_cfg.shift)
-    return F.cross_entropy(logits.float().transpose(1, 2), target[:, 1:], reduction="none")
+def slot_nats(model, batch: Batch) -> Tensor:
+    """Return -log p of an AR model per slot (B, T - 1)."""
+    logits = model(batch.prefix, batch.target)[:, :-1]  # (B, T - 1, V)
+    return F.cross_entropy(logits.float().transpose(1, 2), batch.target[:, 1:], reduction="none")
 
 
 def step_nats(logits: Tensor, clean: Tensor, noisy: Tensor, t: int, cfg, model_cfg) -> Tensor:
@@ -146,7 +139,7 @@ def split_nats(model, pairs: list, examples: Sequence[int], batch_size: int, nat
 def target_nats(model, pairs, examples, cfg: BoundConfig, batch_size: int = 64, seed: int = 0):
     """Return split_nats: exact for AR, an unbiased estimate of the bound for diffusion."""
     exact = model.cfg.paradigm == "ar"
-    nats_of = partial(slot_nats, seed=seed) if exact else partial(bound_nats, cfg=cfg, seed=seed)
+    nats_of = slot_nats if exact else partial(bound_nats, cfg=cfg, seed=seed)
     return split_nats(model, pairs, examples, batch_size, nats_of)
 
 

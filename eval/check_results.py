@@ -18,13 +18,13 @@ from configurator import configure, run, setting, suggest
 from eval.common import write_text
 from eval.tables import TABLES
 
+PAGES = ("README.md", "results/*.md", "docs/*.md")
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 ORIGIN = ("command", "seed", "commit", "hardware", "torch", "python")
 
 
 @dataclass
 class CheckConfig:
-    pages: str = setting("README.md results/*.md docs/*.md", "files and patterns")
     write: bool = setting(False, "rewrite the tables of the pages")
 
 
@@ -64,7 +64,7 @@ def without_origin(path: Path) -> list[str]:
     found = []
     for number, line in enumerate(lines, 1):
         entry = json.loads(line)
-        known = {**entry.get("settings", {}), **entry.get("origin", {}), **entry}
+        known = entry.get("settings", {}) | entry.get("origin", {}) | entry
         missing = [key for key in ORIGIN if known.get(key) in (None, "", "unknown")]
         if missing:
             found.append(f"{path}:{number}: has no {', '.join(missing)}")
@@ -75,9 +75,7 @@ def main(argv: list[str]) -> None:
     """Compare or rewrite all pages."""
     cfg = configure(CheckConfig, argv)
     results = Path("results")
-    pages = [page for pattern in cfg.pages.split() for page in sorted(Path().glob(pattern))]
-    if not pages:
-        raise ValueError(f"{cfg.pages}: no such page")
+    pages = [page for pattern in PAGES for page in sorted(Path().glob(pattern))]
     if cfg.write:
         for page in pages:
             write_text(page, rewrite(page, results))
@@ -86,8 +84,6 @@ def main(argv: list[str]) -> None:
     files = [path for path in sorted(results.iterdir()) if path.suffix in (".json", ".jsonl")]
     found += [line for path in files for line in without_origin(path)]
     tables = sum(len(BLOCK.findall(page.read_text(encoding="utf-8"))) for page in pages)
-    if not tables:
-        found.append(f"{cfg.pages}: no tables to compare")
     print("\n".join(found) or f"{tables} tables match {len(files)} files of results")
     if found:
         sys.exit("the pages differ from their results; --write rewrites the tables")

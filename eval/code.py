@@ -3,17 +3,17 @@
     python -m eval.code --init_from=out/run/ckpt.pt --source=mbpp.jsonl --samples=80 --k=1,10,80 \\
         --run_code
     python -m eval.code --predictions=answers.json --source=mbpp.jsonl --run_code
-    python -m eval.code --reference --source=mbpp.jsonl --split=all
+    python -m eval.code --reference --source=mbpp.jsonl
 
 Without --source: the held-out pairs of the checkpoint's data set. Those of mini_code have unit
 tests, others are not run. Programs of a model run only with --run_code, in eval/sandbox.py. pass@k
 is estimated from all samples (Codex, arXiv 2107.03374).
 """
 
+import itertools
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 
 from configurator import require, run, setting
 from data import mbpp, mini
@@ -30,7 +30,6 @@ INVALID = "\ufffd"  # the tokenizer decodes an invalid byte to this
 class CodeConfig(TaskConfig):
     samples: int = setting(1, "programs per problem", minimum=1, maximum=common.MAX_SAMPLES)
     k: str = setting("1", "the k of pass@k, such as 1,10,80")
-    split: str = setting("test", "of MBPP's task ids", choices=("all", *mbpp.SPLITS))
     run_code: bool = setting(False, "run the programs of a model in the sandbox")
 
     def __post_init__(self):
@@ -50,15 +49,14 @@ def examples(cfg: CodeConfig) -> list[dict]:
     continues: a completion continues the prefix (python_pairs), else it is a program.
     """
     if cfg.source:
-        found = [e for e in mbpp.read(cfg.source) if cfg.split in ("all", e["split"])]
+        found = [e for e in mbpp.read(cfg.source) if e["split"] == "test"]
         return [e | {"continues": False} for e in found]
     found = common.held_out(cfg.data, "code")
     is_mini = common.is_mini(common.open_pairs(cfg.data))
     for example in found:
         if is_mini:
             example["tests"] = mini.code_tests(example)
-        body = parse_python(example["target"] + "\n") is None
-        example["continues"] = body and is_python(example["prefix"], example["target"])
+        example["continues"] = is_python(example["prefix"], example["target"])
     return found
 
 
@@ -79,32 +77,26 @@ def parses(completion: str, example: dict) -> bool:
     return not blank and parse_python(program(completion, example) + "\n") is not None
 
 
-def score(samples: list[list[str]], asked: list[dict]) -> tuple[list[dict], dict[str, int]]:
-    """Return counts per problem, and how many samples had each outcome of the sandbox."""
-    items = []
-    for texts, example in zip(samples, asked):
-        parsed = sum(parses(text, example) for text in texts)
-        items.append({"samples": len(texts), "parsed": parsed, "completions": texts})
-    if "tests" not in asked[0]:
-        return items, {}
-    jobs = {}  # equal samples of a problem run once
-    for i, example in enumerate(asked):
-        jobs |= {(i, text): (program(text, example), example["tests"]) for text in samples[i]}
-    outcomes = dict(zip(jobs, sandbox.run_many(list(jobs.values()))))
-    statuses = Counter()
-    for i, texts in enumerate(samples):
-        items[i]["passed"] = sum(outcomes[i, text] == "passed" for text in texts)
-        statuses.update(outcomes[i, text] for text in texts)
-    return items, dict(statuses.most_common())
+def score(samples: list, asked: list[dict], ks: list[int]) -> tuple[dict[str, Metric], dict]:
+    """Return means over problems, and how many samples had each outcome of the sandbox.
 
-
-def metrics_of(items: list[dict], asked: list[dict], ks: list[int]) -> dict[str, Metric]:
-    """Return means over problems: pass@k if there are tests, and the share that parses."""
+    The means: pass@k if there are tests, and the share that parses.
+    """
+    n = len(samples[0])
     metrics = {}
-    for k in ks if "tests" in asked[0] else ():
-        values = [pass_at_k(item["samples"], item["passed"], k) for item in items]
-        metrics[f"pass@{k}"] = mean(values)
-    return metrics | {"parse": mean([item["parsed"] / item["samples"] for item in items])}
+    outcomes = Counter()
+    if "tests" in asked[0]:
+        jobs = {}  # equal samples of a problem run once
+        for i, example in enumerate(asked):
+            jobs |= {(i, text): (program(text, example), example["tests"]) for text in samples[i]}
+        found = dict(zip(jobs, sandbox.run_many(list(jobs.values()))))
+        statuses = [[found[i, text] for text in texts] for i, texts in enumerate(samples)]
+        outcomes.update(itertools.chain(*statuses))
+        for k in ks:
+            passed = [row.count("passed") for row in statuses]
+            metrics[f"pass@{k}"] = mean([pass_at_k(n, c, k) for c in passed])
+    parsed = [sum(parses(text, e) for text in texts) / n for texts, e in zip(samples, asked)]
+    return metrics | {"parse": mean(parsed)}, dict(outcomes.most_common())
 
 
 def main(argv: list[str]) -> dict:
@@ -117,16 +109,14 @@ def main(argv: list[str]) -> dict:
     if task.generator and cfg.samples > 1:
         sampler = task.generator.sampler
         differ = hasattr(sampler, "steps") or sampler.temperature > 0
-        require(
-            differ, f"--samples={cfg.samples} at temperature 0 are equal; try --temperature=0.8"
-        )
+        fault = f"--samples={cfg.samples} at temperature 0 are equal; try --temperature=0.8"
+        require(differ, fault)
     samples, cost = task.samples(cfg.samples)
     n = len(samples[0])
     require(cfg.ks[-1] <= n, f"pass@{cfg.ks[-1]} needs more samples of each problem, got {n}")
-    items, statuses = score(samples, task.examples)
-    notes = "".join(f"\n{status}: {n}" for status, n in statuses.items())
-    extra = {"samples": n, "outcomes": statuses} | cost
-    return task.report(items, extra, partial(metrics_of, ks=cfg.ks), notes)
+    metrics, outcomes = score(samples, task.examples, cfg.ks)
+    notes = "".join(f"\n{status}: {count}" for status, count in outcomes.items())
+    return task.report(samples, metrics, {"samples": n, "outcomes": outcomes} | cost, notes)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +21,8 @@ from tqdm import tqdm
 from configurator import build, configure, flatten, read_settings, require, setting, validate
 from data.loader import Pairs, build_if_missing, open_dataset
 from data.mini import TAGS
-from data.sources import parse_json, read_text
-from eval.metrics import interval, paired
+from data.sources import parse_json, read_json_lines, read_text
+from eval.metrics import Metric, interval
 from infra.checkpoint import load, load_model, write_atomically
 from infra.device import autocast, has_fast_bf16, pick_device
 from sample import choose_sampler, sampler_configs
@@ -152,18 +151,9 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_lines(path: str | Path, key: str = "what") -> list[dict]:
-    """Return the objects of a JSON-lines file, all with a key; [] if there is no file."""
-    text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
-    lines = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            lines.append(json.loads(line))
-            lines[-1][key]
-        except (ValueError, KeyError, TypeError):
-            fault = f"not a JSON object with {key!r}; remove the line"
-            raise ValueError(f"{path}:{number}: {fault}") from None
-    return lines
+def read_lines(path: str | Path) -> list[dict]:
+    """Return the objects of a JSON-lines file; [] if there is no file."""
+    return [line for _, line in read_json_lines(path)] if Path(path).is_file() else []
 
 
 def write_lines(path: str | Path, lines: Iterable[dict]) -> None:
@@ -273,8 +263,7 @@ class TaskConfig(PairsConfig):
     source: str = setting("", "file of the examples, also .gz; default: held-out pairs", path=True)
     predictions: str = setting("", "score this JSON of {id: text or list of texts}", path=True)
     reference: bool = setting(False, "score the references, without a model")
-    items: bool = setting(True, "keep every answer in the JSON file, for --against")
-    against: str = setting("", "compare item by item with this JSON of another run", path=True)
+    items: bool = setting(True, "keep every answer in the JSON file")
 
     def __post_init__(self):
         super().__post_init__()
@@ -301,17 +290,6 @@ class TaskRun:
         if not cfg.source and not cfg.data:
             cfg.data = training_data(self.state or load(cfg.init_from))
         self.examples = choose(examples(cfg), cfg.n, cfg.source or cfg.data)
-        content = json.dumps(self.examples, sort_keys=True).encode()
-        self.fingerprint = sha256(content).hexdigest()[:16]
-        self.other = self._read_other(cfg.against) if cfg.against else []
-
-    def _read_other(self, path: str) -> list:
-        found = parse_json(read_text(path), path)
-        found = found if isinstance(found, dict) else {}
-        same = (found.get("task"), found.get("examples")) == (self.task, self.fingerprint)
-        kind = f"the --json of eval.{self.task} on the same examples, with its items"
-        require(same and "items" in found, f"{path}: must be {kind}")
-        return [found["items"][example["id"]] for example in self.examples]
 
     def texts(self) -> tuple[list[str], dict]:
         """Return one text per example and the mean cost."""
@@ -344,39 +322,25 @@ class TaskRun:
         found = dict(zip(places, texts))
         return [[found.get((i, k), "") for k in range(n_samples)] for i in range(n)], cost
 
-    def report(self, items: list, extra: dict, score: Callable, notes: str = "") -> dict:
-        """Write and print the result.
-
-        items: one JSON value per example. score(items, examples) -> {name: Metric}.
-        """
+    def report(self, items: list, metrics: dict[str, Metric], extra: dict, notes: str = "") -> dict:
+        """Write and print the result. items: the texts of each example."""
         result = {"task": self.task, "n": len(items)}
-        header = [f"{self.task}, n = {len(items):,}", "value", "95% interval", "method"]
-        theirs = score(self.other, self.examples) if self.other else {}
-        if theirs:
-            header += [f"in {self.cfg.against}", "difference", "95% interval", "p"]
-            result["against"] = {"file": self.cfg.against}
         rows = []
-        for name, metric in score(items, self.examples).items():
+        for name, metric in metrics.items():
             *ends, method = interval(metric, RESAMPLES, self.cfg.seed)
             result |= {name: metric.value, f"{name}_interval": ends, f"{name}_interval_by": method}
-            row = [name, metric.show(metric.value), metric.show(*ends), method]
+            rows.append([name, metric.show(metric.value), metric.show(*ends), method])
             if metric.signature:
                 result.setdefault("signatures", {})[name] = metric.signature
                 notes += f"\n{name}: {metric.signature}"
-            if theirs:
-                other = theirs[name]
-                pair = paired(metric, other, RESAMPLES, self.cfg.seed)
-                result["against"][name] = {"theirs": other.value} | pair
-                row += map(metric.show, (other.value, pair["difference"]))
-                row += [metric.show(*pair["difference_interval"]), f"{pair['p']:.3g}"]
-            rows.append(row)
         if "calls_per_sample" in extra:
             notes += f"\n{cost_line(extra)}"
-        result |= extra | {"examples": self.fingerprint, "resamples": RESAMPLES}
         settings = self.generator.settings() if self.generator else flatten(self.cfg)
+        result |= extra | {"resamples": RESAMPLES}
         result |= origin(self.task, self.argv, settings, self.state)
         if self.cfg.items:
             result["items"] = {e["id"]: item for e, item in zip(self.examples, items)}
+        header = [f"{self.task}, n = {len(items):,}", "value", "95% interval", "method"]
         return finish(self.cfg.json, result, markdown(header, rows) + notes)
 
 

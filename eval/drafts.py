@@ -147,7 +147,7 @@ def curve(cfg: DraftsConfig, model, trained: DraftModel, tokenizer) -> dict:
     settings = DraftConfig(adapter=trained.adapter, prompts=cfg.prompts, batch_size=batch_size)
     untrained = DraftModel(model, trained.adapter).eval()
     start = evaluate(untrained, open_dataset(folder / DATA, "valid"), settings)
-    log = [{"step": 0} | start, *read_lines(folder / "log.jsonl", "step")]
+    log = [{"step": 0} | start, *read_lines(folder / "log.jsonl")]
     rows = {}
     for entry in log:
         if "accepted" in entry:

@@ -72,11 +72,6 @@ class Metric(NamedTuple):
     def value(self) -> float:
         return self.score(self.rows.sum(0))
 
-    @property
-    def is_share(self) -> bool:
-        """Return whether it is a mean of zeros and ones."""
-        return self.score is _ratio and bool(np.isin(self.rows[:, 0], (0, 1)).all())
-
     def show(self, *values: float) -> str:
         """Return a value, or an interval: 91.2% to 95.0%."""
         return " to ".join(f"{value:.1%}" if self.percent else f"{value:.2f}" for value in values)
@@ -128,42 +123,13 @@ def interval(metric: Metric, resamples: int, seed: int) -> tuple[float, float, s
     """Return the 95% interval and its method.
 
     A share has Wilson's interval, because a bootstrap of zeros only has no width. Other metrics
-    have a bootstrap over the items (Koehn 2004).
+    have a bootstrap over the items (Koehn 2004); seed and N choose the draws.
     """
-    if metric.is_share:
-        return *wilson(int(metric.rows[:, 0].sum()), len(metric.rows)), "wilson"
-    scores = list(map(metric.score, _resampled(metric.rows, resamples, seed)))
+    rows = metric.rows
+    n = len(rows)
+    if metric.score is _ratio and np.isin(rows[:, 0], (0, 1)).all():  # a mean of zeros and ones
+        return *wilson(int(rows[:, 0].sum()), n), "wilson"
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
+    scores = list(map(metric.score, counts @ rows))
     low, high = np.percentile(scores, (2.5, 97.5))
     return float(low), float(high), "bootstrap"
-
-
-def paired(ours: Metric, theirs: Metric, resamples: int, seed: int) -> dict:
-    """Compare two systems on the same items: difference, 95% interval (bootstrap), p, test.
-
-    p is two-sided. Shares: McNemar's exact test. Others: the share of bootstrap differences as far
-    from their mean as the difference is from 0 (Riezler and Maxwell 2005).
-    """
-    sums = zip(*(_resampled(system.rows, resamples, seed) for system in (ours, theirs)))
-    drawn = [ours.score(a) - theirs.score(b) for a, b in sums]
-    difference = ours.value - theirs.value
-    if ours.is_share and theirs.is_share:
-        won = ours.rows[:, 0] - theirs.rows[:, 0]
-        p, test = mcnemar(int((won > 0).sum()), int((won < 0).sum())), "mcnemar"
-    else:
-        as_far = np.abs(drawn - np.mean(drawn)) >= abs(difference)
-        p, test = float(as_far.sum() + 1) / (resamples + 1), "bootstrap"
-    interval = np.percentile(drawn, (2.5, 97.5)).tolist()
-    return {"difference": difference, "difference_interval": interval, "p": p, "test": test}
-
-
-def mcnemar(won: int, lost: int) -> float:
-    """Return the two-sided p of a fair coin, for the items that only one system has right."""
-    tail = sum(math.comb(won + lost, i) for i in range(min(won, lost) + 1))
-    return min(1.0, 2 * tail / 2 ** (won + lost))
-
-
-def _resampled(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Return sums of N rows drawn with replacement (resamples, K). Seed and N choose the rows."""
-    n = len(rows)
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
-    return counts @ rows

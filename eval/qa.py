@@ -32,7 +32,8 @@ def score(predictions: list[str], asked: list[dict]) -> dict[str, Metric]:
 
 def main(argv: list[str]) -> dict:
     task = TaskRun("qa", argv, TaskConfig, examples)
-    return task.report(*task.texts(), score)
+    answers, cost = task.texts()
+    return task.report(answers, score(answers, task.examples), cost)
 
 
 if __name__ == "__main__":

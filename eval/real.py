@@ -5,21 +5,16 @@ parameters with its own byte pairs, pretrained on Tatoeba, translates Multi30k. 
 their value, so a study that is stopped early has the most telling rows.
 """
 
-import os
 import runpy
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from itertools import product, zip_longest
 from pathlib import Path
 
 from configurator import require
-from eval import study
-from eval.study import ROOT, SCRATCH, Job, Stage, plain
+from eval.study import ROOT, SCRATCH, Job, Stage, call_python, plain, stage
 from hf.load import resolve_source
 
 OUT = "out/real"
@@ -35,8 +30,7 @@ CONVERT = "--prefix_attention=causal --self_conditioning=False"
 
 def imported(flags: str = "--paradigm=ar") -> Stage:
     """Return the import of SmolLM2, by default as the AR model that it is."""
-    argv = f"ar2diff.py --init_from={MODEL} {flags}"
-    return Stage("imported", tuple(argv.split()))
+    return stage("imported", f"ar2diff.py --init_from={MODEL} {flags}")
 
 
 def data_commands() -> dict[str, str]:
@@ -68,14 +62,13 @@ def prepare() -> None:
 
     Raises ValueError with the remedy if a package or the raw files are missing.
     """
-    require(find_spec("gguf"), "gguf is missing: pip install --no-deps gguf")
     resolve_source(MODEL)
     for folder in ("squad", "mbpp", "multi30k", "tatoeba", "text"):
         remedy = f"link a folder with the raw files: ln -s FOLDER {SOURCES}"
         require(Path(SOURCES, folder).is_dir(), f"{SOURCES}/{folder} is missing; {remedy}")
     start = imported()
     if not Path(OUT, start.folder, "ckpt.pt").exists():
-        call([str(arg) for arg in start.command(Path(OUT))])
+        call(start.command(Path(OUT)))
     for name, command in data_commands().items():
         path = Path(DATA, name)
         if not (path if path.suffix else path / "meta.json").exists():
@@ -84,18 +77,13 @@ def prepare() -> None:
 
 def call(argv: list[str]) -> None:
     print(f"python {shlex.join(argv)}", flush=True)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    status = subprocess.call([sys.executable, *argv], env=environment)
+    status = call_python(argv)
     require(status == 0, f"the command above failed with status {status}")
 
 
 # Rows
 
 FIRST = "AR2Diff_0, task learned as AR first"
-
-
-def train(name: str, flags: str, source: Stage | None = None) -> Stage:
-    return Stage(name, ("train.py", *flags.split()), source)
 
 
 def settings_of(config: str) -> str:
@@ -111,23 +99,24 @@ def adapted(n_tokens: float, data: str, seed: int, source: Stage) -> Stage:
     """Train on n_tokens million target tokens with the diffusion loss: 16 x 192 a step."""
     steps = round(n_tokens * 1e6 / (16 * 192))
     flags = f"{settings_of('smollm2_adapt')} --data={DATA}/{data} --max_steps={steps}"
-    return train("adapt", f"{flags} --anneal_steps={steps // 2} --seed={seed}", source)
+    flags += f" --anneal_steps={steps // 2} --seed={seed}"
+    return stage("adapt", f"train.py {flags}", source)
 
 
 def smollm2_rows(task: str, steps: int, text: str, seed: int) -> dict[str, Stage]:
     """Return row -> the last training of SmolLM2. N counts target tokens of adaptation."""
 
     def tune(kind: str, flags: str, source: Stage) -> Stage:
-        settings = f"--data={DATA}/{task} --max_steps={steps}"
-        config = settings_of(f"smollm2_squad_{kind}")
-        return train(f"{task}_{kind}", f"{config} {settings} {flags} --seed={seed}", source)
+        settings = f"{settings_of(f'smollm2_squad_{kind}')} --data={DATA}/{task}"
+        command = f"train.py {settings} --max_steps={steps} {flags} --seed={seed}"
+        return stage(f"{task}_{kind}", command, source)
 
     def diffusion(source: Stage) -> Stage:
         return tune("0", "--learning_rate=2e-4", source)
 
     ar = tune("ar", "", imported())
     start = imported(CONVERT)
-    task_first = Stage("converted", ("ar2diff.py", *CONVERT.split()), ar)
+    task_first = stage("converted", f"ar2diff.py {CONVERT}", ar)
     return {
         "AR": ar,
         FIRST: diffusion(task_first),
@@ -147,25 +136,26 @@ def translation_rows(seed: int) -> dict[str, Stage]:
     """Return row -> the last training of a network from scratch. N counts steps of adaptation."""
     network = "--n_layer=4 --n_embd=256 --block_size=128"
     every = f"--dtype=auto --seed={seed} --eval_interval=250"
-    pretrain = f"--data={DATA}/tatoeba --batch_size=128 --schedule=constant {every}"
+    pretrain = f"train.py --data={DATA}/tatoeba --batch_size=128 --schedule=constant {every}"
 
     def tune(source: Stage) -> Stage:
         flags = f"--data={DATA}/multi30k --batch_size=32 --max_steps=2200 {every}"
-        return train("multi30k", flags, source)
+        return stage("multi30k", f"train.py {flags}", source)
 
     def scratch(steps: int) -> Stage:
-        return train("scratch", f"{pretrain} {network} {SCRATCH} --max_steps={steps}")
+        return stage("scratch", f"{pretrain} {network} {SCRATCH} --max_steps={steps}")
 
     def adapt(steps: int) -> Stage:
-        flags = f"{pretrain} --max_steps={steps} --anneal_steps={N // 2}"
-        return train("adapt", flags, Stage("convert", ("ar2diff.py",), ar))
+        flags = f"--max_steps={steps} --anneal_steps={N // 2}"
+        return stage("adapt", f"{pretrain} {flags}", converted)
 
-    ar = train("ar", f"{pretrain} {network} --max_steps={AR_STEPS}")
+    ar = stage("ar", f"{pretrain} {network} --max_steps={AR_STEPS}")
+    converted = stage("convert", "ar2diff.py", ar)
     return {
         "AR": tune(ar),
         "AR2Diff_N": tune(adapt(N)),
         "diffusion, equal FLOPs": tune(scratch(N + AR_STEPS // 2)),
-        "AR2Diff_0": tune(Stage("convert", ("ar2diff.py",), ar)),
+        "AR2Diff_0": tune(converted),
         "AR2Diff_2N": tune(adapt(2 * N)),
         "diffusion, N steps": tune(scratch(N)),
     }
@@ -185,7 +175,6 @@ class Task:
     ar_sampler: str = ""
     curves: tuple[str, ...] = ()  # rows that are also judged with other steps and candidates
     curve_flags: str = ""
-    quick: str = "--n=10"
 
 
 def code_rows(seed: int) -> dict[str, Stage]:
@@ -217,7 +206,6 @@ TASKS = {
         command=f"{CODE} --batch_size=10",
         sampler="--steps=10 --temperature=0.8",  # ten samples must differ
         ar_sampler="--temperature=0.8",
-        quick="--n=10 --samples=1 --k=1",
     ),
 }
 
@@ -225,27 +213,19 @@ TASKS = {
 def jobs_of_task(name: str, seed: int) -> Iterator[Job]:
     """Yield the rows of a task, then its curves. The answers of the first seed are kept."""
     task = TASKS[name]
-
-    def job(row: str, model: Stage, flags: str, suffix: str = "", keep: bool = False) -> Job:
-        flags = f"{task.command} --dtype=auto --seed=0 --items={keep} {flags}"
-        stage = Stage("eval", ("-m", *shlex.split(flags)), model)
-        return Job(f"real_{seed}_{name}_{plain(row)}{suffix}", stage)
-
     rows = task.rows(seed)
-    for row, model in rows.items():
-        sampler = task.ar_sampler if row == "AR" else task.sampler
-        yield job(row, model, sampler, keep=seed == 1)
-    for row in task.curves if seed == 1 else ():
-        for steps in STEPS:
-            flags = f"{task.curve_flags} --steps={steps}"
-            yield job(row, rows[row], flags, f"_{steps}")
-        for candidates in CANDIDATES:
-            flags = f"{task.curve_flags} --steps=10 --candidates={candidates}"
-            yield job(row, rows[row], flags, f"_10_{candidates}")
-    for row in task.curves[:1] if seed == 1 else ():
-        for sampler, steps in product(SAMPLERS, SAMPLER_STEPS):
-            flags = f"{task.curve_flags} --sampler={sampler} --steps={steps}"
-            yield job(row, rows[row], flags, f"_{sampler}_{steps}")
+    curves = task.curves if seed == 1 else ()
+    judged = [(row, "", task.ar_sampler if row == "AR" else task.sampler) for row in rows]
+    for row in curves:
+        judged += [(row, f"_{n}", f"--steps={n}") for n in STEPS]
+        judged += [(row, f"_10_{n}", f"--steps=10 --candidates={n}") for n in CANDIDATES]
+    for row, sampler, n in product(curves[:1], SAMPLERS, SAMPLER_STEPS):
+        judged.append((row, f"_{sampler}_{n}", f"--sampler={sampler} --steps={n}"))
+    for row, end, sampler in judged:
+        keep = seed == 1 and not end
+        flags = f"--dtype=auto --seed=0 --items={keep} {task.curve_flags if end else ''} {sampler}"
+        evaluation = stage("eval", f"-m {task.command} {flags}", rows[row])
+        yield Job(f"real_{seed}_{name}_{plain(row)}{end}", evaluation)
 
 
 def jobs(seeds: int) -> Iterator[Job]:
@@ -254,10 +234,3 @@ def jobs(seeds: int) -> Iterator[Job]:
         chosen = [name for name, task in TASKS.items() if seed <= task.seeds]
         in_turn = zip_longest(*(jobs_of_task(name, seed) for name in chosen))
         yield from (job for group in in_turn for job in group if job)
-
-
-def quick(job: Job) -> Job:
-    """Return the job with 20 steps of training and 10 items."""
-    training = study.QUICK["train.py"] + " --batch_size=2 --grad_accum_steps=1"
-    judging = TASKS[job.name.split("_")[2]].quick
-    return study.quick(job, {"train.py": training, "-m": judging})

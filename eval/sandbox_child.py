@@ -1,12 +1,12 @@
 """The process that eval/sandbox.py starts for each program.
 
-    python -s -S -B sandbox_child.py CPU_SECONDS MEMORY_MB OUTPUT_BYTES FILE_BYTES < job
+    python -s -S -B sandbox_child.py CPU_SECONDS MEMORY_MB FILE_BYTES < job
 
 It is a judge, which isolates itself, forks a player, and only then reads the job: the player's
 memory never holds the tests while the program runs. The player confines itself, runs the program,
 restores what the program may have replaced, and asks for the tests with a password. A second
-password comes with the tests and reports success. What the program prints goes to a file without
-a name. Slow imports are avoided.
+password comes with the tests and reports success. What the program prints is lost. Slow imports
+are avoided.
 """
 
 import ctypes
@@ -17,6 +17,8 @@ import struct
 import sys
 
 LIBC = ctypes.CDLL(None)
+LINUX = sys.platform == "linux"
+MACHINE = os.uname().machine
 
 # Refused system calls, by machine. First its number in linux/audit.h, then the numbers of socket,
 # kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, ptrace, process_vm_readv,
@@ -31,52 +33,45 @@ CLIP = 4000  # bytes of an answer; a pipe never splits a write below 4,096 bytes
 
 def main(argv: list[str]) -> None:
     """Judge one program. Ends by killing its process group."""
-    cpu, memory, output, size = map(int, argv)
-    facts = isolate(size)
-    printed = os.open("printed", os.O_RDWR | os.O_CREAT)
-    os.unlink("printed")
+    cpu, memory, size = map(int, argv)
+    facts = isolate(size) if LINUX else []
     down_read, down = os.pipe()
     up, up_write = os.pipe()
     judge_id = os.getpid()
     player = os.fork()
     if player == 0:
-        try:
-            facts += confine(down_read, up_write, printed, judge_id, "own-namespaces" in facts)
-            facts += set_limits(CPU=cpu, AS=memory << 20, FSIZE=size, NPROC=1, NOFILE=64, CORE=0)
-            facts += refuse_calls(CALLS.get(os.uname().machine))
-            os.write(up_write, " ".join(["ready", *facts]).encode() + b"\n")
-        except BaseException as error:
-            os.write(up_write, f"{type(error).__name__}: {error}".encode()[:CLIP])
-            os._exit(1)
+        facts += confine(down_read, up_write, judge_id, "own-namespaces" in facts)
+        set_limits(CPU=cpu, AS=memory << 20, FSIZE=size, NPROC=1, NOFILE=64, CORE=0)
+        facts += refuse_calls(*CALLS[MACHINE]) if LINUX and MACHINE in CALLS else []
+        os.write(up_write, " ".join(["ready", *facts]).encode() + b"\n")
         play(down_read, up_write)
     os.close(down_read)
     os.close(up_write)
     answers = os.fdopen(up, "rb")
-    ready = answers.readline(CLIP)
-    if not ready.startswith(b"ready"):
-        raise OSError(ready.decode() or "the player ended before it was confined")
-    os.write(1, ready)
-    os.write(1, judge(player, down, answers, printed, cpu, output).encode())
+    if ready := answers.readline(CLIP):
+        os.write(1, ready)
+        os.write(1, judge(player, down, answers, cpu).encode())
     os.killpg(0, 9)
 
 
 def isolate(size: int) -> list[str]:
     """Leave the network, hide other processes, and allow writing to one folder in memory only.
 
-    Returns "own-namespaces", "read-only-files" or both, as far as the system allows it.
+    Returns "own-namespaces", "read-only-files" or both, as far as Linux allows it.
     """
-    if sys.platform != "linux":
-        return []
-    write_file("/proc/self/oom_score_adj", "1000")  # the first to go if the machine lacks memory
     facts = []
     user, group = os.geteuid(), os.getegid()
     mounts, ipc, new_user, pids, network = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
     if LIBC.unshare(mounts | ipc | pids | network | (new_user if user else 0)) == 0:
         facts.append("own-namespaces")
         if user:  # an ordinary user is allowed the rest in a user namespace
-            write_file("/proc/self/setgroups", "deny")
-            write_file("/proc/self/uid_map", f"{user} {user} 1")
-            write_file("/proc/self/gid_map", f"{group} {group} 1")
+            ids = {"uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+            for name, text in ({"setgroups": "deny"} | ids).items():
+                try:
+                    with open(f"/proc/self/{name}", "w") as file:
+                        file.write(text)
+                except OSError:  # not allowed here
+                    pass
         LIBC.mount(None, b"/", None, 0x44000, None)  # private, recursive
         read_only = (1).to_bytes(8, sys.byteorder) + bytes(24)  # struct mount_attr
         # mount_setattr(2) has the number 442 on all machines.
@@ -91,13 +86,13 @@ def isolate(size: int) -> list[str]:
     return facts
 
 
-def confine(down: int, up: int, printed: int, judge_id: int, namespaces: bool) -> list[str]:
+def confine(down: int, up: int, judge_id: int, namespaces: bool) -> list[str]:
     """Drop files, environment and privileges. Returns what drop_user does."""
     if namespaces:  # show the processes of this namespace only; no suid, devices, exec
         LIBC.mount(b"proc", b"/proc", b"proc", 2 | 4 | 8, None)
     nothing = os.open(os.devnull, os.O_RDWR)
-    for fd, source in enumerate((nothing, printed, printed)):
-        os.dup2(source, fd)
+    for fd in range(3):
+        os.dup2(nothing, fd)
     for fd in range(3, 256):
         if fd not in (down, up):
             os.closerange(fd, fd + 1)
@@ -107,7 +102,7 @@ def confine(down: int, up: int, printed: int, judge_id: int, namespaces: bool) -
     facts = drop_user(judge_id) if os.geteuid() == 0 else []
     if not os.access(os.__file__, os.R_OK):
         keep_library(library)
-    if sys.platform == "linux":
+    if LINUX:
         LIBC.prctl(PARENT_DEATH_SIGNAL, 9)  # again: a change of user resets it
         LIBC.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
         LIBC.capset((0x20080522).to_bytes(4, sys.byteorder) + bytes(4), bytes(24))
@@ -116,17 +111,15 @@ def confine(down: int, up: int, printed: int, judge_id: int, namespaces: bool) -
 
 def drop_user(judge_id: int) -> list[str]:
     """Become an unused user. Returns ["unused-user"], or nothing if root is the only user."""
-    for first in (1_900_000_000, 40_000):  # the second if user ids have 16 bits
-        user = first + judge_id % 20_000
-        try:
-            os.chown(".", user, user)
-            os.setgroups([])
-            os.setresgid(user, user, user)
-            os.setresuid(user, user, user)
-            return ["unused-user"]
-        except OSError:
-            continue
-    return []
+    user = 61_184 + judge_id % 4_336  # systemd keeps these ids for users without files
+    try:
+        os.chown(".", user, user)
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    except OSError:
+        return []
+    return ["unused-user"]
 
 
 def keep_library(folders: dict[str, int]) -> None:
@@ -140,11 +133,8 @@ def keep_library(folders: dict[str, int]) -> None:
             module.__path__ = [os.path.join(opened.get(parent, parent), name)]
 
 
-def refuse_calls(calls: tuple[int, list[int]] | None) -> list[str]:
+def refuse_calls(machine: int, numbers: list[int]) -> list[str]:
     """Let the kernel refuse system calls, see seccomp(2). Returns ["call-filter"] if it does."""
-    if calls is None or sys.platform != "linux" or sys.maxsize < 1 << 32:
-        return []
-    machine, numbers = calls
     load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06
     allow, refuse = 0x7FFF0000, 0x50001  # refuse: EPERM
     # An instruction: what, steps to skip if true, steps to skip if false, value.
@@ -158,23 +148,17 @@ def refuse_calls(calls: tuple[int, list[int]] | None) -> list[str]:
     return ["call-filter"] if LIBC.prctl(SET_FILTER, 2, program, 0, 0) == 0 else []
 
 
-def set_limits(**limits: int) -> list[str]:
-    """Set resource limits, never above the present ones. Returns NAME-limit for each."""
-    held = []
+def set_limits(**limits: int) -> None:
+    """Set resource limits, see setrlimit(2)."""
     for name, value in limits.items():
+        hard = value + (name == "CPU")  # the first process of a namespace only ends at this one
         try:
-            kind = getattr(resource, f"RLIMIT_{name}")
-            top = resource.getrlimit(kind)[1]
-            hard = value + (name == "CPU")  # the first process of a namespace only ends at this one
-            hard = hard if top == resource.RLIM_INFINITY else min(hard, top)
-            resource.setrlimit(kind, (min(value, hard), hard))
-            held.append(f"{name}-limit")
-        except (AttributeError, OSError, ValueError):  # not on this system
-            continue
-    return held
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, hard))
+        except (OSError, ValueError):  # the present limit is lower; or AS, which macOS lacks
+            pass
 
 
-def judge(player, down, answers, printed, cpu, output) -> str:
+def judge(player, down, answers, cpu) -> str:
     """Send the program, then the tests, to the player. Return the status."""
     program, tests, modules = marshal.load(sys.stdin.buffer)
     passwords = [os.urandom(16).hex().encode() + b"\n" for _ in range(2)]
@@ -188,8 +172,6 @@ def judge(player, down, answers, printed, cpu, output) -> str:
         os.kill(player, 9)
     _, code, usage = os.wait4(player, 0)
     killed_by = os.WTERMSIG(code)  # 0 if it left by itself
-    if os.fstat(printed).st_size > output:
-        return "output"
     if tests_sent and answer == passwords[1]:
         return "passed"
     if killed_by == 24 or killed_by and usage.ru_utime + usage.ru_stime >= cpu:  # SIGXCPU
@@ -252,14 +234,6 @@ def send(fd: int, message: tuple) -> None:
     try:
         os.write(fd, marshal.dumps(message))  # a pipe that blocks takes all
     except OSError:  # the program closed its end; the verdict will show it
-        pass
-
-
-def write_file(path: str, text: str) -> None:
-    try:
-        with open(path, "w") as file:
-            file.write(text)
-    except OSError:  # not allowed here
         pass
 
 

@@ -9,6 +9,7 @@ mini: three generated tasks. real: SQuAD, Multi30k and MBPP, see eval/real.py. A
 over training seeds, with the lowest and highest in brackets.
 """
 
+import importlib
 import itertools
 import json
 import statistics
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import configure, run, setting
+from configurator import configure, require, run, setting
 from eval import real, study
 from eval.common import Settings, environment, markdown, read_lines, write_lines, write_text
 from eval.study import Runner, plain, read_results
@@ -42,30 +43,9 @@ REAL_METRICS = {
     "multi30k": {"bleu": "Multi30k BLEU", "chrf": "chrF"},
     "mbpp": {"pass@1": "MBPP pass@1 %", "pass@10": "pass@10 %", "parse": "programs that parse %"},
 }
+CURVES = ("squad", "multi30k")  # tasks that are judged with other steps, candidates and samplers
 # A metric that is not here is a share, shown in percent.
 FACTORS = {"bleu": 1, "chrf": 1, "calls_per_sample": 1, "seconds_per_sample": 1000}
-# The paper's WMT14 En-Fr BLEU, SQuAD F1 and MBPP pass@80, size Base. Its N is 10K and 100K of 1M
-# steps. Its diffusion model has as many steps as its AR model, which is twice the FLOPs.
-PAPER_1 = {
-    ("encoder_decoder", "prefix_lm"): "27.6, 75.8, 0.0",
-    ("decoder_only", "prefix_lm"): "29.8, 77.4, 12.2",
-    ("encoder_decoder", "span_corruption"): "28.7, 78.2, 0.0",
-    ("decoder_only", "span_corruption"): "29.1, 80.6, 11.1",
-}
-PAPER_2 = {
-    "AR": "33.27, 68.11, 5.5",
-    "diffusion, equal FLOPs": "29.83, 77.41, 12.2",
-    "AR2Diff_0": "29.62, 64.77, 1.1",
-    "AR2Diff_N": "29.41, 68.12, 4.4",
-    "AR2Diff_2N": "29.92, 71.87, 7.7",
-}
-PAPER_3 = {  # without BLEU
-    (5, 8): "77.41, 5.5",
-    (10, 8): "77.41, 12.2",
-    (20, 8): "77.72, 16.7",
-    (10, 4): "77.51, 11.1",
-    (10, 16): "77.13, 13.3",
-}
 PAPER = "paper: BLEU, F1, pass@80"
 QUICKSTART = {
     "ar_finetune": "AR",
@@ -82,9 +62,7 @@ class TablesConfig(Settings):
     quickstart: bool = setting(False, "the table of quickstart.sh, from out/quickstart/")
     seeds: int = setting(3, "training seeds, from 1", minimum=1, maximum=9)
     lanes: int = setting(2, "jobs at a time", minimum=1)
-    quick: bool = setting(False, "20 steps of training, 10 items, one seed")
-    out: str = setting("out/tables", "folder of the models", path=True)
-    results: str = setting("results", "folder of the JSON-lines files", path=True)
+    quick: bool = setting(False, "20 steps of training, 10 items, one seed; results stay in out/")
 
 
 # Cells
@@ -105,16 +83,25 @@ def cell(lines: Lines, column: Column, row: str) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
+def ends(line: dict, metric: str) -> str:
+    factor = FACTORS.get(metric, 100)
+    return " to ".join(f"{factor * end:.1f}" for end in line[f"{metric}_interval"])
+
+
 def grid(heads: list[str], rows: dict[tuple, str], lines: Lines, columns: list[Column]) -> str:
-    """Return a table: the first cells of each row -> its name in the job names."""
-    body = [[*first, *(cell(lines, c, row) for c in columns)] for first, row in rows.items()]
+    """Return a table of the rows with a result: first cells of a row -> its name in job names."""
+    body = []
+    for first, row in rows.items():
+        cells = [cell(lines, column, row) for column in columns]
+        if set(cells) != {"-"}:
+            body.append([*first, *cells])
     return markdown([*heads, *(column.title for column in columns)], body)
 
 
-def real_columns(task: str, end: str = "") -> list[Column]:
+def real_columns(task: str, row: str = "{}", end: str = "") -> list[Column]:
     """Return the metrics of a real task, the most telling one first, and the calls."""
     titles = REAL_METRICS[task] | {"calls_per_sample": "network calls"}
-    jobs = f"real_{{}}_{task}_{{}}{end}"
+    jobs = f"real_{{}}_{task}_{row}{end}"
     return [Column(title, jobs, metric) for metric, title in titles.items()]
 
 
@@ -123,8 +110,7 @@ def real_columns(task: str, end: str = "") -> list[Column]:
 
 def table_1(lines: Lines) -> str:
     """Architecture x objective, diffusion from scratch."""
-    names = itertools.product(study.OBJECTIVES, study.ARCHITECTURES)
-    rows = {(a, o, PAPER_1[a, o]): f"table1_{a}_{o}" for o, a in names}
+    rows = {(*names, paper): "_".join(["table1", *names]) for names, paper in study.PAPER_1.items()}
     return grid(["architecture", "objective", PAPER], rows, lines, MINI_COLUMNS)
 
 
@@ -134,14 +120,14 @@ def table_2(lines: Lines) -> str:
         Column("calls", TRANSLATION, "calls_per_sample"),
         Column("ms a text", TRANSLATION, "seconds_per_sample"),
     ]
-    rows = {(label, PAPER_2.get(label, "")): label for label in study.ROWS}
+    rows = {(label, study.PAPER_2.get(label, "")): label for label in study.ROWS}
     return grid(["row", PAPER], rows, lines, MINI_COLUMNS + costs)
 
 
 def table_3(lines: Lines) -> str:
     """Steps x samples: the paper's diffusion model, our AR2Diff_N. All samples cost calls."""
     rows = {}
-    for (steps, samples), paper in PAPER_3.items():
+    for (steps, samples), paper in study.PAPER_3.items():
         rows[f"{steps}", f"{samples}", f"{steps * samples}", paper] = f"table3_{steps}_{samples}"
     heads = ["steps", "samples", "calls", "paper: F1, pass@80"]
     return grid(heads, rows, lines, MINI_COLUMNS)
@@ -177,7 +163,7 @@ def few_steps_table(lines: Lines) -> str:
 def choices_table(lines: Lines, main: Lines) -> str:
     """Samplers, steps and candidates: quality, and network calls of a translated text."""
     rows = labels(lines, "exit_")
-    for steps, samples in PAPER_3:
+    for steps, samples in study.PAPER_3:
         rows[f"--steps={steps} --candidates={samples}",] = f"table3_{steps}_{samples}"
     columns = [
         Column("calls", TRANSLATION, "calls_per_sample"),
@@ -211,29 +197,23 @@ def faults_table(results: Path) -> str:
     return markdown(["fault", "runs", "kills", "lost or changed"], rows)
 
 
-def of_files(table: Callable[..., str], *names: str) -> Callable[[Path], str]:
-    """Return a table of lines as a function of the results folder."""
-    return lambda results: table(*(read_results(results / f"{name}.jsonl") for name in names))
-
-
-def smollm2_table(lines: dict) -> str:
+def smollm2_table(lines: Lines) -> str:
     """Return SmolLM2-135M on SQuAD, one row per line."""
     rows = []
     for line in lines.values():
-        low, high = (f"{100 * value:.1f}" for value in line["f1_interval"])
-        scores = [f"{100 * line[name]:.1f}" for name in ("f1", "exact_match")]
+        f1, exact = (f"{100 * line[name]:.1f}" for name in ("f1", "exact_match"))
         calls = f"{line['calls_per_sample']:.1f}"
-        rows.append([line["job"], scores[0], f"{low} to {high}", scores[1], calls])
+        rows.append([line["job"], f1, ends(line, "f1"), exact, calls])
     return markdown(["row", "F1 %", "95% interval", "EM %", "network calls"], rows)
 
 
-# Row -> the names of the rows of SQuAD, Multi30k and MBPP
+# Row -> its name in a task where that is another
 REAL_ROWS = {
-    "AR": ("AR", "AR", "AR"),
-    "diffusion from scratch, equal FLOPs": ("", "diffusion, equal FLOPs", ""),
-    "AR2Diff_0": ("AR2Diff_0", "AR2Diff_0", "AR2Diff_0"),
-    "AR2Diff_N": ("AR2Diff_0.3M", "AR2Diff_N", "AR2Diff_0.1M"),
-    real.FIRST: (real.FIRST, "", real.FIRST),
+    "AR": {},
+    "diffusion from scratch, equal FLOPs": {"multi30k": "diffusion, equal FLOPs"},
+    "AR2Diff_0": {},
+    "AR2Diff_N": {"squad": "AR2Diff_0.3M", "mbpp": "AR2Diff_0.1M"},
+    real.FIRST: {},
 }
 
 
@@ -243,10 +223,10 @@ def real_table(lines: Lines) -> str:
     body = []
     for label, names in REAL_ROWS.items():
         cells = []
-        for task, row in zip(REAL_METRICS, names):
-            if task in tasks:
-                first, calls = (cell(lines, real_columns(task)[i], row) for i in (0, -1))
-                cells.append(first if first == "-" else f"{first} in {calls}")
+        for task in tasks:
+            first, *_, last = real_columns(task)
+            score, calls = (cell(lines, c, names.get(task, label)) for c in (first, last))
+            cells.append(score if score == "-" else f"{score} in {calls}")
         if set(cells) != {"-"}:
             body.append([label, *cells])
     heads = [f"{real_columns(task)[0].title} in calls" for task in tasks]
@@ -256,13 +236,11 @@ def real_table(lines: Lines) -> str:
 def real_task_table(task: str, lines: Lines) -> str:
     """Return each row of a task that has run: metrics, calls, the interval of the first seed."""
     columns = real_columns(task)
-    metric = columns[0].metric
-    factor = FACTORS.get(metric, 100)
     body = []
     for row in real.TASKS[task].rows(1):
         if line := lines.get(columns[0].jobs.format(1, plain(row))):
-            ends = (f"{factor * end:.1f}" for end in line[f"{metric}_interval"])
-            body.append([row, *(cell(lines, c, row) for c in columns), " to ".join(ends)])
+            interval = ends(line, columns[0].metric)
+            body.append([row, *(cell(lines, c, row) for c in columns), interval])
     heads = ["row", *(column.title for column in columns), "95% interval, seed 1"]
     return markdown(heads, body)
 
@@ -272,8 +250,8 @@ def real_steps_table(lines: Lines) -> str:
     settings = {f"{n}, 1": f"_{n}" for n in real.STEPS}
     settings |= {f"10, {candidates}": f"_10_{candidates}" for candidates in real.CANDIDATES}
     body = []
-    for task in ("squad", "multi30k"):
-        columns = [real_columns(task, end)[0] for end in settings.values()]
+    for task in CURVES:
+        columns = [real_columns(task, end=end)[0] for end in settings.values()]
         for row in real.TASKS[task].curves:
             values = [cell(lines, column, row) for column in columns]
             if set(values) != {"-"}:
@@ -283,32 +261,32 @@ def real_steps_table(lines: Lines) -> str:
 
 def real_samplers_table(lines: Lines) -> str:
     """Return the first metric, and the calls of a text, by sampler and most steps."""
-    ends = {("resample", n): f"_{n}" for n in real.SAMPLER_STEPS}
+    rows = {("resample", f"{n}"): f"{n}" for n in real.SAMPLER_STEPS}
     for name, n in itertools.product(real.SAMPLERS, real.SAMPLER_STEPS):
-        ends[name, n] = f"_{name}_{n}"
-    tasks = ("squad", "multi30k")
-    body = []
-    for (name, n), end in ends.items():
-        body.append([name, f"{n}"])
-        for task in tasks:
-            row = real.TASKS[task].curves[0]
-            columns = real_columns(task, end)
-            body[-1] += [cell(lines, columns[i], row) for i in (0, -1)]
-    heads = [head for task in tasks for head in (real_columns(task)[0].title, "calls")]
-    return markdown(["sampler", "most steps", *heads], body)
+        rows[name, f"{n}"] = f"{name}_{n}"
+    columns = []
+    for task in CURVES:
+        score, *_, calls = real_columns(task, plain(real.TASKS[task].curves[0]), "_{}")
+        columns += [score, calls._replace(title="calls")]
+    return grid(["sampler", "most steps"], rows, lines, columns)
+
+
+def of_files(table: Callable[..., str], *names: str) -> Callable[[Path], str]:
+    """Return a table of lines as a function of the results folder."""
+    return lambda results: table(*(read_results(results / f"{name}.jsonl") for name in names))
 
 
 def measured(module: str, table: str, **wanted: str) -> Callable[[Path], str]:
     """Return a table, and the origins, of the wanted measurements of each file."""
 
     def make(results: Path) -> str:
-        from eval import drafts, speed  # here, because they need extras/, which may be deleted
-
+        # Here, because these need extras/, which may be deleted.
+        speed = importlib.import_module("eval.speed")
+        make_table = getattr(importlib.import_module(f"eval.{module}"), table)
         lines = []
         for name, kinds in wanted.items():
             found = read_lines(results / f"{name}.jsonl")
             lines += [line for line in found if line["what"] in kinds.split()]
-        make_table = getattr({"drafts": drafts, "speed": speed}[module], table)
         return f"{make_table(lines)}\n\n{speed.origins(lines)}"
 
     return make
@@ -345,8 +323,7 @@ def quickstart(out: Path) -> str:
     for path in sorted((out / "quickstart").glob("*.json")):
         lines[path.stem] = {"job": path.stem, **json.loads(path.read_text(encoding="utf-8"))}
     missing = [name for name in QUICKSTART if name not in lines]
-    if missing:
-        raise ValueError(f"{out}/quickstart has no {', '.join(missing)}: run bash quickstart.sh")
+    require(not missing, f"{out}/quickstart has no {', '.join(missing)}: run bash quickstart.sh")
     write_lines(out / "quickstart.jsonl", lines.values())
     where = environment()
     table = quickstart_table(lines)
@@ -355,27 +332,28 @@ def quickstart(out: Path) -> str:
     return table
 
 
+# Scale -> the module of its jobs, the folder of its models, its results and its tables
+SCALES = {
+    "mini": (study, "out/tables", "study.jsonl", (table_2, table_1, table_3)),
+    "real": (real, real.OUT, "real.jsonl", (real_table, real_steps_table)),
+}
+
+
 def main(argv: list[str]) -> None:
     """Run the jobs that are missing, then print the tables."""
     cfg = configure(TablesConfig, argv)
     if cfg.quickstart:
         print(quickstart(Path("out")))
         return
-    is_real = cfg.scale == "real"
-    module = real if is_real else study
+    module, models, name, tables = SCALES[cfg.scale]
+    path = Path(models if cfg.quick else "results", name)
     module.prepare()
     jobs = list(module.jobs(1 if cfg.quick else cfg.seeds))
-    out, results = Path(cfg.out), Path(cfg.results)
-    if cfg.quick:
-        jobs = [module.quick(job) for job in jobs]
-        out = results = out / "quick"
-    path = results / ("real.jsonl" if is_real else "study.jsonl")
+    jobs = list(map(study.quick, jobs)) if cfg.quick else jobs
     try:
-        Runner(path, Path(real.OUT) if is_real else out).run(jobs, cfg.lanes)
+        Runner(path, Path(models)).run(jobs, cfg.lanes)
     finally:  # a failed job does not hide the others
-        lines = read_results(path)
-        tables = [real_table, real_steps_table] if is_real else [table_2, table_1, table_3]
-        print("\n\n".join(table(lines) for table in tables))
+        print("\n\n".join(table(read_results(path)) for table in tables))
 
 
 if __name__ == "__main__":

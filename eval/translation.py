@@ -50,7 +50,8 @@ def score(predictions: list[str], asked: list[dict]) -> dict[str, Metric]:
 def main(argv: list[str]) -> dict:
     translation_metrics([""], [""])  # if sacrebleu is missing, fail before hours of work
     task = TaskRun("translation", argv, TranslationConfig, examples)
-    return task.report(*task.texts(), score)
+    texts, cost = task.texts()
+    return task.report(texts, score(texts, task.examples), cost)
 
 
 if __name__ == "__main__":

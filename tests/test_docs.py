@@ -31,7 +31,6 @@ SHORT = {
     "eval.translation": "--n=4",
     "eval.qa": "--n=4",
     "eval.code": "--n=4",
-    "eval.python_code": "--n=4 --steps=2",
     "eval.bound": "--n=2",
 }
 # These do not run here: .ci/run runs them, or the test of their module does.

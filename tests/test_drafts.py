@@ -76,7 +76,7 @@ def test_the_curve_starts_untrained_and_ends_at_the_last_evaluation(adapter, mas
     rows = measure("curve", *([f"--draft_tokens={masks}"] if masks < 2 else []))["rows"]
     assert list(rows)[0] == "0 tokens" and len(rows) == 3
     assert {len(shares) for row in rows.values() for shares in row.values()} == {masks}
-    last = read_lines("d/log.jsonl", "step")[-1]["accepted"]
+    last = read_lines("d/log.jsonl")[-1]["accepted"]
     assert list(rows.values())[-1]["accepted"] == last[:masks]
 
 

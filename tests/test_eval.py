@@ -1,7 +1,6 @@
-"""eval/common, exact_match, python_code: numbers known by hand; batches change nothing."""
+"""eval/common, exact_match: numbers known by hand; batches change nothing."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,17 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from eval_models import BYTES, JOINT, KINDS, save_model, save_pairs, tiny_model
-from torch import nn
 
 import autoregressive
-import diffusion
 from data.objectives import collate
-from eval import bound, code, common, exact_match, python_code, qa, translation
+from eval import bound, code, common, exact_match, qa, translation
 from eval.common import EvalConfig, Generator
 from extras.adapter import FILE, AdapterConfig, DraftModel, digest, save_adapter
 from infra.checkpoint import load_model
 from infra.logits import GenerateOutput
-from infra.rng import make_rng
 from sample import choose_sampler
 
 ROOT = Path(__file__).parent.parent
@@ -77,12 +73,12 @@ def numbers(rates: dict | None) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", IMPORTED)
-@pytest.mark.parametrize("module", [bound, code, exact_match, python_code, qa, translation])
+@pytest.mark.parametrize("module", [bound, code, exact_match, qa, translation])
 def test_models_without_a_separator_run_everywhere(place, module, kind):
     """Batches of one row have no padding: the same numbers show that padding changes nothing."""
     argv = [f"--init_from={place / kind}.pt", f"--data={place / 'pairs'}"]
     one, all_at_once = (module.main([*argv, "--n=2", f"--batch_size={n}"]) for n in (1, 64))
-    for name in ("items", "exact_match", "generated"):
+    for name in ("items", "exact_match"):
         assert one.get(name) == all_at_once.get(name)
     for name in ("loss", "bits_per_byte"):
         assert numbers(one.get(name)) == pytest.approx(numbers(all_at_once.get(name)), rel=1e-5)
@@ -156,69 +152,36 @@ def test_each_task_has_its_own_score(prediction, prefix, target, mini, right):
     assert exact_match.score(prediction, prefix, target, mini) is right
 
 
-def fake_generate(monkeypatch, answer) -> None:
-    """autoregressive.generate gives answer(prompt ids), padded, at 5 calls a row."""
-
-    def generate(model, prompt, cfg, seed, example):
-        rows = [answer(row) for row in prompt.tolist()]
-        rows = torch.tensor([row + [BYTES.pad_id] * (23 - len(row)) for row in rows])
-        return GenerateOutput(rows, torch.zeros(len(rows)), torch.full((len(rows),), 5))
-
-    monkeypatch.setattr(autoregressive, "generate", generate)
-
-
 def test_a_mini_set_is_known_under_any_name(place, tmp_path, monkeypatch):
     items = [("fr nine", "neuf"), ("fr ten", "neuf")]
     save_pairs(tmp_path / "x", items, 24, 64, command="python -m data.mini --out=out")
-    fake_generate(monkeypatch, lambda prompt: BYTES.encode("neuf "))
+
+    def generate(model, prompt, cfg, seed, example):
+        answer = BYTES.encode("neuf ")
+        rows = torch.tensor([[*answer, *[BYTES.pad_id] * 18]] * len(prompt))
+        return GenerateOutput(rows, torch.zeros(len(rows)), torch.full((len(rows),), 5))
+
+    monkeypatch.setattr(autoregressive, "generate", generate)
     argv = [f"--init_from={place / 'ar.pt'}", f"--data={tmp_path / 'x'}"]
-    assert exact_match.main(argv)["hits"] == 2
+    result = exact_match.main(argv)
+    assert (result["hits"], result["calls_per_sample"]) == (2, 5)
+    fields = {"command", "seed", "torch", "python", "commit", "hardware", "threads", "settings"}
+    assert fields <= set(result)
 
 
-# python_code
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_that_knows_nothing_pays_log2_of_the_vocabulary_for_each_slot(kind):
-    sizes = [len(target.encode()) for _, target in ITEMS]
-    assert sizes == [12, 10, 8, 10]  # é is two bytes
-    model = tiny_model(**SIZES, **KINDS[kind])
-    model.head.weight = nn.Parameter(torch.zeros_like(model.head.weight))
-    found = python_code.held_out_loss(model, ENCODED, sizes, EvalConfig())
-    assert found["bits_per_byte"] == pytest.approx(math.log2(288) * 4 * 23 / 40, rel=1e-6)
-    pads = math.log2(288) * (4 * 23 - 40) / 40
-    assert found["of_which_pads"] == pytest.approx(pads, rel=1e-6)
+# bound
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_slot_nats_are_the_training_loss_of_the_paradigm(kind):
-    model = tiny_model(**SIZES, **KINDS[kind])
+def test_slot_nats_are_the_training_loss():
+    model = tiny_model(**SIZES)
     batch = collate(ENCODED, range(4), model.cfg.pad_id, model.cfg.sep_id, 24)
-    rng = make_rng(3, batch.example)
-    if kind == "ar":
-        expected = autoregressive.loss(model, batch, None, rng)
-        found = bound.slot_nats(model, batch, 3)
-    else:
-        expected = diffusion.loss_by_rate(model, batch, rng, [0.3])["0.3"]
-        found = bound.slot_nats(model, batch, 3, 0.3)
+    found = bound.slot_nats(model, batch)
     assert found.shape == (4, 23)
+    expected = autoregressive.loss(model, batch, None, None)
     assert found.mean().item() == pytest.approx(float(expected), rel=1e-6)
-
-
-def test_python_of_a_generator_that_knows_two_answers(place, monkeypatch, capsys):
-    known = {tuple(prefix): target for prefix, target in ENCODED[1:3]}  # the others are empty
-    fake_generate(monkeypatch, lambda prompt: known.get(tuple(prompt), []))
-    flags = [f"--init_from={place / 'ar.pt'}", f"--data={place / 'pairs'}"]
-    result = python_code.main([*flags, f"--json={place / 'a.json'}"])
-    assert result["generated"]["parse"] == 0.5 and result["calls_per_sample"] == 5
-    assert json.loads((place / "a.json").read_text()) == json.loads(json.dumps(result))
-    assert result["trained"] == {"step": 7, "data": "elsewhere", "fingerprint": "abc"}
-    fields = {"command", "seed", "torch", "python", "commit", "hardware", "threads", "settings"}
-    assert fields <= set(result)
-    assert "of 4 bodies parse: 50.0%" in capsys.readouterr().out
 
 
 def test_a_checkpoint_made_for_other_pairs_is_refused(place):
     with pytest.raises(ValueError, match="24, 64.*25, 64"):
-        python_code.main([f"--init_from={place / 'longer.pt'}", f"--data={place / 'pairs'}"])
+        bound.main([f"--init_from={place / 'longer.pt'}", f"--data={place / 'pairs'}"])

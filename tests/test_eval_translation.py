@@ -88,20 +88,6 @@ def test_a_model_is_scored_on_the_held_out_pairs_of_its_set_by_default(place, tm
     assert "items" not in json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
 
 
-def test_two_runs_are_compared_item_by_item(place, tmp_path, capsys):
-    base, theirs = files(place), tmp_path / "theirs.json"
-    translation.main([*base, f"--predictions={place / 'guess.json'}", f"--json={theirs}"])
-    result = translation.main([*base, "--reference", f"--against={theirs}"])
-    assert [result["bleu"], result["chrf"]] == pytest.approx([100, 100])
-    found = result["against"]
-    em = found["exact_match"]
-    assert (em["theirs"], em["difference"], em["test"]) == (2 / 6, pytest.approx(4 / 6), "mcnemar")
-    assert em["p"] == 2 / 16 and found["bleu"]["test"] == "bootstrap"
-    assert "| 66.7% " in capsys.readouterr().out
-    with pytest.raises(ValueError, match="must be the --json of eval.translation on the same ex"):
-        translation.main([*base, "--reference", "--n=3", f"--against={theirs}"])
-
-
 # What the tasks share
 
 

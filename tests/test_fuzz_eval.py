@@ -8,14 +8,13 @@ from fuzzing import anything, error_of, repeat
 from hypothesis import strategies as st
 
 from configurator import all_fields
-from eval import bound, code, exact_match, python_code, qa, translation
-from eval.common import PairsConfig, TaskConfig
+from eval import bound, code, exact_match, qa, translation
+from eval.common import TaskConfig
 
 COMMANDS = {
     bound: bound.BoundEvalConfig,
     code: code.CodeConfig,
     exact_match: exact_match.ExactMatchConfig,
-    python_code: PairsConfig,
     qa: TaskConfig,
     translation: translation.TranslationConfig,
 }

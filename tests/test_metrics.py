@@ -3,7 +3,6 @@
 import gzip
 import itertools
 import json
-import math
 import random
 from pathlib import Path
 
@@ -14,10 +13,8 @@ from eval.metrics import (
     answer_exact_match,
     answer_f1,
     interval,
-    mcnemar,
     mean,
     normalize_answer,
-    paired,
     pass_at_k,
     translation_metrics,
     wilson,
@@ -114,35 +111,18 @@ REFERENCES = [
 PREDICTIONS = [REFERENCES[0], "Deux hommes rient.", "Une femme lit un gros livre.", ""] * 5
 
 
-def test_bleu_and_chrf_are_sacrebleus_own():
-    sacrebleu = pytest.importorskip("sacrebleu")
-    found = translation_metrics(PREDICTIONS, REFERENCES)
-    for name, score in (("bleu", sacrebleu.corpus_bleu), ("chrf", sacrebleu.corpus_chrf)):
-        theirs = score(PREDICTIONS, [REFERENCES]).score
-        assert found[name].value == pytest.approx(theirs, abs=1e-9)
-
-
-def test_the_bootstrap_of_bleu_and_its_paired_p_are_close_to_sacrebleus():
+def test_the_bootstrap_of_bleu_is_close_to_sacrebleus():
     """Other draws of the same size, so to within the noise of 2,000 of them."""
     pytest.importorskip("sacrebleu")
     from sacrebleu.metrics import BLEU
     from sacrebleu.significance import PairedTest
 
-    worse = [
-        line.replace("chien", "chat").replace("hommes", "femmes") if i % 3 else line
-        for i, line in enumerate(PREDICTIONS)
-    ]
-    systems = [("theirs", worse), ("ours", PREDICTIONS)]
+    systems = [("base", REFERENCES), ("ours", PREDICTIONS)]
     _, results = PairedTest(systems, {"bleu": BLEU(references=[REFERENCES])}, None, "bs", 2000)()
-    theirs, ours = (translation_metrics(lines, REFERENCES)["bleu"] for _, lines in systems)
+    ours = translation_metrics(PREDICTIONS, REFERENCES)["bleu"]
     low, high, how = interval(ours, 2000, 1)
     assert how == "bootstrap" and low < ours.value < high
-    expected = results["BLEU"][1]
-    assert (high - low) / 2 == pytest.approx(expected.ci, rel=0.15)
-    found = paired(ours, theirs, 2000, 1)
-    assert found["difference"] == pytest.approx(expected.score - results["BLEU"][0].score)
-    assert found["test"] == "bootstrap"
-    assert found["p"] == pytest.approx(expected.p_value, abs=0.01) and 0.001 < found["p"] < 0.05
+    assert (high - low) / 2 == pytest.approx(results["BLEU"][1].ci, rel=0.15)
 
 
 # Chance
@@ -168,30 +148,3 @@ def test_a_share_has_wilsons_interval_and_a_mean_the_normal_one_in_the_limit():
     half = 1.96 * values.std() / 20
     expected = (values.mean() - half, values.mean() + half)
     assert how == "bootstrap" and (low, high) == pytest.approx(expected, abs=0.02)
-
-
-def test_mcnemar_counts_coins():
-    """won 8, lost 2: 2 * (1 + 10 + 45) / 1024."""
-    assert mcnemar(8, 2) == mcnemar(2, 8) == pytest.approx(112 / 1024)
-    assert mcnemar(0, 0) == mcnemar(5, 5) == 1
-    assert 0 < mcnemar(4000, 3000) < 1e-30
-
-
-def test_shares_are_compared_by_the_items_on_which_they_differ():
-    ours = [1] * 60 + [1] * 8 + [0] * 2 + [0] * 30
-    theirs = [1] * 60 + [0] * 8 + [1] * 2 + [0] * 30
-    found = paired(mean(ours), mean(theirs), 4000, 0)
-    assert (found["test"], found["p"]) == ("mcnemar", pytest.approx(112 / 1024))
-    half = 1.96 * (0.1 - 0.06**2) ** 0.5 / 10  # of the differences 1, 0 and -1
-    expected = [0.06 - half, 0.06 + half]
-    assert found["difference_interval"] == pytest.approx(expected, abs=0.015)
-
-
-def test_means_are_compared_as_by_a_z_test():
-    rng = np.random.default_rng(0)
-    one, other = rng.normal(0.20, 1, size=300), rng.normal(0, 1, size=300)
-    same = paired(mean(one), mean(one), 200, 0)
-    assert (same["difference"], same["p"], same["difference_interval"]) == (0, 1, [0, 0])
-    found = paired(mean(one), mean(other), 4000, 0)
-    z = (one - other).mean() / ((one - other).std() / 300**0.5)
-    assert found["p"] == pytest.approx(math.erfc(abs(z) / 2**0.5), abs=0.02)

@@ -55,7 +55,7 @@ from eval import sandbox, sandbox_child
 from eval.sandbox import Limits, run_many
 if task["refuse"]:  # a system that gives no namespaces: unshare(2) is refused
     sandbox_child.LIBC.prctl(38, 1, 0, 0, 0)
-    assert sandbox_child.refuse_calls(tuple(task["refuse"])) == ["call-filter"]
+    assert sandbox_child.refuse_calls(*task["refuse"]) == ["call-filter"]
 own = os.path.join(task["folder"], "own")  # belongs to us, and only we may enter; files go to tmp
 os.mkdir(own, 0o700)
 port = socket.create_server(("127.0.0.1", 0))
@@ -219,7 +219,6 @@ def test_cpu_time_is_limited_apart_from_the_clock():
     "program, limit, status",
     [
         ("x = 'x' * (200 << 20)", dict(memory_mb=150), "memory"),
-        ("print('x' * 20_000)", dict(output_bytes=1000), "output"),
         ("open('a', 'w').write('x' * 20_000)", dict(file_bytes=8192), "failed"),
         ("import time\ntime.sleep(0.5)", dict(seconds=0.3), "timeout"),
     ],

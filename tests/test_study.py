@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import study
+from eval import study, tables
 from eval.study import Job, Row, Runner, Stage, judge, read_results
 
 ROOT = Path(__file__).parent.parent
@@ -117,10 +117,8 @@ def test_a_failed_stage_is_tried_once_and_stops_only_what_needs_it(tmp_path, ran
 @pytest.mark.slow
 def test_every_kind_of_job_starts(tmp_path, monkeypatch):
     """All jobs of one mini task for 20 steps, with real commands."""
-    from eval import tables
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "TASKS", {"mini_code": study.TASKS["mini_code"]})
     tables.main(["--scale=mini", "--quick"])
-    lines = read_results(Path("out/tables/quick/study.jsonl"))
+    lines = read_results(Path("out/tables/study.jsonl"))
     assert len(lines) == 8 + 5 + 4 and all("pass@1" in line for line in lines.values())

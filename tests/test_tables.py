@@ -3,11 +3,8 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from eval import tables
-from eval.common import write_lines
-from eval.study import plain, read_results
+from eval.study import read_results
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,8 +26,7 @@ def test_a_cell_is_mean_and_range_over_seeds_and_a_dash_if_nothing_ran():
     found = cells(tables.table_2(lines))
     ours = ["50.0", "32.0 (30.0 to 34.0)", "-", "25.0", "10.0", "2.00"]
     assert found["AR2Diff_N"] == ["29.41, 68.12, 4.4", *ours]
-    assert found["AR2Diff_2N"] == ["29.92, 71.87, 7.7", *"------"]
-    assert found["AR2Diff_N, no self-conditioning"][0] == ""
+    assert len(found) == 2 + 1  # rows without a result are left out
 
 
 def test_labelled_lines_become_the_rows_of_their_table():
@@ -56,27 +52,12 @@ def test_the_kept_studies_fill_their_tables():
     assert choices["--steps=50 --temperature=0"][0] == "3.77 (3.58 to 3.87)"
 
 
-def quickstart_files(out: Path, names) -> None:
-    for i, name in enumerate(names):
-        result = {"exact_match": 0.5, "interval": [0.4, 0.6], "calls_per_sample": 10.0 + i}
-        tables.write_text(str(out / f"quickstart/{name}.json"), json.dumps(result | COST))
-
-
-COST = {"seconds_per_sample": 0.0125}
-
-
 def test_the_quickstart_becomes_lines_and_a_table(tmp_path):
-    quickstart_files(tmp_path, [*tables.QUICKSTART, "zero_finetune_4"])
+    for i, name in enumerate([*tables.QUICKSTART, "zero_finetune_4"]):
+        result = {"exact_match": 0.5, "interval": [0.4, 0.6], "calls_per_sample": 10.0 + i}
+        result["seconds_per_sample"] = 0.0125
+        tables.write_text(tmp_path / f"quickstart/{name}.json", json.dumps(result))
     found = cells(tables.quickstart(tmp_path))
     assert found["AR"] == ["50.0%", "40.0% to 60.0%", "10.0", "12.5"] and len(found) == 2 + 5
     assert len(read_results(tmp_path / "quickstart.jsonl")) == 6
     assert "AR2Diff_300" in (tmp_path / "quickstart.md").read_text()
-
-
-def test_a_line_that_is_no_result_is_named(tmp_path):
-    write_lines(tmp_path / "a.jsonl", [{"job": "one"}])
-    with open(tmp_path / "a.jsonl", "a") as file:
-        file.write("{broken\n")
-    with pytest.raises(ValueError, match=r"a.jsonl:2: not a JSON object"):
-        read_results(tmp_path / "a.jsonl")
-    assert read_results(tmp_path / "none.jsonl") == {} and plain("L(1), x") == "l_1___x"
