@@ -102,8 +102,7 @@ def time_in_turn(systems: dict[str, Callable], runs: int, device: torch.device) 
     """Return the seconds of each run of each system, after a warm-up call."""
     seconds = {}
     for name, call in systems.items():
-        for _ in range(3 if device.type == "cuda" else 1):  # a CUDA graph needs three calls
-            call()
+        call()
         seconds[name] = []
     start = timer()
     for k in range(runs):

@@ -7,20 +7,16 @@ The result has the methods of model.Transformer. What is faster (python -m eval.
     one token, CPU     compiled; each matrix is read as rows times a vector, at the speed of the
                        memory (the library's matrix product reaches a third of it)
     bfloat16, CPU      attention without torch's fused kernel, which is slow there
-    one token, CUDA    compiled, with shapes that never change: a CUDA graph
-    a canvas, CUDA     compiled, and replayed from a CUDA graph
+    CUDA               compiled; it has not run on a GPU yet
 
-The first call of each kind compiles, which takes tens of seconds. The CUDA paths are tested with a
-simulated graph; they have not run on a GPU yet.
+The first call of each kind compiles, which takes tens of seconds.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from infra.device import compile_or_explain
 from model import Attention, KVCache, Transformer, attend, model_from_state_dict, rotate
@@ -36,88 +32,45 @@ COMPILER = {"fullgraph": True, "options": OPTIONS, "isolate_recompiles": True}
 COMPILER["recompile_limit"] = 256  # torch stops at 8, and each number of rows is one
 
 
-def speed_up(model: Transformer) -> "FastDecoder":
-    """Return a faster decoder that shares the weights of the model. For inference only."""
-    return FastDecoder(model, fixed_shapes=model.tok.weight.device.type == "cuda")
-
-
 class FastDecoder:
-    """Has encode, decode, expected_embedding, cfg and tok of the model, which stays as it is.
+    """Has encode, decode, expected_embedding, cfg and tok of the model, which stays as it is."""
 
-    fixed_shapes: decode one token with buffers that are read whole, as CUDA graphs need it.
-    """
-
-    def __init__(self, model: Transformer, fixed_shapes: bool):
-        on_cuda = model.tok.weight.device.type == "cuda"
+    def __init__(self, model: Transformer):
         self.model = model
         self.cfg = model.cfg
         self.tok = model.tok
+        self.encode = torch.no_grad()(model.encode)
         self.expected_embedding = model.expected_embedding
-        self.fixed_shapes = fixed_shapes
-        self.capture: Callable | None = capture_cuda_graph if on_cuda else None
         # A second module around the same weights: its layers can be exchanged and compiled.
         self.network = model_from_state_dict(model.cfg, model.state_dict())
         if model.cfg.position == "rope":
             self.network.rope = model.rope
-        if not on_cuda:
-            _exchange_layers(self.network)
-        # If shapes change, the length of the cache is a variable of the compiled code.
-        token_step = partial(_logits, self.network)
-        compiled = torch.compile(token_step, dynamic=not fixed_shapes, **COMPILER)
-        self.token_step = CompiledOrEager(compiled, partial(_logits, model))
-        if on_cuda:
+        if model.tok.weight.device.type == "cuda":
             compile_or_explain(self.network)
-
-    @torch.no_grad()
-    def encode(self, prefix: Tensor, reserve: int = 0) -> KVCache:
-        """See Transformer.encode."""
-        cache = self.model.encode(prefix, reserve)
-        return FixedCache(cache) if self.fixed_shapes and type(cache) is KVCache else cache
+        else:
+            _exchange_layers(self.network)
+        # The length of the cache is a variable of the compiled code.
+        compiled = torch.compile(partial(_logits, self.network), dynamic=True, **COMPILER)
+        self.token_step = CompiledOrEager(compiled, partial(_logits, model))
 
     @torch.no_grad()
     def decode(self, cache, target, append=False, self_cond=None, extra_edges=None) -> Tensor:
         """See Transformer.decode."""
         one_token = append and target.shape[1] == 1 and extra_edges is None and self_cond is None
-        is_fixed = isinstance(cache, FixedCache) and cache.length + target.shape[1] <= cache.reserve
-        if one_token and cache.length and is_fixed == self.fixed_shapes:
-            logits = self._next_token(cache, target)
-            cache.append_valid(target)
-            return logits
-        if self.capture is None or append or not is_fixed:
+        if not one_token or not cache.length:
             return self.network.decode(cache, target, append, self_cond, extra_edges)
-
-        def step(cache, target, self_cond, extra_edges):
-            return self.network.decode(cache, target, False, self_cond, extra_edges)
-
-        key = (target.shape, self_cond is None, extra_edges is None)
-        return self._replay(cache, key, step, target, self_cond, extra_edges)
-
-    def _next_token(self, cache: KVCache, token: Tensor) -> Tensor:
-        if not self.fixed_shapes:
-            return self._token_logits(cache, token)
-        place = torch.full((1,), cache.length, device=token.device)
-
-        def step(cache, token, place):
-            return self._token_logits(cache.view_at(place), token)
-
-        return self._replay(cache, "token", step, token, place)
-
-    def _token_logits(self, cache: KVCache, token: Tensor) -> Tensor:
-        x = self.network.embed(token, 0, None)
-        inputs = self.network.prepare_input(x, cache, "causal", None)
-        return self.token_step(*inputs, cache)
-
-    def _replay(self, cache: "FixedCache", key, step: Callable, *tensors) -> Tensor:
-        """Return step(cache, *tensors), from a CUDA graph that is freed together with the cache."""
-        if self.capture is None:
-            return step(cache, *tensors)
-        if key not in cache.graphs:
-            # The graph must not refer to the cache that refers to it, but to the same buffers.
-            cache.graphs[key] = self.capture(partial(step, cache.without_graphs()), tensors)
-        return cache.graphs[key](*tensors)
+        x = self.network.embed(target, 0, None)
+        logits = self.token_step(*self.network.prepare_input(x, cache, "causal", None), cache)
+        cache.append_valid(target)
+        return logits
 
 
-def _logits(network: Transformer, x, rope, mask, causal, cache) -> Tensor:
+def speed_up(model: Transformer) -> FastDecoder:
+    """Return a faster decoder that shares the weights of the model. For inference only."""
+    return FastDecoder(model)
+
+
+def _logits(network: Transformer, x, rope, mask, causal, cache: KVCache) -> Tensor:
     # The class's own run_blocks: that of the instance may be compiled already.
     return network.head(type(network).run_blocks(network, x, rope, mask, causal, cache))
 
@@ -138,70 +91,6 @@ class CompiledOrEager:
                 print(f"fast_decode: not compiled, running eagerly: {reason}")
                 self.compiled = None
         return self.eager(*args)
-
-
-def capture_cuda_graph(function: Callable, tensors: tuple) -> Callable:
-    """Return the function as a CUDA graph: one launch instead of hundreds.
-
-    It takes new tensors (or None) of the same shapes. The function runs twice while it is captured.
-    """
-    inputs = [None if t is None else t.clone() for t in tensors]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # the first call may compile and select kernels
-        function(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = function(*inputs)
-
-    def replay(*tensors):
-        for static, new in zip(inputs, tensors):
-            if static is not None:
-                static.copy_(new)
-        graph.replay()
-        return output.clone()  # the next replay overwrites the output
-
-    return replay
-
-
-class FixedCache(KVCache):
-    """A KVCache of constant shape, which is read whole. Its last slot repeats the new token."""
-
-    def __init__(self, cache: KVCache):
-        self.__dict__.update(cache.__dict__)
-        self.place: Tensor | None = None  # (1,) slot of the next token
-        self.graphs: dict[object, Callable] = {}
-        for buffer in (*cache.k, *cache.v):
-            if buffer is not None:
-                buffer[:, :, cache.length :] = 0  # the mask multiplies by 0, and 0 * NaN is NaN
-
-    def view_at(self, place: Tensor) -> "FixedCache":
-        """Return a view with the same buffers in which all slots but the last count as read."""
-        view = self.without_graphs()
-        view.place = place
-        view.length = self.reserve - 1
-        B = len(self.k[0])
-        view.valid = (torch.arange(view.length, device=place.device) < place).expand(B, -1)
-        if self.valid is not None:
-            view.valid = view.valid & F.pad(self.valid, (0, view.length - self.length), value=True)
-        return view
-
-    def without_graphs(self) -> "FixedCache":
-        view = copy.copy(self)
-        view.graphs = {}
-        return view
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.place is None:
-            return super().extend(layer, k, v)
-        for buffer, new in ((self.k[layer], k), (self.v[layer], v)):
-            buffer.index_copy_(2, self.place, new)
-            buffer[:, :, -1:] = new
-        return self.k[layer], self.v[layer]
-
-    def select(self, index: Tensor) -> KVCache:
-        return super().select(index).without_graphs()
 
 
 class FastAttention(Attention):
