@@ -1,4 +1,4 @@
-"""Exercise 3: L(1) is not a bound. Grade it: python -m docs.exercises.grade bound"""
+"""Exercise 3: L(1) is not a bound."""
 
 
 def predictor(seen):

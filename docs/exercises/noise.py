@@ -1,4 +1,4 @@
-"""Exercise 2: noise that looks like text. Grade it: python -m docs.exercises.grade noise"""
+"""Exercise 2: noise that looks like text."""
 
 
 def unigram_noise(uniform, counts, model_cfg):

@@ -1,7 +1,4 @@
-"""Exercise 1: a sampler that ranks slots by their margin.
-
-Grade it: python -m docs.exercises.grade sampler
-"""
+"""Exercise 1: a sampler that ranks slots by their margin."""
 
 
 def margin(logits, state, step, cfg, rng, model_cfg):
