@@ -31,14 +31,8 @@ from configurator import flatten, group, needs, require, setting, validate
 from data.loader import build_if_missing, open_dataset, prefetch
 from data.objectives import ObjectiveConfig
 from data.tokenizer import get_tokenizer
-from infra import checkpoint, device, flops, run_dir
+from infra import checkpoint, device, flops, optimizers, run_dir
 from infra.distributed import DistributedContext, init_distributed
-from infra.optimizers import (
-    clear_gradients,
-    learning_rate_at,
-    make_optimizers,
-    set_learning_rate,
-)
 from infra.rng import make_rng
 from model import ModelConfig, Transformer, build_model, model_from_state_dict, num_params
 
@@ -107,8 +101,7 @@ class Run:
         self.train_set = open_dataset(cfg.data, "train", cfg.objective)
         self.valid_set = open_dataset(cfg.data, "valid", cfg.objective)
         ctx.wrap(model, cfg.parallel)
-        self.optimizers = make_optimizers(model, cfg)
-        self.environment = run_dir.environment(ctx.device, ctx.world_size)
+        self.optimizers = optimizers.make_optimizers(model, cfg)
         self.first_step = 0
         self.best_loss = math.inf
 
@@ -116,22 +109,19 @@ class Run:
         """Continue from a checkpoint. Print what makes the run differ."""
         self.ctx.load_full_state(self.model, self.optimizers, state)
         self.first_step = state["step"]
-        old = state["train_config"] | state["environment"]
-        new = flatten(self.cfg) | self.environment
+        old = state["train_config"]
+        new = flatten(self.cfg)
         if old.get("eval_batches") == new["eval_batches"]:
             self.best_loss = state["best_loss"]  # else it cannot be compared
         steps = old.get("max_steps")
         if steps != new["max_steps"] and new["schedule"] != "constant":
             print(f"max_steps {steps} -> {new['max_steps']}", end=" ")
             print(f"also changes the {new['schedule']} decay of the learning rate")
-        if note := run_dir.rounding_note(old, new):
-            print(note)
 
     def checkpoint(self, name: str, step: int, keep_last: int = 1) -> None:
         """Save to out_dir/name. All processes must call it."""
         state = self.ctx.full_state(self.model, self.optimizers)
         state["train_config"] = flatten(self.cfg)
-        state["environment"] = self.environment
         state["fingerprint"] = self.train_set.fingerprint
         state["best_loss"] = self.best_loss
         if self.ctx.is_main:
@@ -211,11 +201,11 @@ def train_step(run: Run, batches, step: int) -> dict:
     ctx = run.ctx
     run.model.train()
     torch.manual_seed(cfg.seed + step + (ctx.rank << 40))  # dropout
-    learning_rate = learning_rate_at(step, cfg)
-    set_learning_rate(run.optimizers, learning_rate)
+    learning_rate = optimizers.learning_rate_at(step, cfg)
+    optimizers.set_learning_rate(run.optimizers, learning_rate)
     diffuses = cfg.model.paradigm == "diffusion"
     n_passes = cfg.loss.unroll_steps if diffuses else 1
-    clear_gradients(run.optimizers, keep=n_passes > 1)
+    optimizers.clear_gradients(run.optimizers, keep=n_passes > 1)
     terms = [0.0] * n_passes
     counts = collections.Counter()
     for micro in range(cfg.grad_accum_steps):
@@ -360,7 +350,7 @@ def prepare(given: dict, out: Path, resume: bool, world_size: int):
     data = TrainConfig.data
     if resume and found:
         path, state = run_dir.latest_checkpoint(out)
-        names = {"train_config", "optimizer", "best_loss", "fingerprint", "environment"}
+        names = {"train_config", "optimizer", "best_loss", "fingerprint"}
         missing = ", ".join(sorted(names - state.keys()))
         remedy = f"use --init_from={path} and another --out_dir"
         require(not missing, f"{path} cannot be resumed, it has no {missing}; {remedy}")

@@ -35,8 +35,12 @@ OUT = "out/data"  # where data sets are built
 # The module that builds each data set.
 SETS = dict.fromkeys(("mini", "mini_translation", "mini_qa", "mini_code"), "data.mini")
 SETS |= dict.fromkeys(("toy_copy", "toy_reverse", "toy_sort"), "data.toy")
-SETS |= dict.fromkeys(("python_code", "python_pairs"), "data.python_code")
-SETS |= {"squad": "data.squad", "mbpp": "data.mbpp", "multi30k": "data.parallel"}  # downloads
+SETS |= {
+    "python_code": "data.python_code",
+    "squad": "data.squad",
+    "mbpp": "data.mbpp",
+    "multi30k": "data.parallel",
+}  # downloads
 
 
 class _Dataset:

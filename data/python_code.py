@@ -1,29 +1,25 @@
-"""The Python source on this machine: a stream to pretrain on, and pairs of docstring and body.
+"""The Python source on this machine: a stream to pretrain on.
 
     python -m data.python_code [--source=stdlib|PATH] [--tokenizer=bytes|gpt2|PATH]
 
-"stdlib" is the standard library of the Python that runs this: equal for equal versions. Writes
-python_code and python_pairs. A pair is a function, dedented:
-
-    def mean(values):                       return sum(values) / len(values)
-        \"\"\"The average of the values.\"\"\"
+"stdlib" is the standard library of the Python that runs this: equal for equal versions. Writes the
+data set python_code.
 
 Whole files are held out, by a hash of their path. Tests, demos and generated tables are left out.
-So are near-duplicates: files, and bodies of functions, that differ only in comments and spaces.
+So are near-duplicates: files that differ only in comments and spaces.
 """
 
-import ast
 import platform
 import re
 import sysconfig
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import configure, require, run, setting
-from data.sources import SetConfig, hash_number, percent, write_set, write_texts
+from data.sources import SetConfig, hash_number, percent, write_texts
 from data.syntax import parse_python
 
 HELD_OUT = 10  # percent of the files
@@ -40,16 +36,12 @@ TEST_FILE = r"test_|_?test\.py|conftest|.*_test\.py"
 @dataclass
 class PythonCodeConfig(SetConfig):
     source: str = setting("stdlib", "stdlib, or a folder", path=True)
-    name: str = setting("python", "the data sets become the folders out/name_code and _pairs")
+    name: str = setting("python_code", "the data set becomes the folder out/name")
 
 
-def read_corpus(source: str) -> tuple[dict, dict, Counter]:
-    """Return the files, the pairs of their functions, and how much was left out and why.
-
-    Files and functions are by split, in the order of the paths, without near-duplicates.
-    """
+def read_corpus(source: str) -> tuple[dict[str, list[str]], Counter]:
+    """Return the files of each split, in the order of the paths, and what was left out and why."""
     files = {"train": [], "valid": []}
-    pairs = {"train": [], "valid": []}
     dropped = Counter()
     seen = set()
     root = _stdlib() if source == "stdlib" else Path(source)
@@ -58,45 +50,13 @@ def read_corpus(source: str) -> tuple[dict, dict, Counter]:
     # Training files first: of equal files in both splits, the held-out one is dropped.
     for split, path in sorted(paths, key=lambda item: item[0]):
         text = _read(path)
-        tree = parse_python(text) if text else None
-        if tree is None:
+        if not text or parse_python(text) is None:
             dropped["files that are empty or no Python of this version"] += 1
         elif not _is_new(text, seen):
             dropped["files near-duplicate"] += 1
         else:
             files[split].append(text)
-            for prefix, body in functions(text, tree):
-                if not _is_new(body, seen):
-                    dropped["functions near-duplicate"] += 1
-                elif not parses(prefix, body):
-                    dropped["functions that cannot be dedented"] += 1
-                else:
-                    pairs[split].append({"prefix": prefix, "target": body})
-    return files, pairs, dropped
-
-
-def functions(text: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield (prefix, body) of each function with a docstring and code on the lines after it.
-
-    The prefix is `def` to the end of the docstring, with its newline. Both are dedented by the
-    column of the def. Functions inside functions belong to the body of the outer one.
-    """
-    lines = re.split(r"\r\n|\r|\n", text)  # Python's lines: splitlines would split at form feeds
-    for node in _outer_functions(tree):
-        documented = len(node.body) > 1 and ast.get_docstring(node, clean=False) is not None
-        end = node.body[0].end_lineno
-        if documented and node.body[1].lineno > end:
-            prefix = _dedent(lines[node.lineno - 1 : end], node.col_offset)
-            yield prefix + "\n", _dedent(lines[end : node.end_lineno], node.col_offset)
-
-
-def parses(prefix: str, body: str) -> bool:
-    """Whether prefix and body together are one Python function with a body. Nothing is run."""
-    tree = parse_python(prefix + body + "\n")
-    node = tree.body[0] if tree is not None and len(tree.body) == 1 else None
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return False
-    return len(node.body) > 1 or ast.get_docstring(node, clean=False) is None
+    return files, dropped
 
 
 def split_of(path: str) -> str:
@@ -142,29 +102,13 @@ def _is_new(text: str, seen: set[int]) -> bool:
     return is_new
 
 
-def _outer_functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield child
-        elif isinstance(child, ast.stmt | ast.excepthandler):
-            yield from _outer_functions(child)
-
-
-def _dedent(lines: list[str], column: int) -> str:
-    """Remove `column` spaces from each line, spaces at its end, and blank lines at the end."""
-    lines = [line[min(column, len(line) - len(line.lstrip())) :].rstrip() for line in lines]
-    return "\n".join(lines).rstrip("\n")
-
-
 def main(argv: list[str]) -> None:
     cfg = configure(PythonCodeConfig, argv)
-    files, pairs, dropped = read_corpus(cfg.source)
+    files, dropped = read_corpus(cfg.source)
     command = ["data.python_code", *argv]
     free = {"source": cfg.source, "python": platform.python_version()}
     free |= {"licence": "each file keeps the licence of its package", "dropped": dropped}
-    write_texts(replace(cfg, name=f"{cfg.name}_code"), files, command, **free)
-    sizes = {"target_length": cfg.target_length or 192, "block_size": cfg.block_size or 384}
-    write_set(replace(cfg, name=f"{cfg.name}_pairs", **sizes), pairs, command, **free)
+    write_texts(cfg, files, command, **free)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure -log p(target | prefix) of held-out pairs: exact for AR, an upper bound for diffusion.
 
-    python -m eval.bound --init_from=out/run/ckpt.pt --data=out/data/python_pairs --noise_steps=10
+    python -m eval.bound --init_from=out/run/ckpt.pt --data=out/data/mini_code --noise_steps=10
 
 The bound is that of D3PM's reverse process (arXiv 2107.03006, section 3) with T = noise_steps: the
 sum over t of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)). A slot keeps its token until time t

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from configurator import require, run, setting
 from data import mbpp, mini
-from data.python_code import parses as parses_function
 from data.syntax import parse_python
 from eval import common, sandbox
 from eval.common import TaskConfig, TaskRun
@@ -44,37 +43,19 @@ class CodeConfig(TaskConfig):
 
 
 def examples(cfg: CodeConfig) -> list[dict]:
-    """Return the problems with id, prefix, target, continues and, if they have any, tests.
-
-    continues: a completion continues the prefix (python_pairs), else it is a program.
-    """
+    """Return the problems with id, prefix, target and, if they have any, tests."""
     if cfg.source:
-        found = [e for e in mbpp.read(cfg.source) if e["split"] == "test"]
-        return [e | {"continues": False} for e in found]
+        return [e for e in mbpp.read(cfg.source) if e["split"] == "test"]
     found = common.held_out(cfg.data, "code")
-    is_mini = common.is_mini(common.open_pairs(cfg.data))
-    for example in found:
-        if is_mini:
-            example["tests"] = mini.code_tests(example)
-        example["continues"] = is_python(example["prefix"], example["target"])
+    if common.is_mini(common.open_pairs(cfg.data)):
+        found = [example | {"tests": mini.code_tests(example)} for example in found]
     return found
 
 
-def program(completion: str, example: dict) -> str:
-    return example["prefix"] + completion if example["continues"] else completion
-
-
-def is_python(prefix: str, body: str) -> bool:
-    """Return whether prefix and body are one function with a body. Nothing is run."""
-    return INVALID not in body and parses_function(prefix, body)
-
-
-def parses(completion: str, example: dict) -> bool:
-    """Return whether a completion that is not blank makes a Python program. Nothing is run."""
-    if example["continues"] and "tests" not in example:  # the body of one function
-        return is_python(example["prefix"], completion)
-    blank = not completion.strip() or INVALID in completion
-    return not blank and parse_python(program(completion, example) + "\n") is not None
+def parses(program: str) -> bool:
+    """Return whether a text that is not blank is a Python program. Nothing is run."""
+    blank = not program.strip() or INVALID in program
+    return not blank and parse_python(program + "\n") is not None
 
 
 def score(samples: list, asked: list[dict], ks: list[int]) -> tuple[dict[str, Metric], dict]:
@@ -88,14 +69,14 @@ def score(samples: list, asked: list[dict], ks: list[int]) -> tuple[dict[str, Me
     if "tests" in asked[0]:
         jobs = {}  # equal samples of a problem run once
         for i, example in enumerate(asked):
-            jobs |= {(i, text): (program(text, example), example["tests"]) for text in samples[i]}
+            jobs |= {(i, text): (text, example["tests"]) for text in samples[i]}
         found = dict(zip(jobs, sandbox.run_many(list(jobs.values()))))
         statuses = [[found[i, text] for text in texts] for i, texts in enumerate(samples)]
         outcomes.update(itertools.chain(*statuses))
         for k in ks:
             passed = [row.count("passed") for row in statuses]
             metrics[f"pass@{k}"] = mean([pass_at_k(n, c, k) for c in passed])
-    parsed = [sum(parses(text, e) for text in texts) / n for texts, e in zip(samples, asked)]
+    parsed = [sum(map(parses, texts)) / n for texts in samples]
     return metrics | {"parse": mean(parsed)}, dict(outcomes.most_common())
 
 

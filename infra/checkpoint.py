@@ -1,8 +1,8 @@
 """Checkpoints: tensors and plain values in one file, written atomically, read without running code.
 
 Always: format, step, model, model_config, tokenizer (name). Of a training: train_config (flat),
-optimizer, best_loss, fingerprint (of the data), environment. No random state and no loader
-position, because both are functions of (seed, step).
+optimizer, best_loss, fingerprint (of the data). No random state and no loader position: both are
+functions of (seed, step).
 """
 
 import contextlib

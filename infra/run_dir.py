@@ -14,8 +14,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from infra.checkpoint import CorruptCheckpoint, backup_path, load, write_atomically
 
 
@@ -72,21 +70,6 @@ def clear(out: Path) -> None:
     """Remove what an overwritten run left next to its ckpt.pt."""
     for path in [*checkpoints(out)[1:], *out.glob("best.pt"), *out.glob("*.damaged")]:
         path.unlink()
-
-
-def environment(device: torch.device, world_size: int) -> dict:
-    """Return what the last bits of a result depend on, next to the settings."""
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
-    version = str(torch.__version__)  # of a class of its own
-    return dict(device=device.type, world_size=world_size, threads=threads, torch=version)
-
-
-def rounding_note(before: dict, now: dict) -> str:
-    """Return why a resumed run differs in the last bits, or "". Both: settings | environment."""
-    names = "device world_size threads torch grad_accum_steps dtype compile parallel".split()
-    changes = [f"{n} {before[n]} -> {now[n]}" for n in names if n in before and before[n] != now[n]]
-    note = f"from here on the run is equal to rounding, not bit for bit: {', '.join(changes)}"
-    return note if changes else ""
 
 
 class Log:

@@ -89,7 +89,7 @@ def test_four_processes_train_with_muon_what_one_trains(run):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_with_another_number_of_processes(run, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(run):
     """Two processes write a checkpoint; one, two and four continue the undisturbed run."""
     flags = [*WAYS["joint"], "--eval_interval=100", "--sample_interval=0"]
     whole = run(1, *flags, "--max_steps=4", out="whole")
@@ -98,8 +98,6 @@ def test_a_run_resumes_with_another_number_of_processes(run, tmp_path):
         run(2, *flags, "--max_steps=2", "--parallel=fsdp", out=out)
         more = ["--max_steps=4", "--init_from=resume", f"--parallel={parallel}"]
         assert_same_training(whole, run(processes, *flags, *more, out=out))
-        exact = (processes, parallel) == (2, "fsdp")
-        assert ("equal to rounding" in (tmp_path / "output_0").read_text()) == (not exact)
 
 
 def test_two_processes_resume_bit_for_bit(run):

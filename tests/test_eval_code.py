@@ -75,21 +75,21 @@ def test_references_pass_without_leave_and_empty_programs_fail(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "completion, parses",
+    "program, parses",
     [
-        ("    return x", True),
-        ("    return (", False),
+        ("def f(x):\n    return x", True),
+        ("x = 1 # '\\d'", True),
+        ("def f(x):\n    return (", False),
         ("", False),
         ("  \n", False),
-        ("    return '\ufffd'", False),
-        ("return x", False),
-        ("    pass\0", False),
-        ("    return " + "(" * 5000, False),
+        ("x = '\ufffd'", False),
+        ("  x = 1", False),
+        ("x = 1\0", False),
+        ("x = " + "(" * 5000, False),
     ],
 )
-def test_only_python_with_something_in_it_parses(completion, parses):
-    example = {"prefix": HEAD, "target": "    return x", "continues": True}
-    assert code.parses(completion, example) is parses
+def test_only_python_with_something_in_it_parses(program, parses):
+    assert code.parses(program) is parses
 
 
 # What a model writes
@@ -129,8 +129,8 @@ def test_samples_differ_and_do_not_depend_on_how_many_there_are(place, tmp_path,
         assert found[3][i][:2] == found[2][i] and len(set(found[3][i])) == 3
 
 
-def test_bodies_without_tests_are_parsed(place, tmp_path):
-    path = completions(tmp_path / "p.json", ["    return x", "return"], first=0)
+def test_programs_without_tests_are_parsed(place, tmp_path):
+    path = completions(tmp_path / "p.json", ["x = 1", "x = ("], first=0)
     result = code.main([f"--data={place / 'bodies'}", f"--predictions={path}"])
     assert result["parse"] == 0.5 and "pass@1" not in result
 
