@@ -93,7 +93,7 @@ def test_held_out_prompts_are_not_trained_on(tmp_path, monkeypatch):
     drafts.main(["--what=prompts", f"--texts={tmp_path}", f"--out_dir={tmp_path / 'o'}"])
     found = {}
     for name, size in (("train", 10), ("code", 4), ("prose", 4)):
-        lines = read_lines(tmp_path / f"o/{name}.jsonl", "prompt")
+        lines = read_lines(tmp_path / f"o/{name}.jsonl")
         found[name] = [line["prompt"] for line in lines]
         assert len(set(found[name])) == size
     assert all(11 <= int(text.split()[1]) <= 510 for text in found["code"])
