@@ -79,16 +79,16 @@ def align_logits(logits: Tensor, shift: bool) -> Tensor:
     return logits[:, :-1] if shift else logits[:, 1:]
 
 
-def losses(model, batch, cfg, rng, rate=None, extra_edges=None, scale=1.0):
+def losses(model, batch, cfg, rng, extra_edges=None, scale=1.0):
     """Yield L(1), L(2), .., times scale, nats per slot.
 
     Call backward() on each term before asking for the next. The prefix
     is read once. So a last term, of value 0, carries the gradients of
-    all terms into it (docs/method.md). rate (B, 1): not a drawn one.
+    all terms into it (docs/method.md).
     """
     cache = model.encode(batch.prefix, reserve=batch.target.shape[1])
     detached, pairs = cache.detach()
-    for term in loss_terms(model, detached, batch, cfg, rng, rate, extra_edges):
+    for term in loss_terms(model, detached, batch, cfg, rng, extra_edges=extra_edges):
         yield term * scale
     pairs = [pair for pair in pairs if pair[1].grad is not None]
     if pairs:
@@ -97,7 +97,10 @@ def losses(model, batch, cfg, rng, rate=None, extra_edges=None, scale=1.0):
 
 
 def loss_terms(model, cache, batch, cfg, rng, rate=None, extra_edges=None):
-    """Yield the terms. L(k + 1) reads the prediction of pass k."""
+    """Yield the terms. L(k + 1) reads the prediction of pass k.
+
+    rate (B, 1): of corruption; by default drawn.
+    """
     model_cfg = model.cfg
     target = batch.target  # (B, T)
     rate = draw_rate(cfg, rng) if rate is None else rate

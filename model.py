@@ -414,14 +414,14 @@ class Transformer(nn.Module):
         x = self.embed(tokens, P, self_cond)  # (B, P + T, C)
         return self.head(self._read(x, None, kind, valid, extra_edges)[:, P:])
 
-    def forward(self, prefix, target, self_cond=None, extra_edges=None) -> Tensor:
+    def forward(self, prefix: Tensor, target: Tensor) -> Tensor:
         """Return decode(encode(prefix), target), in one pass if possible."""
-        if self.cfg.single_pass and extra_edges is None:
+        if self.cfg.single_pass:
             cache = KVCache(0)
             cache.prefix = prefix
         else:
             cache = self.encode(prefix)
-        return self.decode(cache, target, False, self_cond, extra_edges)
+        return self.decode(cache, target)
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
         """Return the mean embedding (..., C) of logits (..., V)."""

@@ -19,6 +19,7 @@ from diffusion import (
     corrupt,
     generate,
     loss,
+    loss_terms,
     losses,
     sample_noise,
 )
@@ -181,7 +182,9 @@ def test_slot_i_is_predicted_at_position_i_or_with_shift_at_the_one_before(shift
 
 def test_the_loss_is_the_mean_over_clean_corrupted_and_pad_slots():
     model = Fake(from_table)
-    found = next(losses(model, batch(), LossConfig(), rng_of(4), torch.full((4, 1), 0.5)))
+    cache = model.encode(batch().prefix)
+    rate = torch.full((4, 1), 0.5)
+    found = next(loss_terms(model, cache, batch(), LossConfig(), rng_of(4), rate))
     log_p = from_table(None, model.read[0][1]).log_softmax(-1)
     by_hand = [-log_p[b, s, batch().target[b, s + 1]].item() for b in range(4) for s in range(S)]
     assert found.item() == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
@@ -208,7 +211,7 @@ def test_no_gradient_crosses_from_the_second_pass_to_the_first(self_conditioning
     model, data = network(self_conditioning=self_conditioning), batch()
 
     def term(canvas, hint=None):
-        logits = model(data.prefix, canvas, hint)[:, 1:]
+        logits = model.decode(model.encode(data.prefix), canvas, self_cond=hint)[:, 1:]
         return logits, F.cross_entropy(logits.flatten(0, 1), data.target[:, 1:].flatten())
 
     both = gradient(model, loss(model, data, LossConfig(), rng_of(4)))

@@ -108,10 +108,11 @@ def test_extra_edges_lead_from_causal_to_bidirectional(pattern):
     model, prefix, target = build(pattern), ids(2, 3), ids(2, 4)
     size = 7 if pattern == "ar2diff" else 4
     edges = torch.ones(size, size, dtype=torch.bool)
-    close(model(prefix, target, extra_edges=edges), model(prefix, target))
+    cache = model.encode(prefix)
+    close(model.decode(cache, target, extra_edges=edges), model(prefix, target))
     causal = build({"cached_prefix": "prefix_lm"}.get(pattern, "gpt"))
     causal.load_state_dict(model.state_dict())
-    close(model(prefix, target, extra_edges=~edges), causal(prefix, target))
+    close(model.decode(cache, target, extra_edges=~edges), causal(prefix, target))
 
 
 # Padding, cache, heads
@@ -223,9 +224,10 @@ def test_with_shift_the_hint_of_a_slot_enters_where_the_slot_is_predicted(slot):
     model = build("gpt", paradigm="diffusion", shift=True, self_conditioning=True)
     nn.init.normal_(model.self_cond_proj.weight)
     prefix, target, hint = ids(1, 3), ids(1, 5), torch.randn(1, 5, 16)
-    before = model(prefix, target, self_cond=hint)
+    cache = model.encode(prefix)
+    before = model.decode(cache, target, self_cond=hint)
     hint[0, slot] += torch.randn(16)
-    changed = (model(prefix, target, self_cond=hint) != before).any(-1)[0]
+    changed = (model.decode(cache, target, self_cond=hint) != before).any(-1)[0]
     assert changed.nonzero()[0, 0] == slot - 1
 
 
