@@ -44,7 +44,7 @@ def read_corpus(source: str) -> tuple[dict[str, list[str]], Counter]:
     files = {"train": [], "valid": []}
     dropped = Counter()
     seen = set()
-    root = _stdlib() if source == "stdlib" else Path(source)
+    root = Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
     require(root.exists(), f"--source must be stdlib or a path; {source!r} does not exist")
     paths = list(_walk(root, dropped))
     # Training files first: of equal files in both splits, the held-out one is dropped.
@@ -62,10 +62,6 @@ def read_corpus(source: str) -> tuple[dict[str, list[str]], Counter]:
 def split_of(path: str) -> str:
     """Return 'train' or 'valid'. path: inside its source folder, so equal on all machines."""
     return "valid" if percent(path) < HELD_OUT else "train"
-
-
-def _stdlib() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
 
 
 def _walk(root: Path, dropped: Counter) -> Iterator[tuple[str, Path]]:

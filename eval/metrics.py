@@ -110,8 +110,9 @@ def _points(scorer) -> Callable[[np.ndarray], float]:
 # Chance
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: int, n: int) -> tuple[float, float]:
     """Return the 95% interval of a share (Wilson 1927). It holds near 0 and 1 too."""
+    z = 1.96
     p = hits / n
     zz = z * z / n
     middle = p + zz / 2

@@ -98,7 +98,7 @@ def timed(call: Callable) -> float:
     return timer() - start
 
 
-def time_in_turn(systems: dict[str, Callable], runs: int, device: torch.device) -> dict:
+def time_in_turn(systems: dict[str, Callable], runs: int) -> dict:
     """Return the seconds of each run of each system, after a warm-up call."""
     seconds = {}
     for name, call in systems.items():
@@ -209,7 +209,7 @@ def decode_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
         decoder = PARADIGMS[network.cfg.paradigm]
         sampler = decoder.SamplerConfig(**steps[network.cfg.paradigm])
         calls[name] = partial(decoder.generate, at_length(network, case["length"]), prompt, sampler)
-    seconds = time_in_turn(calls, cfg.runs, device)
+    seconds = time_in_turn(calls, cfg.runs)
     ar_names = ("AR", "AR, compiled")
     line = make_line("decode", case, seconds, min(ar_names, key=lambda n: median(seconds[n])))
     weights = sum(p.nbytes for p in ar.parameters()) - ar.pos.weight.nbytes  # reads few positions
@@ -226,7 +226,7 @@ def unroll_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
     for name, settings in NETWORKS.items():
         model_cfg = model_config(case["shape"], P, T, **settings)
         steps[name] = training_step(model_cfg, case["batch"], case["dtype"], device)
-    seconds = time_in_turn(steps, cfg.runs, device)
+    seconds = time_in_turn(steps, cfg.runs)
     aim = "<= 1.35" if P > T else "<= 2.0"
     return make_line("unroll", case, seconds, "AR", "time", aim=aim)
 
@@ -291,7 +291,7 @@ def smollm2_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
         for name, file in {dtype: other, "Q4_1": path}.items():
             calls[f"llama.cpp, {name}"] = llama(file, ids, length)
     texts = {name: call() for name, call in calls.items()}
-    seconds = time_in_turn(calls, cfg.runs, device)
+    seconds = time_in_turn(calls, cfg.runs)
     same = {name: len(commonprefix([text, texts["ours"]])) for name, text in texts.items()}
     return make_line("decode", case, seconds, "transformers", aim=">= 2.5", same_tokens=same)
 

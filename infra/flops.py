@@ -31,7 +31,7 @@ def forward_flops(m: ModelConfig, prefix: int, target: int) -> int:
     return 2 * (adds + target * m.vocab_size * C)
 
 
-def train_flops(m: ModelConfig, prefix: int, target: int, unroll_steps: int = 1) -> int:
+def train_flops(m: ModelConfig, prefix: int, target: int, unroll_steps: int) -> int:
     """Return the FLOPs of a training step over a row. All terms share a cached prefix."""
     terms = unroll_steps if m.paradigm == "diffusion" else 1
     flops = terms * forward_flops(m, prefix, target)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Streams: what a number is used for. Two streams never share a number.
-RATE, CORRUPT, UNROLL, SELF_COND, CANVAS, SAMPLE, SELECT, RENOISE, EDGES, ACCEPT = range(10)
+RATE, CORRUPT, UNROLL, _, CANVAS, SAMPLE, SELECT, RENOISE, EDGES, ACCEPT = range(10)
 
 MASK_32 = 0xFFFFFFFF
 

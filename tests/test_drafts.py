@@ -31,7 +31,7 @@ def measure(what: str, *flags: str) -> dict:
     return drafts.main([*argv, "--prompts=p.jsonl", "--device=cpu", "--json=r.jsonl"])[0]
 
 
-def test_texts_are_equal_and_calls_are_those_of_the_decoder(adapter, capsys):
+def test_texts_are_equal_and_calls_are_those_of_the_decoder(adapter):
     line = measure("exact")
     assert read_lines("r.jsonl") == [line]
     equal = {name: (row["equal"], row["n"]) for name, row in line["rows"].items()}

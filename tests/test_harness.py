@@ -23,7 +23,7 @@ from sample import choose_sampler
 SIZES = dict(block_size=20, target_length=8)
 
 
-def a_model(kind: str = "ar") -> Transformer:
+def a_model(kind: str) -> Transformer:
     source = tiny_model(**SIZES, sep_id=-1 if kind == "imported" else BYTES.sep_id)
     for p in source.parameters():
         p.data.mul_(4)  # far from uniform, so that order and place matter

@@ -53,7 +53,7 @@ def frames_of(svg: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     "settings", [{"steps": 4, "temperature": 1.0}, {"steps": 3, "sampler": "entropy_bound"}]
 )
-def test_a_canvas_has_a_frame_per_step_and_shows_what_generate_writes(settings, tmp_path, capsys):
+def test_a_canvas_has_a_frame_per_step_and_shows_what_generate_writes(settings, tmp_path):
     path = tmp_path / "d.pt"
     save_model(path, **SIZES, **JOINT)
     out = tmp_path / "new" / "canvas.svg"

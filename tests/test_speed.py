@@ -69,11 +69,11 @@ def test_systems_take_turns(monkeypatch):
     """A B, B A, A B: a slow drift of the machine affects both. The warm-up comes first."""
     order = []
     calls = {name: partial(order.append, name) for name in "ab"}
-    seconds = speed.time_in_turn(calls, 3, CPU)
+    seconds = speed.time_in_turn(calls, 3)
     assert "".join(order) == "ab" + "ab" + "ba" + "ab"
     assert [len(own) for own in seconds.values()] == [3, 3]
     monkeypatch.setattr(speed, "ROUND_LIMIT", 0)
-    assert [len(own) for own in speed.time_in_turn(calls, 3, CPU).values()] == [1, 1]
+    assert [len(own) for own in speed.time_in_turn(calls, 3).values()] == [1, 1]
 
 
 def test_a_ratio_compares_the_runs_of_a_round():

@@ -43,7 +43,7 @@ class TerminalView(Recorder):
             write(ENTER)
         return super().__enter__()
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind, *_) -> None:
         if self.in_place:
             write(LEAVE)
             if self.history[0] and kind in (None, KeyboardInterrupt):
