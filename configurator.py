@@ -25,9 +25,10 @@ OLD_NAMES = {
     "draft_steps": "is now --draft_tokens, with --draft=FOLDER",
 }
 REMOVED = (
-    "anneal_form ar_loss_weight ar_weight beta1 beta2 block_length bucket keep "
-    "lookahead mask_schedule max_new_tokens mean_span min_lr_ratio "
-    "muon_lr_ratio patience rate_exponent self_conditioning_prob span_density"
+    "against anchors anneal_form ar_loss_weight ar_weight beta1 beta2 block_length "
+    "bucket import_cost keep lookahead mask_schedule matrices max_new_tokens "
+    "mean_span min_lr_ratio muon_lr_ratio patience rate_exponent "
+    "self_conditioning_prob span_density split"
 )
 OLD_NAMES |= dict.fromkeys(REMOVED.split(), "was removed; drop it")
 BOOLEANS = {None: True, "true": True, "1": True, "false": False, "0": False}
