@@ -29,7 +29,7 @@ from data.objectives import Batch, collate
 from diffusion import align_logits, corrupt
 from eval.common import PairsConfig, Settings, batched, choose, finish, open_pairs, origin
 from infra.checkpoint import load_model
-from infra.device import pick_device
+from infra.device import autocast, pick_device
 from infra.logits import banned_token_ids
 from infra.rng import RATE, CounterRNG
 
@@ -171,10 +171,12 @@ def fitting_pairs(cfg: PairsConfig, model, state: dict) -> tuple[Pairs, list[int
 
 def main(argv: list[str]) -> dict:
     cfg = configure(BoundEvalConfig, argv)
-    model, _, state = load_model(cfg.init_from, pick_device(cfg.device))
+    device = pick_device(cfg.device)
+    model, _, state = load_model(cfg.init_from, device)
     held_out, chosen = fitting_pairs(cfg, model, state)
     pairs = [held_out.pair(i) for i in chosen]
-    nats = target_nats(model, pairs, chosen, cfg, cfg.batch_size, cfg.seed)
+    with autocast(device, cfg.dtype):
+        nats = target_nats(model, pairs, chosen, cfg, cfg.batch_size, cfg.seed)
     n_slots = model.cfg.target_length - 1
     tokens = [min(len(target) + 1, n_slots) for _, target in pairs]  # the first pad ends the text
     n_bytes = [len(held_out.text(i)[1].encode()) for i in chosen]

@@ -22,6 +22,7 @@ import torch
 from configurator import require, run, setting
 from eval.bound import BoundConfig, split_nats, target_nats
 from eval.common import EvalConfig, finish, open_checkpoint, origin
+from infra.device import autocast
 from infra.logits import banned_token_ids
 
 EXACT = "exact log-likelihood"
@@ -70,12 +71,14 @@ class Model:
         pairs = [(self._prompt(prompt), self._target(after)) for prompt, after in texts]
         cfg = self.generator.cfg
         places = range(len(pairs))
-        nats = target_nats(self.model, pairs, places, self.bound, cfg.batch_size, cfg.seed)
+        with autocast(self.model.tok.weight.device, cfg.dtype):
+            nats = target_nats(self.model, pairs, places, self.bound, cfg.batch_size, cfg.seed)
+            greedy = is_greedy(self.model, pairs, cfg.batch_size)
         if self.measure == EXACT:  # of the continuation only, as the harness defines it
             log_p = [-text for text in nats[0]]
         else:  # a bound is one number for the canvas
             log_p = [-text - pads for text, pads in zip(*nats)]
-        return list(zip(log_p, is_greedy(self.model, pairs, cfg.batch_size)))
+        return list(zip(log_p, greedy))
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         raise ValueError("loglikelihood_rolling is not supported: choose another task")

@@ -242,6 +242,8 @@ def test_the_command_says_what_its_number_is(tmp_path, capsys, name):
     assert nats == pytest.approx(found["bits_per_byte"]["value"] * counts[3] * math.log(2))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and "bits_per_byte" in lines[3]
+    rounded = bound.main([*argv, "--dtype=bfloat16"])["nats_per_slot"]["value"]
+    assert 0 < abs(rounded * 5 * 4 - nats) < 0.01 * nats
 
 
 def test_standard_errors_belong_to_their_pairs():
