@@ -40,7 +40,7 @@ SETS |= {
     "squad": "data.squad",
     "mbpp": "data.mbpp",
     "multi30k": "data.parallel",
-}  # downloads
+}
 
 
 class _Dataset:

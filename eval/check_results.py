@@ -1,4 +1,4 @@
-"""Compare every table of README.md, results/README.md and docs/ with the results it comes from.
+"""Compare every table of README.md, results/ and docs/ with the results it comes from.
 
     python -m eval.check_results           # exits with status 1 if anything differs
     python -m eval.check_results --write   # rewrite the tables instead

@@ -35,7 +35,7 @@ class AdapterConfig:
 
 
 class Gate:
-    """Where the adapters of a network are on: (T, 1) or (B, T, 1) bool; None: nowhere."""
+    """Where the adapters of a network are on: (T, 1) bool; None: nowhere."""
 
     on: Tensor | None = None
 

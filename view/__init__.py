@@ -1,1 +1,1 @@
-"""Watch a text being generated: terminal.py, watch.py. Imported by sample.py and eval/ only."""
+"""What people see: generated texts, samples, --help. Only functions of the core import it."""
