@@ -2,9 +2,6 @@
 # First the conversion in config/smollm2_squad_0.py, then a stream of your own text:
 #   python -m data.text_file --input=TEXT.txt --tokenizer=out/smol_ar/tokenizer.json \
 #     --name=text_smollm2 --target_length=193
-# AR2Diff_N is then this model, fine-tuned:
-#   python train.py config/smollm2_squad_0.py --init_from=out/smollm2_adapt/ckpt.pt \
-#     --out_dir=out/smollm2_squad_n
 init_from = "out/smol_start/ckpt.pt"
 data = "out/data/text_smollm2"
 out_dir = "out/smollm2_adapt"
