@@ -179,7 +179,7 @@ def training_step(model_cfg: ModelConfig, rows: int, dtype: str, device) -> Call
     rng = make_rng(SEED, batch.example)
 
     def step() -> float:
-        clear_gradients(optimizers, keep=model_cfg.paradigm == "diffusion")
+        clear_gradients(optimizers, keep_memory=model_cfg.paradigm == "diffusion")
         loss = 0.0
         with devices.autocast(device, dtype):
             for term in PARADIGMS[model_cfg.paradigm].losses(model, batch, cfg.loss, rng):

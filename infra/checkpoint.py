@@ -45,7 +45,8 @@ def load(path: str | Path, device: str = "cpu") -> dict:
     """Return the fields. Raises CorruptCheckpoint if damaged, ValueError if missing or not ours."""
     path = Path(path).expanduser()
     if not path.is_file():
-        nearby = sorted(path.parent.glob("*.pt")) or sorted(Path("out").glob("*/*.pt"))
+        folder = path if path.is_dir() else path.parent
+        nearby = sorted(folder.glob("*.pt")) or sorted(Path("out").glob("*/*.pt"))
         hint = f"; available: {', '.join(map(str, nearby[:8]))}" if nearby else ""
         raise ValueError(f"{path}: no such checkpoint{hint}")
     with open(path, "rb") as file:

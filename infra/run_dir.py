@@ -147,4 +147,6 @@ class StopSignals:
     def _request(self, number, frame):
         if self.requested and "RANK" not in os.environ:
             raise KeyboardInterrupt
+        if not self.requested:
+            print("finishing the step; a second signal stops at once, unsaved", file=sys.stderr)
         self.requested = self.requested or number
