@@ -205,6 +205,7 @@ def train_step(run: Run, batches, step: int) -> dict:
     optimizers.set_learning_rate(run.optimizers, learning_rate)
     diffuses = cfg.model.paradigm == "diffusion"
     n_passes = cfg.loss.unroll_steps if diffuses else 1
+    optimizers.clear_gradients(run.optimizers, keep_memory=n_passes > 1)
     terms = [0.0] * n_passes
     counts = collections.Counter()
     for micro in range(cfg.grad_accum_steps):
@@ -226,7 +227,6 @@ def train_step(run: Run, batches, step: int) -> dict:
     require(math.isfinite(loss + norm), f"{problem}; {remedy}; {saved}")
     for optimizer in run.optimizers:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     entry = {"step": step + 1, "loss": loss, "grad_norm": norm}
     return entry | {"lr": learning_rate, "terms": terms} | counts
 

@@ -46,7 +46,7 @@ from data.objectives import Batch
 from eval.common import Settings, environment, markdown, origin, read_lines, write_lines
 from extras.fast_decode import speed_up
 from infra import device as devices
-from infra.optimizers import make_optimizers
+from infra.optimizers import clear_gradients, make_optimizers
 from infra.rng import make_rng
 from model import ModelConfig, Transformer
 from train import PARADIGMS, TrainConfig
@@ -179,6 +179,7 @@ def training_step(model_cfg: ModelConfig, rows: int, dtype: str, device) -> Call
     rng = make_rng(SEED, batch.example)
 
     def step() -> float:
+        clear_gradients(optimizers, keep_memory=model_cfg.paradigm == "diffusion")
         loss = 0.0
         with devices.autocast(device, dtype):
             for term in PARADIGMS[model_cfg.paradigm].losses(model, batch, cfg.loss, rng):
@@ -187,7 +188,6 @@ def training_step(model_cfg: ModelConfig, rows: int, dtype: str, device) -> Call
         nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
         return float(loss)
 
     return step
