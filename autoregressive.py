@@ -21,7 +21,7 @@ from model import split_prompt
 
 @dataclass
 class SamplerConfig:
-    """How the next token is drawn."""
+    """AR: how the next token is drawn."""
 
     temperature: float = setting(0.0, "0: greedy", minimum=1e-3, zero_ok=True)
     top_k: int = setting(0, "keep the k most likely; 0: all")

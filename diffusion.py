@@ -239,7 +239,7 @@ SAMPLERS = {
 
 @dataclass
 class SamplerConfig:
-    """How a canvas becomes text."""
+    """Diffusion: how a canvas becomes text."""
 
     sampler: str = setting("resample", "paper: resample", tuple(SAMPLERS))
     steps: int = setting(10, "most network calls", minimum=1)

@@ -106,7 +106,7 @@ class ModelConfig:
         return self.n_hidden or default
 
     @property
-    def single_pass(self) -> bool:
+    def one_sequence(self) -> bool:
         """Whether prefix and target are one sequence."""
         causal = self.prefix_attention == self.target_attention == "causal"
         one = causal or self.prefix_attention == "joint"
@@ -416,7 +416,7 @@ class Transformer(nn.Module):
 
     def forward(self, prefix: Tensor, target: Tensor) -> Tensor:
         """Return decode(encode(prefix), target), in one pass if possible."""
-        if self.cfg.single_pass:
+        if self.cfg.one_sequence:
             cache = KVCache(0)
             cache.prefix = prefix
         else:

@@ -25,7 +25,7 @@ from model import Transformer, split_prompt
 
 @dataclass
 class SamplerConfig(autoregressive.SamplerConfig):
-    """Whose drafts are verified, and how many."""
+    """AR with --draft: whose drafts are verified, and how many."""
 
     draft: str = setting("", "folder of extras.draft: same text, fewer calls", path=True)
     draft_tokens: int = setting(0, "drafted in one call; 0: one a mask", maximum=15)

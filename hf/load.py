@@ -57,6 +57,8 @@ def resolve_source(name: str) -> Path:
         require(files, f"{name}: no installed package with a .gguf file; {remedy}")
         return files[0]
     path = Path(name).expanduser()
+    ours = path / "ckpt.pt"
+    require(not ours.is_file(), f"{name}: the folder of a run; give its checkpoint, {ours}")
     if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
         return path
     is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not path.parent.exists()

@@ -60,9 +60,9 @@ class DistributedContext:
         require(dist.is_initialized(), "--parallel=fsdp needs torchrun (see README.md)")
         # If the prefix is cached, its backward pass comes last and needs all weights. Such a model
         # is gathered and freed as a whole, once per step.
-        for part in [*model.blocks, model] if model.cfg.single_pass else [model]:
+        for part in [*model.blocks, model] if model.cfg.one_sequence else [model]:
             fully_shard(part)
-        model.set_reshard_after_backward(model.cfg.single_pass)
+        model.set_reshard_after_backward(model.cfg.one_sequence)
         for name in ("encode", "decode"):  # the loss calls them instead of forward
             register_fsdp_forward_method(model, name)
         self.sharded = True
@@ -70,11 +70,11 @@ class DistributedContext:
     def set_gradient_sync(self, model, last: bool) -> None:
         """fsdp: exchange gradients only in the last backward pass of a step."""
         if self.sharded:
-            model.set_requires_gradient_sync(last and model.cfg.single_pass)
+            model.set_requires_gradient_sync(last and model.cfg.one_sequence)
 
     def average_gradients(self, model: nn.Module) -> None:
         """Replace each gradient by its mean over the processes, in one exchange."""
-        if self.sharded and not model.cfg.single_pass:
+        if self.sharded and not model.cfg.one_sequence:
             # FSDP sees backward passes through logits only, so this one of value 0 starts it.
             model.set_requires_gradient_sync(True)
             model.set_reshard_after_backward(True)

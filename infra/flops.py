@@ -20,7 +20,7 @@ def forward_flops(m: ModelConfig, prefix: int, target: int) -> int:
     def stack(tokens: int, context: int) -> int:
         return m.n_layer * tokens * (block + 2 * context * Q)  # scores, weighted sum of values
 
-    adds = stack(prefix, prefix + target if m.single_pass else prefix)
+    adds = stack(prefix, prefix + target if m.one_sequence else prefix)
     if m.arch == "encoder_decoder":
         cross = target * (2 * C * Q + 2 * prefix * Q) + prefix * 2 * C * KV
         adds += stack(target, target) + m.n_layer * cross
@@ -35,7 +35,7 @@ def train_flops(m: ModelConfig, prefix: int, target: int, unroll_steps: int) -> 
     """Return the FLOPs of a training step over a row. All terms share a cached prefix."""
     terms = unroll_steps if m.paradigm == "diffusion" else 1
     flops = terms * forward_flops(m, prefix, target)
-    if not m.single_pass:
+    if not m.one_sequence:
         flops -= (terms - 1) * forward_flops(m, prefix, 0)
     return 3 * flops
 

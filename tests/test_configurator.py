@@ -120,7 +120,7 @@ def test_help_lists_what_can_be_typed_and_runs_nothing(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert __doc__ in printed and printed.count("  --") == 6
     configurator.run(lambda argv: pytest.fail("it ran"), Settings, diffusion.SamplerConfig)
-    assert "\nHow a canvas becomes text.\n  --sampler=" in capsys.readouterr().out
+    assert "\nDiffusion: how a canvas becomes text.\n  --sampler=" in capsys.readouterr().out
     assert "--kind=a" in printed and "(a | b)" in printed
 
 

@@ -395,6 +395,12 @@ def test_other_names_are_refused(name, copy):
         resolve_source(name)
 
 
+def test_the_folder_of_a_run_is_no_source(tmp_path):
+    (tmp_path / "ckpt.pt").touch()
+    with pytest.raises(ValueError, match="the folder of a run; give its checkpoint, .*ckpt.pt"):
+        resolve_source(str(tmp_path))
+
+
 def test_a_hub_name_is_downloaded(copy, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(copy))
