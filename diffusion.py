@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configurator import setting, validate
+from configurator import require, setting, validate
 from infra.logits import (
     GenerateOutput,
     argmax,
@@ -243,9 +243,7 @@ class SamplerConfig:
 
     sampler: str = setting("resample", "paper: resample", tuple(SAMPLERS))
     steps: int = setting(10, "most network calls", minimum=1)
-    temperature: float = setting(
-        0.2, "of resample, confidence; 0: argmax", minimum=1e-3, zero_ok=True
-    )
+    temperature: float = setting(0.2, "of draws; 0: argmax", minimum=1e-3, zero_ok=True)
     update_fraction: float = setting(1.0, "of resample, argmax_unrolled", above=0, maximum=1)
     candidates: int = setting(1, "canvases per prompt", minimum=1)
     entropy_bound: float = setting(0.1, "nats accepted per step")
@@ -253,7 +251,10 @@ class SamplerConfig:
     temperature_end: float = setting(0.4, "of entropy_bound, last step", minimum=1e-3)
     stop_entropy: float = setting(0.005, "nats per slot to stop; 0: never")
 
-    __post_init__ = validate
+    def __post_init__(self):
+        validate(self)
+        used = self.update_fraction == 1 or self.sampler in ("resample", "argmax_unrolled")
+        require(used, f"sampler={self.sampler} does not use update_fraction")
 
 
 def _unchanged(drawn: Tensor, state: SamplerState) -> Tensor:

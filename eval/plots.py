@@ -157,9 +157,8 @@ def draw_squad():
     figure = new_figure(5.2)
     panel = figure.subplots()
     for name, names in jobs.items():
-        results = sorted(
-            (found[job] for job in names), key=lambda result: result["calls_per_sample"]
-        )
+        results = [found[job] for job in names]
+        results.sort(key=lambda result: result["calls_per_sample"])
         calls = [round(result["calls_per_sample"], 1) for result in results]
         values = [result["f1"] for result in results]
         errors = [[abs(r["f1"] - r["f1_interval"][end]) for r in results] for end in (0, 1)]

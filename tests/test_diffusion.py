@@ -128,6 +128,16 @@ def rng_of(B: int) -> CounterRNG:
 # Noise
 
 
+def share_of(sampler: str, share: float) -> float:
+    """update_fraction: 1 for the samplers that do not use it."""
+    return share if sampler in ("resample", "argmax_unrolled") else 1.0
+
+
+def test_a_fraction_that_a_sampler_does_not_use_is_refused():
+    with pytest.raises(ValueError, match="sampler=confidence does not use update_fraction"):
+        SamplerConfig(sampler="confidence", update_fraction=0.5)
+
+
 @NOISE
 def test_rate_0_corrupts_nothing_and_rate_1_leaves_nothing(noise):
     cfg, one, two = ModelConfig(**SIZES | dict(noise=noise)), batch(50).target, batch(50, 3).target
@@ -290,7 +300,9 @@ def test_a_row_gets_the_same_text_alone_and_among_eight_of_which_half_freeze(sam
         return torch.where(known, truth(prefix, target), from_table(prefix, target))
 
     model = Fake(half, listens)
-    cfg = SamplerConfig(sampler=sampler, steps=6, update_fraction=0.5, candidates=3)
+    cfg = SamplerConfig(
+        sampler=sampler, steps=6, update_fraction=share_of(sampler, 0.5), candidates=3
+    )
     prefix, example = torch.arange(8)[:, None], torch.arange(30, 38)
     together = generate(model, prefix, cfg, seed=2, example=example)
     for i in range(8):
@@ -339,7 +351,9 @@ def test_a_network_gives_the_same_text_alone_and_in_a_batch(sampler, settings):
 def test_the_hook_sees_every_call_and_the_best_candidate_is_kept(sampler):
     """Scores again from the hook: NLL of the canvas that was read, or of the output."""
     model, seen, N = Fake(from_table), [], 5
-    cfg = SamplerConfig(sampler=sampler, steps=3, candidates=N, update_fraction=0.7)
+    cfg = SamplerConfig(
+        sampler=sampler, steps=3, candidates=N, update_fraction=share_of(sampler, 0.7)
+    )
     found = generate(model, ids(2, 2), cfg, on_step=lambda *args: seen.append(args))
     assert [step for step, *_ in seen] == [0, 1, 2, 3] and seen[0][2] is None
     for (_, before, _, rows), (_, _, logits, _), (_, read) in zip(seen, seen[1:], model.read):
@@ -362,7 +376,9 @@ def test_given_tokens_stay_in_every_step(sampler):
     given[0, 2:4] = torch.tensor([7, 3])
     given[1] = ids(S)
     seen = []
-    cfg = SamplerConfig(sampler=sampler, steps=4, candidates=3, update_fraction=0.5)
+    cfg = SamplerConfig(
+        sampler=sampler, steps=4, candidates=3, update_fraction=share_of(sampler, 0.5)
+    )
 
     def hook(step, canvas, logits, rows):
         seen.append(canvas)
@@ -385,7 +401,9 @@ def test_no_banned_token_is_written_even_if_it_is_most_likely(sampler, steps, no
         logits[..., SEP:] += 30.0
         return logits
 
-    cfg = SamplerConfig(sampler=sampler, steps=steps, candidates=4, update_fraction=0.3)
+    cfg = SamplerConfig(
+        sampler=sampler, steps=steps, candidates=4, update_fraction=share_of(sampler, 0.3)
+    )
     found = generate(Fake(prefer_banned, noise=noise), ids(6, 2), cfg)
     assert found.tokens.max() <= PAD and found.score.isfinite().all()
 
