@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 # Settings of earlier versions, and the remedy.
 OLD_NAMES = {
+    "beside": "is now --compare",
     "gradient_checkpointing": "is now --activation_checkpointing",
     "plan": "is now --estimate",
     "ramp_from": "is now --temperature_start",
@@ -234,12 +235,12 @@ def run(main: Callable[[list[str]], object], *classes: type) -> None:
     from view.streams import secure_streams
 
     secure_streams()
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(sys.modules[main.__module__].__doc__)
-        print(help_text(*classes))
-        return
     try:
-        main(sys.argv[1:])
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(sys.modules[main.__module__].__doc__, help_text(*classes), sep="\n")
+        else:
+            main(sys.argv[1:])
+        sys.stdout.flush()  # here, so that a closed pipe is one line
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:

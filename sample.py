@@ -53,12 +53,12 @@ class SampleConfig:
     show: bool = setting(False, "draw a text in the terminal")
     pause: float = setting(0.1, "seconds per step", maximum=60)
     html: str = setting("", "page that plays a text", path=True)
-    beside: str = setting("", "a second checkpoint", path=True)
+    compare: str = setting("", "a second checkpoint", path=True)
 
     def __post_init__(self):
         validate(self)
         require(not (self.show and self.html), "use --show or --html, not both")
-        require(self.html or not self.beside, "--beside needs --html=FILE")
+        require(self.html or not self.compare, "--compare needs --html=FILE")
 
 
 class Decoder(NamedTuple):
@@ -137,7 +137,7 @@ def main(argv: list[str]) -> None:
         from view import watch as view
 
         watch = view.watch_for(decoder, cfg)
-        others = view.open_beside(cfg, given, DEMO, open_decoder)
+        others = view.open_compared(cfg, given, DEMO, open_decoder)
     for each in (decoder, *others):
         encode_prompt(text, each, cfg.chat)  # raises if it does not fit
     out, seconds = generate(decoder, text, cfg, watch)

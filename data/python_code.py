@@ -40,7 +40,7 @@ class PythonCodeConfig(SetConfig):
 
 
 def read_corpus(source: str) -> tuple[dict[str, list[str]], Counter]:
-    """Return the files of each split, in the order of the paths, and what was left out and why."""
+    """Return the files of each split, sorted by path, and how many were dropped, by reason."""
     files = {"train": [], "valid": []}
     dropped = Counter()
     seen = set()

@@ -46,7 +46,7 @@ class DraftsConfig(Settings):
     draft: str = setting("out/draft", "the adapter", path=True)
     prompts: str = setting("out/prompts/code.jsonl", "as of extras.draft", path=True)
     chat: bool = setting(False, "put prompts into the chat template")
-    draft_tokens: int = setting(0, "drafted in one call; 0: the fastest here, of curve all")
+    draft_tokens: int = setting(0, "drafted in one call; 0: one a mask")
     dtype: str = setting("float32", "autocast", ("float32", "bfloat16"))
     device: str = setting("auto", "auto, cpu, cuda, mps")
     texts: str = setting("../shared/data", "folder of MBPP and SQuAD, of prompts", path=True)

@@ -90,7 +90,8 @@ def test_a_mistake_is_one_line_that_names_it(arg, message, tmp_path):
 
 
 def test_an_old_name_is_in_use_nowhere_and_its_new_name_exists():
-    known = configurator.all_fields(train.TrainConfig, *sample.sampler_configs())
+    classes = (train.TrainConfig, sample.SampleConfig, *sample.sampler_configs())
+    known = configurator.all_fields(*classes)
     for old, remedy in configurator.OLD_NAMES.items():
         assert old not in known
         new = re.search(r"--(\w+)", remedy)

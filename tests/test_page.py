@@ -158,7 +158,7 @@ def test_sample_writes_the_printed_text_and_a_second_track(tmp_path, capsys):
     save_model(tmp_path / "diffusion.pt", **DIFFUSION)
     flags = [f"--init_from={tmp_path / 'diffusion.pt'}", "--device=cpu", "--steps=3"]
     page = f"--html={tmp_path / 'a.html'}"
-    sample.main([*flags, "--prompt=ab", page, f"--beside={tmp_path / 'ar.pt'}"])
+    sample.main([*flags, "--prompt=ab", page, f"--compare={tmp_path / 'ar.pt'}"])
     data = data_of((tmp_path / "a.html").read_text(encoding="utf-8"))
     first, second = data["tracks"]
     ids = {s: token for one in first["frames"] for s, token, *_ in one["changes"]}

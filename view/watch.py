@@ -34,9 +34,9 @@ def watch_for(decoder, cfg):
     return TerminalView(tokenizer, growing, total, candidates, fixed, cfg.pause)
 
 
-def open_beside(cfg, given: dict, demo: Path, open_decoder) -> list:
+def open_compared(cfg, given: dict, demo: Path, open_decoder) -> list:
     """Return the decoder of the page's second track, with default settings, if there is one."""
-    path = cfg.beside
+    path = cfg.compare
     if not path and not given.keys() & {"init_from", "infill"}:
         path = str(demo / "ar.pt")
     if not path or not cfg.html:
