@@ -275,6 +275,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
+        self.attend = attend  # extras/fast_decode.py has another one
         self.sizes = (cfg.n_head, cfg.kv_heads, cfg.head_size)
         width = cfg.n_head * cfg.head_size
         kv_width = cfg.kv_heads * cfg.head_size
@@ -299,7 +300,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)                     # (B, G, S + T, D)
         dropout = self.cfg.dropout if self.training else 0.0
-        y = attend(q, k, v, mask, dropout, causal)               # (B, H, T, D)
+        y = self.attend(q, k, v, mask, dropout, causal)          # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, H * D)) # (B, T, C)
     # fmt: on
 

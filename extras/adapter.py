@@ -6,6 +6,7 @@ at mask positions only, and a mask is a learned vector in place of an embedding 
 So one call verifies tokens with the frozen network and drafts the next ones.
 """
 
+import copy
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from infra.checkpoint import write_atomically
 from model import KVCache, Transformer, model_from_state_dict
 
 FILE = "adapter.safetensors"
+SLOTS = 128  # the sizes of caches are multiples
 FORMAT = "ar2diff-adapter"  # the key of the settings in the file
 
 
@@ -35,9 +37,10 @@ class AdapterConfig:
 
 
 class Gate:
-    """Where the adapters of a network are on: (T, 1) bool; None: nowhere."""
+    """Where the adapters of a network are on: (T, 1) bool, True at `first` first. None: nowhere."""
 
     on: Tensor | None = None
+    first: int = 0
 
 
 class GatedLinear(nn.Linear):
@@ -53,8 +56,10 @@ class GatedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        if self.gate.on is None:
-            return y
+        return y if self.gate.on is None else self.change(x, y)
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y with the low-rank term of x where the gate is on."""
         low = F.linear(x, self.adapter_a.to(x.dtype))  # (B, T, rank)
         change = F.linear(low, self.adapter_b.to(x.dtype))
         return torch.where(self.gate.on, torch.add(y, change, alpha=self.scale), y)
@@ -70,6 +75,7 @@ class DraftModel(nn.Module):
         self.gate = Gate()
         self.network = model_from_state_dict(self.cfg, model.state_dict()).requires_grad_(False)
         self.tok = self.network.tok
+        self.run_blocks = self.network.run_blocks
         for layer in self.network.blocks.modules():
             if type(layer) is nn.Linear:
                 layer.__class__ = GatedLinear
@@ -107,8 +113,9 @@ class DraftModel(nn.Module):
         else:
             rope = network.rope[:, position, :].to(x.dtype)[:, :, None]  # (2, B, 1, T, D)
         self.gate.on = is_mask if bool(is_mask.any()) else None
+        self.gate.first = int(is_mask.int().argmax())
         try:
-            return network.run_blocks(x, rope, mask, False, cache)
+            return self.run_blocks(x, rope, mask, False, cache)
         finally:
             self.gate.on = None
 
@@ -121,9 +128,10 @@ class RowCache(KVCache):
     """
 
     def __init__(self, cache: KVCache, lengths: Tensor, room: int):
-        super().__init__(len(cache.k))
+        # Few sizes, because compiled code is for one.
+        super().__init__(len(cache.k), -(-(cache.length + room) // SLOTS) * SLOTS)
         self.lengths = lengths  # (B,)
-        self.reserve = cache.length + room
+        room = self.reserve - cache.length
         self.k = [k if k is None else F.pad(k, (0, 0, 0, room)) for k in cache.k]
         self.v = [v if v is None else F.pad(v, (0, 0, 0, room)) for v in cache.v]
 
@@ -136,21 +144,26 @@ class RowCache(KVCache):
         T, W = edges.shape[-2:]
         start = self.lengths[:, None]  # (B, 1)
         self.slots = start + torch.arange(W - T, W, device=edges.device)  # (B, T)
-        self.length = int(self.slots.max()) + 1
-        place = torch.arange(self.length, device=edges.device) - start  # (B, S)
+        place = torch.arange(self.reserve, device=edges.device) - start  # (B, S)
         place = place[:, None].expand(-1, T, -1)  # (B, T, S)
         edges = edges.expand(len(place), -1, -1).gather(2, place.clamp(0, W - 1))
         return ((place < 0) | (edges & (place < W)))[:, None]
 
+    def only(self, layer: int) -> "RowCache":
+        """Return a cache of this layer alone, with the same memory."""
+        other = copy.copy(self)
+        other.k, other.v = self.k[layer : layer + 1], self.v[layer : layer + 1]
+        return other
+
     def extend(self, layer: int, k: Tensor, v: Tensor):
         """Write k, v (B, H, T, D). Return the keys and values of all slots."""
         B, H, _, D = k.shape
-        index = self.slots[:, None, :, None].expand_as(k)
+        row = torch.arange(B, device=k.device)[:, None]
         for buffers, new in ((self.k, k), (self.v, v)):
             if buffers[layer] is None:  # no prefix
                 buffers[layer] = new.new_zeros(B, H, self.reserve, D)
-            buffers[layer].scatter_(2, index, new)
-        return self.k[layer][:, :, : self.length], self.v[layer][:, :, : self.length]
+            buffers[layer][row, :, self.slots] = new.transpose(1, 2)
+        return self.k[layer], self.v[layer]
 
 
 def check_model(model: Transformer, path: str) -> None:

@@ -37,6 +37,7 @@ from infra.rng import SELECT, CounterRNG, make_rng
 DATA, ANSWERS, SETTINGS, STATE = "data", "answers.jsonl", "settings.json", "state.pt"
 HELD_OUT = 10  # every tenth prompt
 EVAL_BATCHES = 4
+ANSWERS_AT_ONCE = 64  # a network call on a CPU costs the same for 8 as for 64
 ANCHORS = 32  # of each answer in a step
 MAY_CHANGE = ("init_from", "out_dir", "max_steps", "device", "dtype", "eval_interval")
 
@@ -121,8 +122,8 @@ def build_answers(model, tokenizer, prompts: list, cfg: DraftConfig) -> None:
     out = Path(cfg.out_dir)
     path = out / ANSWERS
     pairs = [pair for _, pair in read_json_lines(path)] if path.exists() else []
-    for start in trange(len(pairs), len(prompts), cfg.batch_size, desc="batches of answers"):
-        pairs += answer(model, prompts[start : start + cfg.batch_size], cfg, start)
+    for start in trange(len(pairs), len(prompts), ANSWERS_AT_ONCE, desc="batches of answers"):
+        pairs += answer(model, prompts[start : start + ANSWERS_AT_ONCE], cfg, start)
         lines = "".join(f"{json.dumps(pair)}\n" for pair in pairs).encode()
         write_atomically(path, lambda file, lines=lines: file.write(lines))
     splits = {"train": [pair for i, pair in enumerate(pairs) if i % HELD_OUT and pair[1]]}

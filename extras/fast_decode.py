@@ -6,6 +6,7 @@ The result has the methods of model.Transformer. What is faster (python -m eval.
 
     one token, CPU     compiled; each matrix is read as rows times a vector, at the speed of the
                        memory (the library's matrix product reaches a third of it)
+    drafts, CPU        the same for a few tokens; extras/speculative.py then uses the result
     bfloat16, CPU      attention without torch's fused kernel, which is slow there
     CUDA               compiled; it has not run on a GPU yet
 
@@ -17,9 +18,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from extras.adapter import DraftModel, GatedLinear, RowCache
 from infra.device import compile_or_explain
-from model import Attention, KVCache, Transformer, attend, model_from_state_dict, rotate
+from model import Attention, KVCache, Transformer, attend, model_from_state_dict
 
 OPTIONS = {
     # Each decoder has compiled code of its own, and its network stays the same.
@@ -30,6 +33,14 @@ OPTIONS = {
 }
 COMPILER = {"fullgraph": True, "options": OPTIONS, "isolate_recompiles": True}
 COMPILER["recompile_limit"] = 256  # torch stops at 8, and each number of rows is one
+
+
+def _shapes(guards) -> list[bool]:
+    """Choose what each call checks: the shapes of tensors. More would take as long as a layer."""
+    return [g.guard_type == "TENSOR_MATCH" and "block" not in g.name for g in guards]
+
+
+ONE_LAYER = COMPILER | {"options": OPTIONS | {"guard_filter_fn": _shapes}, "dynamic": False}
 
 
 class FastDecoder:
@@ -65,9 +76,32 @@ class FastDecoder:
         return logits
 
 
-def speed_up(model: Transformer) -> FastDecoder:
+def speed_up(model: Transformer | DraftModel) -> "FastDecoder | DraftModel":
     """Return a faster decoder that shares the weights of the model. For inference only."""
-    return FastDecoder(model)
+    return _speed_up_drafts(model) if isinstance(model, DraftModel) else FastDecoder(model)
+
+
+def _speed_up_drafts(model: DraftModel) -> DraftModel:
+    """Compile one layer of the model, and let all use it. A graph of all takes many minutes."""
+    network = model.network
+    _exchange_layers(network, drafts=True)
+    read = CompiledOrEager(torch.compile(_read_layer, **ONE_LAYER), _read_layer)
+    head = network.head.forward
+    network.head.forward = CompiledOrEager(torch.compile(head, **ONE_LAYER), head)
+
+    def run_blocks(x, rope, mask, causal, cache: RowCache) -> Tensor:
+        if cache.k[0] is None:  # nothing was read yet
+            return network.run_blocks(x, rope, mask, causal, cache)
+        for layer, block in enumerate(network.blocks):
+            x = read(block, x, rope, mask, causal, cache.only(layer))
+        return network.norm(x)
+
+    model.run_blocks = run_blocks
+    return model
+
+
+def _read_layer(block: nn.Module, x, rope, mask, causal, cache: RowCache) -> Tensor:
+    return block(x, rope, mask, causal, cache, 0)
 
 
 def _logits(network: Transformer, x, rope, mask, causal, cache: KVCache) -> Tensor:
@@ -93,45 +127,28 @@ class CompiledOrEager:
         return self.eager(*args)
 
 
-class FastAttention(Attention):
-    """Attention in bfloat16 on a CPU."""
-
-    def forward(self, x, rope, mask, causal, cache, layer):
-        B, T, _ = x.shape
-        H, G, D = self.cfg.n_head, self.cfg.kv_heads, self.cfg.head_size
-        heads = self.qkv(x).view(B, T, H + 2 * G, D).transpose(1, 2)  # (B, H + 2G, T, D)
-        q, k, v = heads.split((H, G, G), dim=1)
-        q = self.q_norm(q)
-        k = self.k_norm(k)
-        if rope is not None:
-            q = rotate(q, rope)
-            k = rotate(k, rope)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, G, S + T, D)
-        y = attend_bf16(q, k, v, mask, causal)  # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, H * D))
-
-
-def attend_bf16(q, k, v, mask, causal) -> Tensor:
+def attend_fast(q, k, v, mask, dropout, causal) -> Tensor:
     """Return model.attend's result (B, H, T, D), by the fastest way that there is for this form."""
+    few = q.shape[2] <= 8 and torch.compiler.is_compiling()
+    slow = q.dtype == torch.bfloat16 and q.shape[2] > 1 and mask is None and not causal
+    if not few and not slow:
+        return attend(q, k, v, mask, dropout, causal)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    if q.shape[2] == 1 and torch.compiler.is_compiling():
-        return attend_one_token(q, k, v, mask)
-    if q.shape[2] > 1 and mask is None and not causal:
-        return matmul_attention(q, k, v)
-    return attend(q, k, v, mask, 0.0, causal)
+    return attend_few_tokens(q, k, v, mask) if few else matmul_attention(q, k, v)
 
 
-def attend_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Return attention (B, H, 1, D) of one token. mask (B, 1, 1, S) bool or None.
+def attend_few_tokens(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return attention (B, H, T, D) of few tokens. mask (B, 1, T, S) bool or None.
 
     Compiled it reads keys and values four times as fast as the fused kernel.
     """
-    scores = (k.float() * q.float()).sum(-1) * q.shape[-1] ** -0.5  # (B, H, S)
+    scores = (k[:, :, None].float() * q[..., None, :].float()).sum(-1)  # (B, H, T, S)
+    scores = scores * q.shape[-1] ** -0.5
     if mask is not None:
-        scores = scores.masked_fill(~mask[:, :, 0], float("-inf"))
-    return (v.float() * scores.softmax(-1)[..., None]).sum(2, keepdim=True).to(q.dtype)
+        scores = scores.masked_fill(~mask, float("-inf"))
+    p = scores.softmax(-1)[..., None]  # (B, H, T, S, 1)
+    return (v[:, :, None].float() * p).sum(3).to(q.dtype)
 
 
 def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -151,7 +168,19 @@ class GemvLinear(nn.Linear):
         faster = rows <= 2 * self.weight.itemsize  # measured: 8 in float32, 4 in bfloat16
         if torch.compiler.is_compiling() and faster:
             return gemv(x, self.weight, self.bias)
-        return super().forward(x)
+        return F.linear(x, self.weight, self.bias)
+
+
+class GemvGated(GatedLinear, GemvLinear):
+    """The same with an adapter, which is only computed from the first mask on."""
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().change(x, y)
+        x, before, y = x[:, self.gate.first :], y[:, : self.gate.first], y[:, self.gate.first :]
+        change = gemv(gemv(x, self.adapter_a, None), self.adapter_b, None)
+        y = torch.where(self.gate.on[self.gate.first :], y + self.scale * change, y)
+        return torch.cat([before, y], dim=1)
 
 
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -168,11 +197,12 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def _exchange_layers(network: Transformer) -> None:
+def _exchange_layers(network: Transformer, drafts: bool = False) -> None:
     """Give each layer the class that is fast on a CPU. Weights stay in place."""
-    is_bf16 = network.tok.weight.dtype == torch.bfloat16
     for module in network.modules():
         if type(module) is nn.Linear:
             module.__class__ = GemvLinear
-        if type(module) is Attention and is_bf16:
-            module.__class__ = FastAttention
+        if type(module) is GatedLinear:
+            module.__class__ = GemvGated
+        if type(module) is Attention and (drafts or module.qkv.weight.dtype == torch.bfloat16):
+            module.attend = attend_fast

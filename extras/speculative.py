@@ -52,22 +52,22 @@ def generate(
     index = torch.arange(K + 1, device=prefix.device)
     rng = make_rng(seed, rows if example is None else example)
     banned = banned_token_ids(model.cfg, prefix.device)
-    prefix, chain = split_prompt(prefix, model.cfg)  # (B, C) the last token, then the drafts
+    prefix, chain = split_prompt(prefix, model.cfg)  # (B, 1) the last token
     cache = model.encode(prefix, room=S + (K + 1) ** 2)
-    q: Tensor | None = None  # (B, C - 1, V) what the drafts were drawn from
+    chain = F.pad(chain, (0, K), value=pad)  # the first drafts are pads
+    q = F.one_hot(chain[:, 1:], model.cfg.vocab_size).float()  # (B, K, V) drawn from this
     tokens = prefix.new_full((len(prefix), S + K + 1), pad)
     length = torch.zeros_like(rows)
     calls = torch.zeros_like(rows)
     loss = torch.zeros(len(rows), device=rows.device)
     active = torch.ones_like(rows, dtype=torch.bool)
     for turn in range(S):
-        C = chain.shape[1]
         every = read_round(model, cache, chain, K)  # (B, C + C K, V)
-        logits = every[:, :C].float().index_fill(-1, banned, -math.inf)
+        logits = every[:, : K + 1].float().index_fill(-1, banned, -math.inf)
         verified, n = verify(chain[:, 1:], q, logits, cfg, rng.fold_in(turn))  # (B, C), (B,)
-        place = length[:, None] + index[:C]  # (B, C) their slots
+        place = length[:, None] + index  # (B, C) their slots
         is_pad = (verified == pad).long()
-        accepted = (index[:C] < n[:, None]) & (is_pad.cumsum(1) == is_pad)  # up to the first pad
+        accepted = (index < n[:, None]) & (is_pad.cumsum(1) == is_pad)  # up to the first pad
         accepted &= (place < S) & active[:, None]
         verified = torch.where(accepted, verified, pad)
         tokens = tokens.scatter(1, place, verified)
@@ -78,7 +78,7 @@ def generate(
         calls += active
         last = (n - 1).clamp(min=0)[:, None]  # (B, 1)
         token = verified.gather(1, last)
-        masks = every[rows[:, None], C + last * K + index[:K]].float()  # (B, K, V) after it
+        masks = every[rows[:, None], K + 1 + last * K + index[:K]].float()  # (B, K, V) after it
         masks = masks.index_fill(-1, banned, -math.inf)
         drafts, q = draw(masks, cfg, rng.fold_in(turn))
         ended = (token[:, 0] == pad) | (length == S)
@@ -155,7 +155,7 @@ def verify(
         tokens = argmax(logits)
         return tokens, (tokens[:, :-1] == drafts).long().cumprod(1).sum(1) + 1
     p = probabilities(logits, cfg)
-    q = torch.zeros_like(p[:, :1]) if q is None else F.pad(q, (0, 0, 0, 1))  # (B, C, V)
+    q = F.pad(q, (0, 0, 0, 1))  # (B, C, V)
     drafts = F.pad(drafts, (0, 1))  # (B, C)
     chance, value = rng.uniform(ACCEPT, drafts.shape[1])
     ratio = [each.gather(-1, drafts[..., None])[..., 0] for each in (p, q)]  # 2 x (B, C)

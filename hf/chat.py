@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configurator import require
 from hf import explained, optional, read_json, read_text
-from hf.tokenizer import HFTokenizer, load_backend
+from hf.tokenizer import HFTokenizer
 
 
 def folder_info(folder: Path, config: dict) -> dict:
@@ -37,7 +37,7 @@ def chat_ids(tokenizer: HFTokenizer, messages: list[dict]) -> list[int]:
     message are parsed too. Raises ValueError if there is no template, or if it fails.
     """
     text = render(tokenizer, messages)
-    return load_backend(tokenizer.source).encode(text, add_special_tokens=False).ids
+    return tokenizer.chat_backend.encode(text, add_special_tokens=False).ids
 
 
 def end_ids(tokenizer: HFTokenizer) -> list[int]:

@@ -14,6 +14,7 @@ tokens that remove the spaces next to them.
 """
 
 import copy
+import functools
 import itertools
 import json
 import os
@@ -61,6 +62,11 @@ class HFTokenizer(Tokenizer):
         whole = self._backend.encode("a")
         self.bos_ids = whole.ids[: whole.special_tokens_mask.index(0)]
         self.encode(PROBE)
+
+    @functools.cached_property
+    def chat_backend(self):
+        """The tokenizers.Tokenizer that also parses special tokens."""
+        return load_backend(self.source)
 
     def _encode(self, text: str) -> list[int]:
         # Byte fallback would decode the character "▁" as a space, so it is encoded as bytes.

@@ -36,12 +36,13 @@ def disable_malloc_trim() -> None:
     """Let glibc keep freed memory for later tensors; nothing happens on other systems.
 
     By default glibc returns large arrays to the kernel, which zeroes each page when they come back:
-    a quarter of a training step on a CPU. From then on the process keeps its peak memory.
+    a quarter of a training step on a CPU. Only the largest, such as logits, are still returned,
+    because in the heap they leave gaps.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # constants of malloc.h
-        mallopt(M_MMAP_MAX, 0)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that glibc allows
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from drafters import drafter
 
 import autoregressive
 import diffusion
-from extras.fast_decode import FastAttention, gemv, speed_up
+from extras import speculative
+from extras.fast_decode import attend_fast, gemv, speed_up
 from model import Attention, KVCache, ModelConfig, Transformer, build_model
 
 PAD = 20
@@ -63,6 +65,25 @@ def test_ar_texts_are_the_same(settings, prefix, temperature, eager):
     fast = speed_up(model)
     assert len(assert_same(model, prefix, autoregressive, cfg, fast).tokens.unique()) > 3
     assert_same(model, prefix[:1], autoregressive, cfg, fast)
+
+
+def test_drafts_are_the_same(eager, monkeypatch):
+    made, fast = (drafter(network(n_kv_head=1), masks=1) for _ in range(2))
+    speed_up(fast)
+    assert_same(made, PADDED, speculative, speculative.SamplerConfig(), fast)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert_same(made, PADDED, speculative, speculative.SamplerConfig(), fast)
+
+
+@pytest.mark.slow  # half a minute in the compiler
+def test_a_layer_is_compiled_once_for_drafts():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    made, fast = (drafter(network(), masks=1) for _ in range(2))
+    speed_up(fast)
+    for prefix in (FULL[:1], FULL[1:2], PADDED[2:]):
+        assert_same(made, prefix, speculative, speculative.SamplerConfig(), fast)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a layer, and the head
 
 
 @pytest.mark.slow  # half a minute in the compiler
@@ -126,7 +147,7 @@ def test_fast_attention_is_attention(prefix, T, kind, compiling, monkeypatch):
     model, other = (network(**CACHED, n_kv_head=1, qk_norm=True) for _ in range(2))
     for module in other.modules():
         if type(module) is Attention:
-            module.__class__ = FastAttention
+            module.attend = attend_fast
     target = torch.arange(3 * T).view(3, T)
     cache, other_cache = model.encode(prefix, T), model.encode(prefix, T)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
