@@ -279,8 +279,7 @@ class Attention(nn.Module):
         self.sizes = (cfg.n_head, cfg.kv_heads, cfg.head_size)
         width = cfg.n_head * cfg.head_size
         kv_width = cfg.kv_heads * cfg.head_size
-        bias = cfg.bias or cfg.qkv_bias
-        self.qkv = nn.Linear(cfg.n_embd, width + 2 * kv_width, bias=bias)
+        self.qkv = nn.Linear(cfg.n_embd, width + 2 * kv_width, bias=cfg.bias or cfg.qkv_bias)
         self.proj = nn.Linear(width, cfg.n_embd, bias=cfg.bias)
         norm = RMSNorm if cfg.qk_norm else nn.Identity
         self.q_norm = norm(cfg.head_size, eps=cfg.norm_eps)

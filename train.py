@@ -330,7 +330,7 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
     print(f"{cfg.data} {len(run.train_set):,} | {describe(cfg)}")
     run.model.activation_checkpointing = cfg.activation_checkpointing
     if cfg.compile:
-        device.compile_or_explain(run.model)
+        run.model.run_blocks = device.compile_or_explain(run.model.run_blocks, ctx.device)
     last = train(run)
     best = f"best validation loss {run.best_loss:.4f} in {run.out / 'best.pt'}"
     print(f"done: {run.out / 'ckpt.pt'} at step {cfg.max_steps}, {best}")

@@ -34,7 +34,7 @@ from infra import device as devices
 from infra.checkpoint import load_model
 
 SEED = 0  # of the random adapter
-TRAIN, HELD_OUT = 300, 100  # prompts of a file
+TRAIN, HELD_OUT = 620, 100  # prompts of a file; MBPP has no more tasks to train on
 LENGTH = 128  # most tokens of a text
 BATCH = 8  # texts at a time
 

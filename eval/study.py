@@ -268,7 +268,7 @@ class Runner:
             except KeyboardInterrupt:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        require(not failed, f"{len(failed)} jobs failed; the first: {' '.join(failed[:1])}")
+        require(not failed, f"{len(failed)} jobs failed; the first: {' '.join(sorted(failed)[:1])}")
 
     def _add_line(self, job: Job) -> None:
         result = json.loads((self.out / f"{job.stage.folder}.json").read_text(encoding="utf-8"))

@@ -133,12 +133,12 @@ def table_3(lines: Lines) -> str:
     return grid(heads, rows, lines, MINI_COLUMNS)
 
 
-def labels(lines: Lines, start: str = "", end: str = "") -> dict[tuple[str], str]:
+def labels(lines: Lines, end: str = "") -> dict[tuple[str], str]:
     """Return label -> name in the job names, of the lines with a label."""
     first = TRANSLATION.format(1, "")
     found = {}
     for job, line in lines.items():
-        if "row" in line and job.startswith(first + start) and job.endswith(end):
+        if "row" in line and job.startswith(first) and job.endswith(end):
             found[line["row"],] = job.removeprefix(first).removesuffix(end)
     return found
 
@@ -158,20 +158,6 @@ def few_steps_table(lines: Lines) -> str:
     names = {f"{steps} steps": f"{TRANSLATION}_{steps}" for steps in (2, 4, 10, 50)}
     columns = [Column(title, jobs, "exact_match") for title, jobs in names.items()]
     return grid(["training: EM % of translation"], labels(lines, end="_10"), lines, columns)
-
-
-def choices_table(lines: Lines, main: Lines) -> str:
-    """Samplers, steps and candidates: quality, and network calls of a translated text."""
-    rows = labels(lines, "exit_")
-    for steps, samples in study.PAPER_3:
-        rows[f"--steps={steps} --candidates={samples}",] = f"table3_{steps}_{samples}"
-    columns = [
-        Column("calls", TRANSLATION, "calls_per_sample"),
-        Column("translation %", TRANSLATION, "exact_match"),
-        Column("qa %", "mini_{}_mini_qa_{}", "exact_match"),
-        Column("code %", "mini_{}_mini_code_{}", "pass@1"),
-    ]
-    return grid(["flags"], rows, main | lines, columns)
 
 
 def quickstart_table(lines: Lines) -> str:
@@ -300,7 +286,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "table3": of_files(table_3, "study"),
     "recipes": of_files(recipes_table, "recipes", "study"),
     "few_steps": of_files(few_steps_table, "few_steps"),
-    "choices": of_files(choices_table, "few_steps", "study"),
     "real": of_files(real_table, "real"),
     "real_squad": of_files(partial(real_task_table, "squad"), "real"),
     "real_multi30k": of_files(partial(real_task_table, "multi30k"), "real"),

@@ -21,7 +21,7 @@ from infra.checkpoint import write_atomically
 from model import KVCache, Transformer, model_from_state_dict
 
 FILE = "adapter.safetensors"
-SLOTS = 128  # the sizes of caches are multiples
+SLOTS = 128  # sizes of caches are multiples of it
 FORMAT = "ar2diff-adapter"  # the key of the settings in the file
 
 
@@ -76,6 +76,7 @@ class DraftModel(nn.Module):
         self.network = model_from_state_dict(self.cfg, model.state_dict()).requires_grad_(False)
         self.tok = self.network.tok
         self.run_blocks = self.network.run_blocks
+        self.fixed_cache = False  # of one size, for compiled code
         for layer in self.network.blocks.modules():
             if type(layer) is nn.Linear:
                 layer.__class__ = GatedLinear
@@ -91,7 +92,7 @@ class DraftModel(nn.Module):
         pads = prefix == self.cfg.pad_id
         order = pads.long().argsort(dim=1, stable=True)  # pads last
         cache = self.network.encode(prefix.gather(1, order))
-        return RowCache(cache, (~pads).sum(1), room)
+        return RowCache(cache, (~pads).sum(1), room, self.fixed_cache)
 
     def read(self, tokens, number, offset, edges, cache: "RowCache") -> Tensor:
         """Return the last layer (B, T, C) of tokens (B, T), of which some are masks.
@@ -127,9 +128,9 @@ class RowCache(KVCache):
     accepts. The next call overwrites the rest.
     """
 
-    def __init__(self, cache: KVCache, lengths: Tensor, room: int):
-        # Few sizes, because compiled code is for one.
+    def __init__(self, cache: KVCache, lengths: Tensor, room: int, fixed: bool):
         super().__init__(len(cache.k), -(-(cache.length + room) // SLOTS) * SLOTS)
+        self.fixed = fixed
         self.lengths = lengths  # (B,)
         room = self.reserve - cache.length
         self.k = [k if k is None else F.pad(k, (0, 0, 0, room)) for k in cache.k]
@@ -144,7 +145,8 @@ class RowCache(KVCache):
         T, W = edges.shape[-2:]
         start = self.lengths[:, None]  # (B, 1)
         self.slots = start + torch.arange(W - T, W, device=edges.device)  # (B, T)
-        place = torch.arange(self.reserve, device=edges.device) - start  # (B, S)
+        self.length = self.reserve if self.fixed else int(self.slots.max()) + 1
+        place = torch.arange(self.length, device=edges.device) - start  # (B, S)
         place = place[:, None].expand(-1, T, -1)  # (B, T, S)
         edges = edges.expand(len(place), -1, -1).gather(2, place.clamp(0, W - 1))
         return ((place < 0) | (edges & (place < W)))[:, None]
@@ -163,7 +165,7 @@ class RowCache(KVCache):
             if buffers[layer] is None:  # no prefix
                 buffers[layer] = new.new_zeros(B, H, self.reserve, D)
             buffers[layer][row, :, self.slots] = new.transpose(1, 2)
-        return self.k[layer], self.v[layer]
+        return self.k[layer][:, :, : self.length], self.v[layer][:, :, : self.length]
 
 
 def check_model(model: Transformer, path: str) -> None:
@@ -211,8 +213,7 @@ def load_adapter(path: str | Path, model: Transformer) -> DraftModel:
     except Exception as error:  # damaged bytes raise nearly anything
         reason = one_line(error)[:120]
         raise ValueError(f"{path}: damaged, or no adapter ({reason}); {hint}") from None
-    theirs = str(about["weights"])
-    ours = digest(model)
+    theirs, ours = str(about["weights"]), digest(model)
     digests = f"weights {theirs[:12]}, this model has {ours[:12]}"
     require(theirs == ours, f"{path}: the adapter belongs to another model ({digests}); {hint}")
     drafter = DraftModel(model, from_stored(AdapterConfig, about["adapter"], str(path)))

@@ -13,7 +13,6 @@ The result has the methods of model.Transformer. What is faster (python -m eval.
 The first call of each kind compiles, which takes tens of seconds.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -47,7 +46,6 @@ class FastDecoder:
     """Has encode, decode, expected_embedding, cfg and tok of the model, which stays as it is."""
 
     def __init__(self, model: Transformer):
-        self.model = model
         self.cfg = model.cfg
         self.tok = model.tok
         self.encode = torch.no_grad()(model.encode)
@@ -56,13 +54,14 @@ class FastDecoder:
         self.network = model_from_state_dict(model.cfg, model.state_dict())
         if model.cfg.position == "rope":
             self.network.rope = model.rope
-        if model.tok.weight.device.type == "cuda":
-            compile_or_explain(self.network)
+        device = model.tok.weight.device
+        if device.type == "cuda":
+            self.network.run_blocks = compile_or_explain(self.network.run_blocks, device)
         else:
             _exchange_layers(self.network)
         # The length of the cache is a variable of the compiled code.
-        compiled = torch.compile(partial(_logits, self.network), dynamic=True, **COMPILER)
-        self.token_step = CompiledOrEager(compiled, partial(_logits, model))
+        logits = partial(_logits, self.network)
+        self.token_step = compile_or_explain(logits, device, dynamic=True, **COMPILER)
 
     @torch.no_grad()
     def decode(self, cache, target, append=False, self_cond=None, extra_edges=None) -> Tensor:
@@ -77,17 +76,17 @@ class FastDecoder:
 
 
 def speed_up(model: Transformer | DraftModel) -> "FastDecoder | DraftModel":
-    """Return a faster decoder that shares the weights of the model. For inference only."""
-    return _speed_up_drafts(model) if isinstance(model, DraftModel) else FastDecoder(model)
+    """Return a faster decoder that shares the weights of the model. For inference only.
 
-
-def _speed_up_drafts(model: DraftModel) -> DraftModel:
-    """Compile one layer of the model, and let all use it. A graph of all takes many minutes."""
+    It compiles one layer of a DraftModel for all layers. One graph of all would take many minutes.
+    """
+    if not isinstance(model, DraftModel):
+        return FastDecoder(model)
     network = model.network
     _exchange_layers(network, drafts=True)
-    read = CompiledOrEager(torch.compile(_read_layer, **ONE_LAYER), _read_layer)
-    head = network.head.forward
-    network.head.forward = CompiledOrEager(torch.compile(head, **ONE_LAYER), head)
+    device = network.tok.weight.device
+    read = compile_or_explain(lambda block, *args: block(*args, 0), device, **ONE_LAYER)
+    network.head.forward = compile_or_explain(network.head.forward, device, **ONE_LAYER)
 
     def run_blocks(x, rope, mask, causal, cache: RowCache) -> Tensor:
         if cache.k[0] is None:  # nothing was read yet
@@ -96,35 +95,13 @@ def _speed_up_drafts(model: DraftModel) -> DraftModel:
             x = read(block, x, rope, mask, causal, cache.only(layer))
         return network.norm(x)
 
-    model.run_blocks = run_blocks
+    model.run_blocks, model.fixed_cache = run_blocks, True
     return model
-
-
-def _read_layer(block: nn.Module, x, rope, mask, causal, cache: RowCache) -> Tensor:
-    return block(x, rope, mask, causal, cache, 0)
 
 
 def _logits(network: Transformer, x, rope, mask, causal, cache: KVCache) -> Tensor:
     # The class's own run_blocks: that of the instance may be compiled already.
     return network.head(type(network).run_blocks(network, x, rope, mask, causal, cache))
-
-
-class CompiledOrEager:
-    """Calls `compiled`. If no compiler works, prints why and calls `eager`."""
-
-    def __init__(self, compiled: Callable, eager: Callable):
-        self.compiled: Callable | None = compiled
-        self.eager = eager
-
-    def __call__(self, *args):
-        if self.compiled is not None:
-            try:
-                return self.compiled(*args)
-            except Exception as error:  # whatever the compiler lacks; eager() reports bad arguments
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-                print(f"fast_decode: not compiled, running eagerly: {reason}")
-                self.compiled = None
-        return self.eager(*args)
 
 
 def attend_fast(q, k, v, mask, dropout, causal) -> Tensor:
@@ -135,29 +112,15 @@ def attend_fast(q, k, v, mask, dropout, causal) -> Tensor:
         return attend(q, k, v, mask, dropout, causal)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    return attend_few_tokens(q, k, v, mask) if few else matmul_attention(q, k, v)
-
-
-def attend_few_tokens(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Return attention (B, H, T, D) of few tokens. mask (B, 1, T, S) bool or None.
-
-    Compiled it reads keys and values four times as fast as the fused kernel.
-    """
+    if not few:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1) @ v
+    # Compiled, this is four times as fast as the fused kernel.
     scores = (k[:, :, None].float() * q[..., None, :].float()).sum(-1)  # (B, H, T, S)
     scores = scores * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     p = scores.softmax(-1)[..., None]  # (B, H, T, S, 1)
     return (v[:, :, None].float() * p).sum(3).to(q.dtype)
-
-
-def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return attention (B, H, T, D) as matrix products, by heads if the scores are large."""
-    q = q * q.shape[-1] ** -0.5
-    if q.shape[2] * k.shape[2] <= 1 << 18:
-        return (q @ k.transpose(2, 3)).softmax(-1) @ v
-    heads = zip(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-    return torch.stack([(a @ b.T).softmax(-1) @ c for a, b, c in heads]).view_as(q)
 
 
 class GemvLinear(nn.Linear):
@@ -177,10 +140,10 @@ class GemvGated(GatedLinear, GemvLinear):
     def change(self, x: Tensor, y: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             return super().change(x, y)
-        x, before, y = x[:, self.gate.first :], y[:, : self.gate.first], y[:, self.gate.first :]
-        change = gemv(gemv(x, self.adapter_a, None), self.adapter_b, None)
-        y = torch.where(self.gate.on[self.gate.first :], y + self.scale * change, y)
-        return torch.cat([before, y], dim=1)
+        first = self.gate.first
+        change = gemv(gemv(x[:, first:], self.adapter_a, None), self.adapter_b, None)
+        added = torch.where(self.gate.on[first:], self.scale * change, 0.0)
+        return torch.cat([y[:, :first], y[:, first:] + added], dim=1)
 
 
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

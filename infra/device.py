@@ -3,10 +3,10 @@
 import ctypes
 import sys
 import timeit
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from torch import nn
 
 
 def pick_device(name: str) -> torch.device:
@@ -46,18 +46,15 @@ def disable_malloc_trim() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def compile_or_explain(model: nn.Module) -> None:
-    """Compile the blocks of the model. If no compiler works, print why and run eagerly."""
-    eager = model.run_blocks
+def compile_or_explain(function: Callable, device: torch.device, **options) -> Callable:
+    """Return the compiled function. If no compiler works, print why and return it as it is."""
     try:
-        model.run_blocks = torch.compile(eager)
-        tokens = torch.zeros(2, 2, dtype=torch.long, device=model.tok.weight.device)
-        with torch.no_grad():
-            model(tokens, tokens)
-    except Exception as error:  # eager mode computes the same
-        model.run_blocks = eager
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        print(f"compile=True has no effect, running eagerly: {reason}")
+        print(f"not compiled, running eagerly: {reason}")
+        return function
+    return torch.compile(function, **options)
 
 
 def measured_flops(device: torch.device, dtype: str) -> float:

@@ -201,6 +201,7 @@ def test_training_lowers_the_loss_and_gives_the_same_text_in_fewer_calls(place, 
 
 def test_an_interrupted_run_continues_to_the_bit(place, monkeypatch):
     """First among the answers, then among the steps."""
+    monkeypatch.setattr(draft, "ANSWERS_AT_ONCE", 10)
     train("a", "--max_steps=6")
 
     def interrupt(name: str, call: int):

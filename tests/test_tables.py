@@ -48,8 +48,6 @@ def test_the_kept_studies_fill_their_tables():
     assert len(steps) == 2 + 10 and not any("-" in row for row in list(steps.values())[2:])
     recipes = cells(tables.TABLES["recipes"](results))
     assert len(recipes) == 2 + 11 and recipes["default (Table 2)"][0] == "95.9 (92.2 to 98.6)"
-    choices = cells(tables.TABLES["choices"](results))
-    assert choices["--steps=50 --temperature=0"][0] == "3.77 (3.58 to 3.87)"
 
 
 def test_the_quickstart_becomes_lines_and_a_table(tmp_path):
