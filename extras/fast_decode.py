@@ -83,8 +83,9 @@ def speed_up(model: Transformer | DraftModel) -> "FastDecoder | DraftModel":
     if not isinstance(model, DraftModel):
         return FastDecoder(model)
     network = model.network
-    _exchange_layers(network, drafts=True)
     device = network.tok.weight.device
+    if device.type == "cpu":
+        _exchange_layers(network, drafts=True)
     read = compile_or_explain(lambda block, *args: block(*args, 0), device, **ONE_LAYER)
     network.head.forward = compile_or_explain(network.head.forward, device, **ONE_LAYER)
 
