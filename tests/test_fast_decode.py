@@ -83,7 +83,8 @@ def test_a_layer_is_compiled_once_for_drafts():
     speed_up(fast)
     for prefix in (FULL[:1], FULL[1:2], PADDED[2:]):
         assert_same(made, prefix, speculative, speculative.SamplerConfig(), fast)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a layer, and the head
+    # A layer, the head, and the trial of the compiler.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
 @pytest.mark.slow  # half a minute in the compiler
@@ -96,11 +97,10 @@ def test_a_longer_text_is_not_compiled_again():
     for prefix in (FULL[:1], FULL, PADDED[:1]):
         assert_same(model, prefix, autoregressive, GREEDY, fast)
     before = graphs["unique_graphs"]
-    assert before <= 3  # two numbers of rows, and a mask
+    assert 1 < before <= 4  # the trial of the compiler, two numbers of rows, and a mask
     for prefix in (FULL[2:], FULL.flip(0), torch.arange(10)[None]):
         assert_same(model, prefix, autoregressive, GREEDY, fast)
     assert graphs["unique_graphs"] == before
-    assert fast.token_step.compiled is not None
 
 
 def test_without_a_compiler_the_texts_are_the_same_and_a_line_tells_why(monkeypatch, capsys):
