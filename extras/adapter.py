@@ -37,7 +37,7 @@ class AdapterConfig:
 
 
 class Gate:
-    """Where the adapters of a network are on: (T, 1) bool, True at `first` first. None: nowhere."""
+    """Where the adapters of a network are on: (T, 1) bool, or None. first: where they begin."""
 
     on: Tensor | None = None
     first: int = 0

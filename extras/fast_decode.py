@@ -78,7 +78,7 @@ class FastDecoder:
 def speed_up(model: Transformer | DraftModel) -> "FastDecoder | DraftModel":
     """Return a faster decoder that shares the weights of the model. For inference only.
 
-    It compiles one layer of a DraftModel for all layers. One graph of all would take many minutes.
+    A DraftModel is changed itself: one layer is compiled for all, as all take minutes to compile.
     """
     if not isinstance(model, DraftModel):
         return FastDecoder(model)

@@ -62,7 +62,7 @@ def generate(
     loss = torch.zeros(len(rows), device=rows.device)
     active = torch.ones_like(rows, dtype=torch.bool)
     for turn in range(S):
-        every = read_round(model, cache, chain, K)  # (B, C + C K, V)
+        every = read_round(model, cache, chain, K)  # (B, C + C K, V), C = K + 1
         logits = every[:, : K + 1].float().index_fill(-1, banned, -math.inf)
         verified, n = verify(chain[:, 1:], q, logits, cfg, rng.fold_in(turn))  # (B, C), (B,)
         place = length[:, None] + index  # (B, C) their slots
