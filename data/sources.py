@@ -141,6 +141,24 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
             yield number, parse_json(line, f"{path}, line {number}")
 
 
+def has_json(path: str) -> bool:
+    """Return whether a file has lines of JSON. A .json file is never meant as plain text."""
+    return path.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
+
+
+def read_prompts(path: str) -> list[str]:
+    """Return the prompts of a file: lines of text, or of JSON with "prompt" or "text"."""
+    if has_json(path):
+        items = [item for _, item in read_json_lines(path) if isinstance(item, dict)]
+        texts = [item.get("prompt", item.get("text")) for item in items]
+    else:
+        texts = read_lines(path)
+    usable = [text for text in texts if isinstance(text, str) and text.strip()]
+    hint = 'write a prompt a line, or JSON lines with "prompt" or "text"'
+    require(len(usable) > 1, f"{path}: {len(usable)} usable lines, 2 are needed; {hint}")
+    return usable
+
+
 def hash_number(key: str) -> int:
     """Return 256 bits: the same on every machine and in every version of Python."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest(), "big")

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from configurator import configure, require, run, setting
+from data import sources
 from data.sources import SetConfig, hash_number, read_json_lines, read_text, write_set, write_texts
-
-JSON_LINES = (".jsonl", ".ndjson", ".json")  # a .json file is never meant as plain text
 
 
 @dataclass
@@ -36,7 +35,7 @@ def split_text(text: str, held_out: float) -> tuple[str, str]:
 
 def read_items(path: str) -> Iterator[dict]:
     """Yield {"text"}, or {"prefix", "target", "where"}. A file that is no JSON is one text."""
-    if not path.lower().removesuffix(".gz").endswith(JSON_LINES):
+    if not sources.has_json(path):
         yield {"text": read_text(path)}
         return
     for number, item in read_json_lines(path):

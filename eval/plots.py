@@ -14,22 +14,20 @@ from pathlib import Path
 from string import Template
 from xml.sax.saxutils import escape
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from configurator import configure, group, run, setting
 from data.tokenizer import get_tokenizer
-from diffusion import SAMPLERS, SamplerConfig, corrupt, generate
+from diffusion import SAMPLERS, SamplerConfig, generate
 from eval import real
 from eval.common import Settings, write_text
 from eval.study import plain, read_results
 from infra.checkpoint import load_model, write_atomically
-from infra.rng import make_rng
-from model import ModelConfig, attention_mask
+from model import attention_mask
 from sample import DEMO
-from view.cells import NEWLINE, UNPRINTABLE, spans, visible
+from view.cells import NEWLINE, spans, visible
 from view.record import Frame, Recorder
 
 BLUE = "#0072B2"
@@ -221,25 +219,6 @@ def draw_masks():
     return figure
 
 
-def draw_noise():
-    """One text at rising corruption rates, with uniform noise and with mask noise."""
-    rates = torch.linspace(0, 1, 5)
-    chars = {i: chr(i) for i in range(32, 127)} | {BYTES.mask_id: "_"}
-    figure = new_figure(3.4)
-    target = torch.cat([torch.tensor([BYTES.sep_id]), IDS]).repeat(len(rates), 1)
-    diffusion = {"paradigm": "diffusion", "target_attention": "bidirectional"}
-    rng = make_rng(6, torch.zeros(len(rates), dtype=torch.long))
-    for panel, noise in zip(figure.subplots(1, 2), ("uniform", "mask")):
-        noisy = corrupt(target, rates[:, None], ModelConfig(noise=noise, **diffusion), rng)[:, 1:]
-        colours = ["#E6F0F7", "#FCE3D4"]
-        draw_cells(panel, noisy != IDS, colours, [""] * len(TEXT), rates.tolist())
-        for (y, x), token in np.ndenumerate(noisy):
-            char = chars.get(token, UNPRINTABLE)
-            panel.text(x + 0.5, y + 0.5, char, ha="center", va="center", parse_math=False)
-        panel.set(ylabel="corruption rate", title=f"{noise} noise")
-    return figure
-
-
 def draw_samplers():
     """Each sampler of the demonstration model, a row per step: blue is right, orange changed."""
     steps = 8
@@ -263,7 +242,7 @@ def draw_samplers():
     return figure
 
 
-FIGURES = {"mask": draw_masks, "noise": draw_noise, "samplers": draw_samplers, "squad": draw_squad}
+FIGURES = {"mask": draw_masks, "samplers": draw_samplers, "squad": draw_squad}
 
 
 def main(argv: list[str]) -> None:

@@ -26,7 +26,7 @@ from configurator import flatten, group, require, setting, validate
 from data import text_file
 from data.loader import open_dataset, prefetch, write_pairs
 from data.objectives import Batch
-from data.sources import parse_json, read_json_lines, read_lines
+from data.sources import parse_json, read_json_lines, read_prompts
 from extras.adapter import FILE, AdapterConfig, DraftModel, check_model, digest, save_adapter
 from infra import checkpoint, device, run_dir
 from infra.checkpoint import load_model, write_atomically
@@ -75,26 +75,18 @@ class DraftConfig:
 # Data
 
 
-def read_prompts(cfg: DraftConfig, tokenizer, model_cfg) -> list[list[int]]:
-    """Return the ids of each prompt. Lines without one are skipped."""
-    path = cfg.prompts
-    if path.removesuffix(".gz").endswith(text_file.JSON_LINES):
-        items = [item for _, item in read_json_lines(path) if isinstance(item, dict)]
-        texts = [item.get("prompt", item.get("text")) for item in items]
-    else:
-        texts = read_lines(path)
-    usable = [text for text in texts if isinstance(text, str) and text.strip()]
-    hint = 'write a prompt a line, or JSON lines with "prompt" or "text"'
-    require(len(usable) > 1, f"{path}: {len(usable)} usable lines, 2 are needed; {hint}")
+def encode_prompts(cfg: DraftConfig, tokenizer, model_cfg) -> list[list[int]]:
+    """Return the ids of each prompt of a file."""
+    texts = read_prompts(cfg.prompts)
     if cfg.chat:
         from hf.chat import chat_ids
 
-        ids = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in usable]
+        ids = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     else:
-        ids = [tokenizer.encode_prompt(text) for text in usable]
+        ids = [tokenizer.encode_prompt(text) for text in texts]
     most = model_cfg.block_size - model_cfg.target_length
     longest = max(map(len, ids))
-    limit = f"{path}: a prompt has {longest} tokens, the model reads at most {most}"
+    limit = f"{cfg.prompts}: a prompt has {longest} tokens, the model reads at most {most}"
     require(longest <= most, f"{limit} before {cfg.answer_tokens}; lower --answer_tokens")
     return ids
 
@@ -275,7 +267,7 @@ def main(argv: list[str]) -> dict:
     check_model(model, cfg.init_from)
     cfg.answer_tokens = cfg.answer_tokens or model.cfg.target_length - 1
     model.cfg = replace(model.cfg, target_length=cfg.answer_tokens + 1)
-    prompts = read_prompts(cfg, tokenizer, model.cfg) if cfg.prompts else []
+    prompts = encode_prompts(cfg, tokenizer, model.cfg) if cfg.prompts else []
     weights = digest(model)
     settings = flatten(cfg) | {"weights": weights}
     out = Path(cfg.out_dir)

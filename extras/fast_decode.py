@@ -6,22 +6,21 @@ The result has the methods of model.Transformer. What is faster (python -m eval.
 
     one token, CPU     compiled; each matrix is read as rows times a vector, at the speed of the
                        memory (the library's matrix product reaches a third of it)
-    drafts, CPU        the same for a few tokens; extras/speculative.py then uses the result
+    more tokens, CPU   oneDNN's matrix products, with a copy of the weights in its own layout;
+                       drafts (extras/speculative.py) are also compiled
     bfloat16, CPU      attention without torch's fused kernel, which is slow there
     CUDA               compiled; it has not run on a GPU yet
 
-The first call of each kind compiles, which takes tens of seconds.
+The first call of each compiled kind takes tens of seconds. Weights must not change afterwards.
 """
-
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from extras.adapter import DraftModel, GatedLinear, RowCache
-from infra.device import compile_or_explain
-from model import Attention, KVCache, Transformer, attend, model_from_state_dict
+from infra.device import compile_or_explain, has_fast_bf16
+from model import Attention, Transformer, attend, model_from_state_dict
 
 OPTIONS = {
     # Each decoder has compiled code of its own, and its network stays the same.
@@ -48,7 +47,6 @@ class FastDecoder:
     def __init__(self, model: Transformer):
         self.cfg = model.cfg
         self.tok = model.tok
-        self.encode = torch.no_grad()(model.encode)
         self.expected_embedding = model.expected_embedding
         # A second module around the same weights: its layers can be exchanged and compiled.
         self.network = model_from_state_dict(model.cfg, model.state_dict())
@@ -57,11 +55,14 @@ class FastDecoder:
         device = model.tok.weight.device
         if device.type == "cuda":
             self.network.run_blocks = compile_or_explain(self.network.run_blocks, device)
-        else:
+        elif device.type == "cpu":
             _exchange_layers(self.network)
+        self.encode = torch.no_grad()(self.network.encode)
         # The length of the cache is a variable of the compiled code.
-        logits = partial(_logits, self.network)
-        self.token_step = compile_or_explain(logits, device, dynamic=True, **COMPILER)
+        self.token_step = compile_or_explain(self._logits, device, dynamic=True, **COMPILER)
+
+    def _logits(self, *args) -> Tensor:
+        return self.network.head(self.network.run_blocks(*args))
 
     @torch.no_grad()
     def decode(self, cache, target, append=False, self_cond=None, extra_edges=None) -> Tensor:
@@ -100,11 +101,6 @@ def speed_up(model: Transformer | DraftModel) -> "FastDecoder | DraftModel":
     return model
 
 
-def _logits(network: Transformer, x, rope, mask, causal, cache: KVCache) -> Tensor:
-    # The class's own run_blocks: that of the instance may be compiled already.
-    return network.head(type(network).run_blocks(network, x, rope, mask, causal, cache))
-
-
 def attend_fast(q, k, v, mask, dropout, causal) -> Tensor:
     """Return model.attend's result (B, H, T, D), by the fastest way that there is for this form."""
     few = q.shape[2] <= 8 and torch.compiler.is_compiling()
@@ -124,23 +120,37 @@ def attend_fast(q, k, v, mask, dropout, causal) -> Tensor:
     return (v[:, :, None].float() * p).sum(3).to(q.dtype)
 
 
-class GemvLinear(nn.Linear):
-    """nn.Linear. Compiled for a few rows of x, it becomes one vectorised pass over the weight."""
+@torch.library.custom_op("ar2diff::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """Return F.linear(x, weight, bias), given the result of pack(weight)."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+packed_linear.register_fake(lambda x, packed, bias: x.new_empty(*x.shape[:-1], len(packed)))
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """Return the weight in the layout of oneDNN; None if that would not be faster here."""
+    dtypes = [torch.float32, torch.bfloat16][: 1 + has_fast_bf16(weight.device)]
+    usable = torch.backends.mkldnn.is_available() and weight.dtype in dtypes
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 4) if usable else None
+
+
+class FastLinear(nn.Linear):
+    """nn.Linear. Compiled for a row or two, it is one vectorised pass over the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
-        faster = rows <= 2 * self.weight.itemsize  # measured: 8 in float32, 4 in bfloat16
-        if torch.compiler.is_compiling() and faster:
+        if torch.compiler.is_compiling() and x.shape[:-1].numel() <= 2:
             return gemv(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        if self.packed is None or x.dtype != self.packed.dtype:
+            return F.linear(x, self.weight, self.bias)
+        return packed_linear(x, self.packed, self.bias)
 
 
-class GemvGated(GatedLinear, GemvLinear):
+class FastGated(GatedLinear, FastLinear):
     """The same with an adapter, which is only computed from the first mask on."""
 
     def change(self, x: Tensor, y: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return super().change(x, y)
         first = self.gate.first
         change = gemv(gemv(x[:, first:], self.adapter_a, None), self.adapter_b, None)
         added = torch.where(self.gate.on[first:], self.scale * change, 0.0)
@@ -162,11 +172,10 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _exchange_layers(network: Transformer, drafts: bool = False) -> None:
-    """Give each layer the class that is fast on a CPU. Weights stay in place."""
+    """Give each layer the class that is fast on a CPU. Weights stay in place, for gemv."""
     for module in network.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = GemvLinear
-        if type(module) is GatedLinear:
-            module.__class__ = GemvGated
+        if type(module) in (nn.Linear, GatedLinear):
+            module.__class__ = FastLinear if type(module) is nn.Linear else FastGated
+            module.packed = pack(module.weight)
         if type(module) is Attention and (drafts or module.qkv.weight.dtype == torch.bfloat16):
             module.attend = attend_fast

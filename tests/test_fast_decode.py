@@ -7,7 +7,7 @@ from drafters import drafter
 import autoregressive
 import diffusion
 from extras import speculative
-from extras.fast_decode import attend_fast, gemv, speed_up
+from extras.fast_decode import FastLinear, attend_fast, gemv, pack, speed_up
 from model import Attention, KVCache, ModelConfig, Transformer, build_model
 
 PAD = 20
@@ -124,6 +124,21 @@ def test_gemv_is_a_matrix_product(rows, dtype, atol):
     expected = x.double() @ linear.weight.double().T + linear.bias.double()
     found = gemv(x, linear.weight, linear.bias).double()
     torch.testing.assert_close(found, expected, atol=atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 4), (2, 9)])
+def test_packed_linear_is_linear(rows, bias, dtype, atol):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48, bias).to(dtype).requires_grad_(False)
+    x = torch.randn(*rows, 64).to(dtype)
+    expected = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    linear.__class__, linear.packed = FastLinear, pack(linear.weight)
+    torch.testing.assert_close(linear(x), expected, atol=atol, rtol=1e-5)
+    assert pack(linear.weight.double()) is None
+    linear.packed = None  # as where oneDNN cannot
+    torch.testing.assert_close(linear(x), expected, atol=0, rtol=0)
 
 
 def test_weights_are_shared_and_the_model_stays_as_it_was(eager):
