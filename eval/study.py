@@ -218,7 +218,11 @@ def quick(job: Job) -> Job:
 
 def read_results(path: Path) -> dict[str, dict]:
     """Return job -> line of a JSON-lines file; empty if there is no file."""
-    return {line["job"]: line for line in read_lines(path)}
+    lines = read_lines(path)
+    for line in lines:
+        fault = f'{path}: a line has no "job", {json.dumps(line)[:60]}; restore or delete it'
+        require(isinstance(line, dict) and "job" in line, fault)
+    return {line["job"]: line for line in lines}
 
 
 def keep_weights(folder: Path) -> None:

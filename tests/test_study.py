@@ -25,6 +25,16 @@ def test_every_job_has_its_line_with_this_recipe():
         assert lines[job.name]["recipe"] == job.stage.recipe, job.name
 
 
+def test_a_line_without_a_job_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for line in ('{"recipe": []}', "[1]"):
+        path.write_text('{"job": "a"}\n' + line)
+        with pytest.raises(
+            ValueError, match=r'a.jsonl: a line has no "job", .*; restore or delete'
+        ):
+            read_results(path)
+
+
 def test_jobs_have_unique_names_and_recipes():
     jobs = list(study.jobs(2))
     assert max(Counter(job.name for job in jobs).values()) == 1
