@@ -198,7 +198,7 @@ REAL_ROWS = {
     "AR": {},
     "diffusion from scratch, equal FLOPs": {"multi30k": "diffusion, equal FLOPs"},
     "AR2Diff_0": {},
-    "AR2Diff_N": {"squad": "AR2Diff_0.3M", "mbpp": "AR2Diff_0.1M"},
+    "AR2Diff_N": {"squad": "AR2Diff_0.1M", "mbpp": "AR2Diff_0.1M"},
     real.FIRST: {},
 }
 
