@@ -28,7 +28,7 @@ from data.sources import read_json_lines
 from eval.common import Settings, markdown, read_lines, write_lines
 from eval.speed import add_lines
 from extras.adapter import AdapterConfig, DraftModel
-from extras.draft import DATA, DraftConfig, evaluate, pad_right, read_prompts
+from extras.draft import DATA, DraftConfig, encode_prompts, evaluate, pad_right
 from extras.speculative import SamplerConfig, generate, open_draft
 from infra import device as devices
 from infra.checkpoint import load_model
@@ -103,7 +103,7 @@ def greedy_with_margins(model, prefix: Tensor) -> tuple[Tensor, Tensor]:
 def exact(cfg: DraftsConfig, model, trained: DraftModel, tokenizer) -> dict:
     """Return, for a trained and a random adapter, equal texts and calls a token."""
     settings = DraftConfig(prompts=cfg.prompts, chat=cfg.chat, answer_tokens=LENGTH)
-    prompts = spread(read_prompts(settings, tokenizer, model.cfg), HELD_OUT)
+    prompts = spread(encode_prompts(settings, tokenizer, model.cfg), HELD_OUT)
     pad = model.cfg.pad_id
     drafters = {"trained": trained, "random": random_drafter(model)}
     tokens_of = {"trained": cfg.draft_tokens or trained.adapter.masks, "random": 1}
