@@ -130,14 +130,14 @@ packed_linear.register_fake(lambda x, packed, bias: x.new_empty(*x.shape[:-1], l
 
 
 def pack(weight: Tensor) -> Tensor | None:
-    """Return the weight in the layout of oneDNN; None if that would not be faster here."""
+    """Return the weight in oneDNN's layout for a few rows; None if that is not faster here."""
     dtypes = [torch.float32, torch.bfloat16][: 1 + has_fast_bf16(weight.device)]
     usable = torch.backends.mkldnn.is_available() and weight.dtype in dtypes
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 4) if usable else None
 
 
 class FastLinear(nn.Linear):
-    """nn.Linear. Compiled for a row or two, it is one vectorised pass over the weight."""
+    """nn.Linear by oneDNN. Compiled for one or two rows, it is one pass over the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and x.shape[:-1].numel() <= 2:
