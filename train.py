@@ -203,9 +203,7 @@ def train_step(run: Run, batches, step: int) -> dict:
     torch.manual_seed(cfg.seed + step + (ctx.rank << 40))  # dropout
     learning_rate = optimizers.learning_rate_at(step, cfg)
     optimizers.set_learning_rate(run.optimizers, learning_rate)
-    diffuses = cfg.model.paradigm == "diffusion"
-    n_passes = cfg.loss.unroll_steps if diffuses else 1
-    optimizers.clear_gradients(run.optimizers, keep_memory=n_passes > 1)
+    n_passes = 1 if cfg.model.paradigm == "ar" else cfg.loss.unroll_steps
     terms = [0.0] * n_passes
     counts = collections.Counter()
     for micro in range(cfg.grad_accum_steps):
@@ -227,6 +225,7 @@ def train_step(run: Run, batches, step: int) -> dict:
     require(math.isfinite(loss + norm), f"{problem}; {remedy}; {saved}")
     for optimizer in run.optimizers:
         optimizer.step()
+        optimizer.zero_grad()
     entry = {"step": step + 1, "loss": loss, "grad_norm": norm}
     return entry | {"lr": learning_rate, "terms": terms} | counts
 
@@ -243,6 +242,7 @@ def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
             for k, term in enumerate(losses):
                 run.ctx.set_gradient_sync(run.model, is_last and k + 1 >= len(terms))
                 term.backward()  # frees the graph
+                device.return_freed_memory(cfg.model.n_embd)
                 if k < len(terms):  # the last one has value 0 (diffusion.losses)
                     terms[k] += term.detach()
     except (RuntimeError, MemoryError) as error:
@@ -314,7 +314,7 @@ def start(ctx: DistributedContext, cfg: TrainConfig, weights, state) -> dict:
     """Build or restore the run and train it."""
     from view.help import describe
 
-    device.disable_malloc_trim()
+    device.keep_freed_memory()
     fast_bf16 = device.has_fast_bf16(ctx.device)
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if fast_bf16 else "float32"

@@ -46,7 +46,7 @@ from data.objectives import Batch
 from eval.common import Settings, environment, markdown, origin, read_lines, write_lines
 from extras.fast_decode import speed_up
 from infra import device as devices
-from infra.optimizers import clear_gradients, make_optimizers
+from infra.optimizers import make_optimizers
 from infra.rng import make_rng
 from model import ModelConfig, Transformer
 from train import PARADIGMS, TrainConfig
@@ -179,15 +179,16 @@ def training_step(model_cfg: ModelConfig, rows: int, dtype: str, device) -> Call
     rng = make_rng(SEED, batch.example)
 
     def step() -> float:
-        clear_gradients(optimizers, keep_memory=model_cfg.paradigm == "diffusion")
         loss = 0.0
         with devices.autocast(device, dtype):
             for term in PARADIGMS[model_cfg.paradigm].losses(model, batch, cfg.loss, rng):
                 term.backward()
+                devices.return_freed_memory(model_cfg.n_embd)
                 loss += term.detach()
         nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
+            optimizer.zero_grad()
         return float(loss)
 
     return step
@@ -243,7 +244,7 @@ def memory_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
 
 def peak_memory(*args) -> float:
     """Return the GiB in use at most after three training steps; ru_maxrss starts at a parent's."""
-    devices.disable_malloc_trim()
+    devices.keep_freed_memory()
     step = training_step(*args)
     for _ in range(3):
         step()
@@ -354,7 +355,7 @@ def main(argv: list[str]) -> list[dict]:
     """Measure what argv asks for. Return the new lines of the results file."""
     cfg = configure(SpeedConfig, argv)
     device = devices.pick_device("cpu" if cfg.what == "smollm2" else cfg.device)
-    devices.disable_malloc_trim()  # as train.py does
+    devices.keep_freed_memory()  # as train.py does
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
     measurements = (partial(CASES[what], cfg, case, device) for what, case in plan(cfg, device))
     return add_lines("speed", argv, cfg, measurements)

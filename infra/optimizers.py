@@ -33,19 +33,6 @@ def uses_muon(name: str, p: torch.Tensor) -> bool:
     return name.startswith("blocks.") and p.dim() == 2
 
 
-def clear_gradients(optimizers: list[torch.optim.Optimizer], keep_memory: bool) -> None:
-    """Begin a step: set the gradients to None or, if keep_memory, to zeros.
-
-    For several passes keep the memory. Otherwise the gradients of the first one lie among its
-    activations and fragment it: in float32 SmolLM2 then needs 1.16 of AR's peak, and not 1.11.
-    """
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p) if keep_memory and p.grad is None else p.grad
-        optimizer.zero_grad(set_to_none=not keep_memory)
-
-
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], learning_rate: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:

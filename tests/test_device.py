@@ -11,9 +11,9 @@ from infra.device import compile_or_explain, measured_flops, pick_device
 
 PAGE_FAULTS = """
 import resource, torch
-from infra.device import disable_malloc_trim
+from infra.device import keep_freed_memory
 if {keep}:
-    disable_malloc_trim()
+    keep_freed_memory()
 torch.set_num_threads(1)
 for _ in range(40):  # 16 MiB each, freed at once
     torch.ones(1 << 22)
@@ -35,6 +35,34 @@ def test_freed_memory_is_used_again_without_new_pages():
     kept, returned = faults(True), faults(False)
     # Huge pages make few faults in both cases.
     assert kept < 100 and (kept < returned or returned < 100), (kept, returned)
+
+
+FREED = """
+import re, torch
+from pathlib import Path
+from infra.device import keep_freed_memory, return_freed_memory
+
+def megabytes():
+    return int(re.search("VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1000
+
+keep_freed_memory()
+kept = [torch.ones(1 << 18) for _ in range(300)][::10]  # holes of 9 MiB
+before = megabytes()
+return_freed_memory(96)
+narrow = megabytes()
+return_freed_memory(576)
+print(before - narrow, before - megabytes())
+"""
+
+
+@pytest.mark.slow  # 4 s
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim belongs to glibc")
+def test_the_holes_between_tensors_return_to_the_kernel_for_wide_networks():
+    """270 of 300 MiB are free."""
+    command = [sys.executable, "-c", FREED]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    narrow, wide = map(int, printed.split())
+    assert narrow == 0 and 230 < wide < 300
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cuda:x", "", "cpu:0:0"])

@@ -7,12 +7,7 @@ import pytest
 import torch
 from eval_models import tiny_model
 
-from infra.optimizers import (
-    clear_gradients,
-    learning_rate_at,
-    make_optimizers,
-    set_learning_rate,
-)
+from infra.optimizers import learning_rate_at, make_optimizers, set_learning_rate
 
 model = partial(tiny_model, n_layer=2, bias=True)
 
@@ -35,20 +30,6 @@ def test_the_learning_rate_is_as_by_hand(schedule, expected):
     for step, value in expected.items():
         rate = learning_rate_at(step, config(schedule=schedule))
         assert rate == pytest.approx(value, abs=1e-6)
-
-
-@pytest.mark.parametrize("keep_memory", [False, True])
-def test_gradients_are_cleared_and_may_keep_their_memory(keep_memory):
-    net = model()
-    optimizers = make_optimizers(net, config())
-    for _ in range(2):
-        clear_gradients(optimizers, keep_memory)
-        places = [p.grad if p.grad is None else p.grad.data_ptr() for p in net.parameters()]
-        assert all((place is not None) == keep_memory for place in places)
-        assert not keep_memory or not any(p.grad.any() for p in net.parameters())
-        net(torch.ones(1, 2).long(), torch.ones(1, 3).long()).sum().backward()
-    after = [p.grad.data_ptr() for p in net.parameters()]
-    assert (places == after) == keep_memory
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
