@@ -6,8 +6,7 @@ The result has the methods of model.Transformer. What is faster (python -m eval.
 
     one token, CPU     compiled; each matrix is read as rows times a vector, at the speed of the
                        memory (the library's matrix product reaches a third of it)
-    more tokens, CPU   oneDNN's matrix products, with a copy of the weights in its own layout;
-                       drafts (extras/speculative.py) are also compiled
+    more tokens, CPU   oneDNN's products with a copy of the weights in its layout; drafts compiled
     bfloat16, CPU      attention without torch's fused kernel, which is slow there
     CUDA               compiled; it has not run on a GPU yet
 
@@ -31,6 +30,7 @@ OPTIONS = {
 }
 COMPILER = {"fullgraph": True, "options": OPTIONS, "isolate_recompiles": True}
 COMPILER["recompile_limit"] = 256  # torch stops at 8, and each number of rows is one
+FEW_ROWS = 2 if has_fast_bf16(torch.device("cpu")) else 9  # beyond them oneDNN is faster
 
 
 def _shapes(guards) -> list[bool]:
@@ -137,10 +137,10 @@ def pack(weight: Tensor) -> Tensor | None:
 
 
 class FastLinear(nn.Linear):
-    """nn.Linear by oneDNN. Compiled for one or two rows, it is one pass over the weight."""
+    """nn.Linear by oneDNN. Compiled for FEW_ROWS, it is one pass over the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and x.shape[:-1].numel() <= 2:
+        if torch.compiler.is_compiling() and x.shape[:-1].numel() <= FEW_ROWS:
             return gemv(x, self.weight, self.bias)
         if self.packed is None or x.dtype != self.packed.dtype:
             return F.linear(x, self.weight, self.bias)
@@ -164,8 +164,8 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # the rows of the weight and computed again for each of them.
     flat = x.reshape(rows, width).float().as_strided((rows, width), (width, 1))
     weight = weight.float()  # in registers, so the sum is float32 in any dtype
-    # Several parts of the weight are read at once, because a sum along one row waits for itself.
-    parts = weight.split(max(1, len(weight) // (4 if rows == 1 else 2)))
+    # Up to four sums at once, by parts of the weight or rows of x, because each waits for itself.
+    parts = weight.split(-(-len(weight) // max(1, 4 // rows)))
     sums = [torch.cat([(part * row).sum(-1) for part in parts]) for row in flat.unbind(0)]
     y = torch.stack(sums).to(x.dtype).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
