@@ -242,9 +242,9 @@ def backward(run: Run, batch, step: int, terms: list, is_last: bool) -> None:
             for k, term in enumerate(losses):
                 run.ctx.set_gradient_sync(run.model, is_last and k + 1 >= len(terms))
                 term.backward()  # frees the graph
-                device.return_freed_memory(cfg.model.n_embd)
                 if k < len(terms):  # the last one has value 0 (diffusion.losses)
                     terms[k] += term.detach()
+                    device.return_freed_memory(cfg.model.n_embd)
     except (RuntimeError, MemoryError) as error:
         if not flops.is_out_of_memory(error):
             raise

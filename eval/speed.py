@@ -183,8 +183,9 @@ def training_step(model_cfg: ModelConfig, rows: int, dtype: str, device) -> Call
         with devices.autocast(device, dtype):
             for term in PARADIGMS[model_cfg.paradigm].losses(model, batch, cfg.loss, rng):
                 term.backward()
-                devices.return_freed_memory(model_cfg.n_embd)
                 loss += term.detach()
+                if term:  # the last one has value 0
+                    devices.return_freed_memory(model_cfg.n_embd)
         nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         for optimizer in optimizers:
             optimizer.step()

@@ -48,7 +48,7 @@ def return_freed_memory(width: int) -> None:
     """Return it to the kernel, after a backward pass of a network of this width.
 
     Its pieces would not fit the next pass, and the peak grew by up to a quarter. New pages cost a
-    wide network about 3% of a step, but more if it is narrow. Then memory is no problem either.
+    wide network up to a tenth of a step, a narrow one more. Then memory is no problem either.
     """
     if width >= 512:
         _glibc("malloc_trim")(0)
