@@ -249,8 +249,7 @@ def peak_memory(*args) -> float:
     step = training_step(*args)
     for _ in range(3):
         step()
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
 
 
 def smollm2_case(cfg: SpeedConfig, case: dict, device: torch.device) -> dict:
