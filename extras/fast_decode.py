@@ -30,7 +30,7 @@ OPTIONS = {
 }
 COMPILER = {"fullgraph": True, "options": OPTIONS, "isolate_recompiles": True}
 COMPILER["recompile_limit"] = 256  # torch stops at 8, and each number of rows is one
-FEW_ROWS = 2 if has_fast_bf16(torch.device("cpu")) else 9  # beyond them oneDNN is faster
+FEW_ROWS = 2 if has_fast_bf16(torch.device("cpu")) else 9  # with more, oneDNN is faster
 
 
 def _shapes(guards) -> list[bool]:
@@ -137,7 +137,7 @@ def pack(weight: Tensor) -> Tensor | None:
 
 
 class FastLinear(nn.Linear):
-    """nn.Linear by oneDNN. Compiled for FEW_ROWS, it is one pass over the weight."""
+    """nn.Linear by oneDNN. Compiled for up to FEW_ROWS, it is one pass over the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and x.shape[:-1].numel() <= FEW_ROWS:

@@ -58,11 +58,11 @@ print(before - narrow, before - megabytes())
 @pytest.mark.slow  # 4 s
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim belongs to glibc")
 def test_the_holes_between_tensors_return_to_the_kernel_for_wide_networks():
-    """270 of 300 MiB are free."""
+    """270 of 300 MiB are free. The interpreter itself may need a page in between."""
     command = [sys.executable, "-c", FREED]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     narrow, wide = map(int, printed.split())
-    assert narrow == 0 and 230 < wide < 300
+    assert abs(narrow) < 5 and 230 < wide < 300
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cuda:x", "", "cpu:0:0"])
