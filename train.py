@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -148,7 +148,7 @@ def train(run: Run) -> dict:
     bar = tqdm(total=cfg.max_steps, initial=run.first_step, disable=quiet, leave=False)
     work = collections.Counter()
     since = time.perf_counter()
-    with bar, run_dir.StopSignals() as stop:
+    with bar, closing(batches), run_dir.StopSignals() as stop:
         for step in range(run.first_step, cfg.max_steps):
             entry = train_step(run, batches, step)
             done = step + 1

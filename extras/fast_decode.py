@@ -30,7 +30,7 @@ OPTIONS = {
 }
 COMPILER = {"fullgraph": True, "options": OPTIONS, "isolate_recompiles": True}
 COMPILER["recompile_limit"] = 256  # torch stops at 8, and each number of rows is one
-FEW_ROWS = 2 if has_fast_bf16(torch.device("cpu")) else 9  # with more, oneDNN is faster
+FEW_ROWS = 4 if has_fast_bf16(torch.device("cpu")) else 9  # with more, oneDNN is faster
 
 
 def _shapes(guards) -> list[bool]:
