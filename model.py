@@ -248,7 +248,7 @@ class KVCache:
 def attend(q, k, v, mask, dropout, causal) -> Tensor:
     """Attention (B, H, T, D). k and v may have fewer heads."""
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and not q.is_cpu:
+    if groups > 1 and not q.is_cpu:  # CUDA's kernel with a mask needs equal heads
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=q.is_cpu)

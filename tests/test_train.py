@@ -195,7 +195,7 @@ def test_a_signal_finishes_the_step_saves_and_stops(number, run, monkeypatch, tm
     assert stopped.value.code == 128 + number and signal.getsignal(number) == before
     assert load(tmp_path / "a" / "ckpt.pt")["step"] == 3 == len(read_log(tmp_path / "a"))
     assert "step 3; use --init_from=resume" in capsys.readouterr().err
-    # One that the garbage collector ends inside a new thread would wait for itself.
+    # The garbage collector may end an open loader inside a new thread, which then waits for itself.
     assert not [thread for thread in threading.enumerate() if "prefetch" in thread.name]
 
 
